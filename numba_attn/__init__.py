@@ -1,0 +1,35 @@
+"""Attention for NumPy arrays, in Numba: no deep-learning framework needed.
+
+>>> import numpy as np, numba_attn
+>>> rng = np.random.default_rng(0)
+>>> query, key, value = rng.standard_normal((3, 8, 128, 64), dtype=np.float32)  # heads, length, head size
+>>> numba_attn.scaled_dot_product_attention(query, key, value, is_causal=True).shape
+(8, 128, 64)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numba_attn.api import scaled_dot_product_attention
+    from numba_attn.problem import Aux
+
+__version__ = "0.1.0"
+__all__ = ["Aux", "scaled_dot_product_attention"]
+
+# Public name -> the module that has it, imported on first use: importing the package itself costs next to nothing.
+_HOMES = {"Aux": "problem", "scaled_dot_product_attention": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

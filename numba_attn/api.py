@@ -1,0 +1,134 @@
+"""The public functions: validate, dispatch, run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from numba_attn import dispatch
+from numba_attn.problem import Aux, Problem
+
+
+def scaled_dot_product_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    attn_mask: np.ndarray | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    query_offset: Any = 0,
+    window: tuple[int | None, int | None] | None = None,
+    query_lengths: Any = None,
+    kv_lengths: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    block_mask: Any = None,
+    dropout_seed: Any = None,
+    return_aux: tuple[str, ...] = (),
+    out: np.ndarray | None = None,
+    layout: str = "BHLD",
+    backend: str | None = None,
+    precision: str | None = None,
+) -> np.ndarray | tuple[np.ndarray, Aux]:
+    """Scaled dot-product attention, softmax(scale * Q K^T + mask) V, without ever forming the matrix of scores.
+
+    The first eight parameters are PyTorch's, in name, order, default and meaning.  Shape letters: B batch (any number of
+    axes, none included), Hq and Hkv query and key-value heads, Lq and Lk lengths, D head size, Dv value head size.
+
+    Parameters
+    ----------
+    query : (B, Hq, Lq, D) float32 or float64
+    key : (B, Hkv, Lk, D)
+    value : (B, Hkv, Lk, Dv)
+        Any strides, read-only and memory-mapped included; nothing is copied.  Rank 3 is (H, L, D), rank 2 is (L, D).
+    attn_mask : bool, float32 or float64, broadcasting to (B, Hq, Lq, Lk), optional
+        True = attend; or numbers added to the scaled scores, rounded to query's dtype, where -inf masks.
+    dropout_p : float
+        Must be 0 for now.
+    is_causal : bool
+        Row i, at position p = i + query_offset, attends to keys j <= p.
+    scale : float, optional
+        Any finite number; 1 / sqrt(D) if None.
+    enable_gqa : bool
+        Allow Hq to be a multiple of Hkv: query head h uses key-value head h // (Hq // Hkv).
+    query_offset : int, (B,) ints or "bottom_right"
+        Position of query row 0 on the key axis, for causal and window.  "bottom_right" is Lk - Lq, of the valid
+        lengths where those are given, so that the last query row stands at the last key.
+    window : (left, right), optional
+        Attend to keys j with p - left <= j <= p + right; None for a side without bound.
+    query_lengths, kv_lengths : int or (B,) ints, optional
+        Valid rows of query and of key and value; what is beyond is padding and never read.
+    return_aux : tuple of str
+        With "lse", the result is (out, Aux): Aux.lse holds the logarithm of the sum of exponentials of each row.
+    out : (B, Hq, Lq, Dv), optional
+        Where to write the result; must not overlap an input.
+    layout : "BHLD" or "BLHD"
+        Whether heads or rows come first in query, key, value, out and lse.  attn_mask is (B, Hq, Lq, Lk) in both.
+    backend : None, "cpu", "reference"
+        None chooses by array type.
+    softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask, dropout_seed, precision
+        Must be left at None for now.
+
+    Returns
+    -------
+    out : array of query's dtype and layout; (out, Aux) if `return_aux` names anything.
+        A row that attends to nothing is 0, its lse -inf.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or values, and dtypes, that do not fit; nothing has been computed or written then.
+    NotImplementedError
+        An option that is not there yet.
+
+    Notes
+    -----
+    Masks, causal, window and lengths combine by "and".  What is masked is never used: NaN there changes no bit of the
+    result.  The same bits come out for any number of threads, and for a sequence alone or in any batch.
+
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query = key = np.eye(2, dtype=np.float32)
+    >>> value = np.array([[1.0], [3.0]], dtype=np.float32)
+    >>> scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.0)
+    array([[1.],
+           [2.]], dtype=float32)
+    """
+    run = dispatch.forward(backend)
+    problem = Problem.from_call(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        query_offset=query_offset,
+        window=window,
+        query_lengths=query_lengths,
+        kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
+        dropout_seed=dropout_seed,
+        return_aux=return_aux,
+        out=out,
+        layout=layout,
+        precision=precision,
+    )
+    run(problem)
+    return problem.result if problem.aux is None else (problem.result, problem.aux)

@@ -1,0 +1,343 @@
+"""A vector vocabulary on LLVM IR, in which the register tiles of `tiles.py` read like the mathematics.
+
+`Vectors` appends operations on vectors of one element type and one width to an IR builder.  `emits` turns a function
+that uses it into something that Numba-compiled code can call.  Only generic vector IR is emitted (arithmetic, `llvm.fma`,
+shuffles, selects): LLVM legalises it for any processor, and a wide vector is still right, if slow, on a narrow one.
+
+Addresses are typed pointers (`address`), moved by byte offsets with GEP, never through integers: strides of any sign or
+size, unaligned ones included, cost nothing, and LLVM keeps track of what a pointer points into.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from numba_attn.cpu import target
+
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+BYTES = {types.boolean: 1, types.uint8: 1, types.float32: 4, types.float64: 8}
+
+Value = Any  # an ir.Value; llvmlite ships no types
+
+
+def offset_pointer(builder: ir.IRBuilder, pointer: Value, offset: Value) -> Value:
+    return builder.gep(pointer, [offset], source_etype=I8)
+
+
+@functools.cache
+def exp2_polynomial(degree: int) -> list[float]:
+    """Coefficients, constant first, of a near-minimax 2**f on [-1/2, 1/2] with value exactly 1 at 0.
+
+    Lawson's iteration on the relative error of 1 + f * q(f); the exact 1 makes exp2 exact at integers, so that a
+    running maximum that did not move rescales by exactly one.
+    """
+    x = np.cos(np.linspace(0, np.pi, 2001)) / 2
+    x = x[np.abs(x) > 1e-9]
+    powers = np.vander(x, degree, increasing=True) * x[:, None] / np.exp2(x)[:, None]
+    goal = 1 - 1 / np.exp2(x)
+    weight = np.ones_like(x)
+    for _ in range(100):
+        root = np.sqrt(weight)
+        q = np.linalg.lstsq(powers * root[:, None], goal * root, rcond=None)[0]
+        weight *= np.abs(powers @ q - goal) + 1e-20
+        weight /= weight.sum()
+    return [1.0, *q.tolist()]
+
+
+class Vectors:
+    """Operations on vectors of `lanes` elements of one Numba float type, appended to `builder`."""
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.Type, lanes: int):
+        self.builder = builder
+        self.pointees: dict[str, types.Type] = {}  # of the pointer arguments of what is being emitted, by name
+        self.dtype = dtype
+        self.lanes = lanes
+        self.element = ELEMENTS[dtype]
+        self.size = BYTES[dtype]  # bytes of an element
+        self.bytes = lanes * self.size
+        self.type = ir.VectorType(self.element, lanes)
+        self.bits = ir.VectorType(ir.IntType(8 * self.size), lanes)  # the same lanes as integers
+
+    # Constants and scalars ------------------------------------------------------------------------------------------
+
+    def index(self, value: int | Value) -> Value:
+        return ir.Constant(I64, value) if isinstance(value, int) else value
+
+    def add_index(self, a: int | Value, b: int | Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return ir.Constant(I64, a + b)
+        return self.builder.add(self.index(a), self.index(b))
+
+    def mul_index(self, a: int | Value, b: int | Value) -> Value:
+        return self.builder.mul(self.index(a), self.index(b))
+
+    def constant(self, value: float) -> Value:
+        return ir.Constant(self.type, [self.rounded(value)] * self.lanes)
+
+    def rounded(self, value: float) -> float:
+        """A constant of the element type; LLVM wants single-precision ones as the doubles that they round to."""
+        return float(np.float32(value)) if self.size == 4 else value
+
+    @property
+    def largest(self) -> float:
+        return float(np.finfo(np.float32 if self.size == 4 else np.float64).max)
+
+    def pointee(self, name: str) -> tuple[ir.Type, int]:
+        """The element type behind a pointer argument, and its bytes."""
+        dtype = self.pointees[name]
+        return ELEMENTS.get(dtype, I8), BYTES[dtype]
+
+    def least(self, a: Value, b: Value) -> Value:
+        """The smaller of two integers."""
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+
+    def splat(self, scalar: Value) -> Value:
+        one = self.builder.insert_element(ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), scalar, ir.Constant(I32, 0))
+        return self.shuffle(one, one, [0] * self.lanes)
+
+    # Memory ---------------------------------------------------------------------------------------------------------
+
+    def at(self, pointer: Value, offset: int | Value) -> Value:
+        """The address `offset` bytes on."""
+        return offset_pointer(self.builder, pointer, self.index(offset))
+
+    def load(self, pointer: Value, offset: int | Value = 0) -> Value:
+        return self.builder.load(self.at(pointer, offset), align=1, typ=self.type)
+
+    def load_scalar(self, pointer: Value, offset: int | Value = 0) -> Value:
+        return self.builder.load(self.at(pointer, offset), align=1, typ=self.element)
+
+    def store(self, value: Value, pointer: Value, offset: int | Value = 0) -> None:
+        # llvmlite still remembers what a pointer points to, and insists on it in stores.
+        self.builder.store(value, self.builder.bitcast(self.at(pointer, offset), value.type.as_pointer()), align=1)
+
+    # Arithmetic -----------------------------------------------------------------------------------------------------
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self.builder.fadd(a, b)
+
+    def sub(self, a: Value, b: Value) -> Value:
+        return self.builder.fsub(a, b)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return self.builder.fmul(a, b)
+
+    def div(self, a: Value, b: Value) -> Value:
+        return self.builder.fdiv(a, b)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
+        return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """The larger of each lane; `b` where either is NaN.  One instruction on x86."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        """The smaller of each lane; `b` where either is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
+
+    def select(self, condition: Value, a: Value, b: Value) -> Value:
+        return self.builder.select(condition, a, b)
+
+    def equal(self, a: Value, b: Value) -> Value:
+        return self.builder.fcmp_ordered("==", a, b)
+
+    def less(self, a: Value, b: Value) -> Value:
+        return self.builder.fcmp_ordered("<", a, b)
+
+    def any(self, condition: Value) -> Value:
+        """One bit: whether any lane of a comparison holds."""
+        packed = self.builder.bitcast(condition, ir.IntType(self.lanes))
+        return self.builder.icmp_unsigned("!=", packed, ir.Constant(packed.type, 0))
+
+    def exp2(self, x: Value) -> Value:
+        """2**x: a polynomial on the fraction, the exponent added as an integer.
+
+        Exactly 0 from the smallest normal number downward (but for a sliver of one octave that may give denormals);
+        NaN stays NaN; x must stay below the largest exponent.
+        """
+        b = self.builder
+        shift, lowest, degree = (23, -127.0, 5) if self.size == 4 else (52, -1023.0, 11)
+        x = self.maximum(self.constant(lowest), x)  # this operand order keeps NaN
+        # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
+        magic = self.constant(1.5 * 2.0**shift)
+        shifted = self.add(x, magic)
+        fraction = self.sub(x, self.sub(shifted, magic))
+        coefficients = exp2_polynomial(degree)
+        power = self.constant(coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            power = self.fma(power, fraction, self.constant(c))
+        exponent = b.shl(b.bitcast(shifted, self.bits), ir.Constant(self.bits, [shift] * self.lanes))
+        return b.bitcast(b.add(b.bitcast(power, self.bits), exponent), self.type)
+
+    # Shuffles -------------------------------------------------------------------------------------------------------
+
+    def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
+
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """`lanes` vectors as the columns of what they were the rows of: swap off-diagonal halves, quarters, ..."""
+        n, rows = self.lanes, list(rows)
+        step = n // 2
+        while step:
+            for i in range(n):
+                if not i & step:
+                    low = [lane if not lane & step else n + lane - step for lane in range(n)]
+                    high = [lane + step if not lane & step else n + lane for lane in range(n)]
+                    rows[i], rows[i + step] = self.shuffle(rows[i], rows[i + step], low), self.shuffle(rows[i], rows[i + step], high)
+            step //= 2
+        return rows
+
+    # Control --------------------------------------------------------------------------------------------------------
+
+    def loop(self, start: int | Value, stop: int | Value, step: int | Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
+        """`for i in range(start, stop, step): carried = body(i, carried)`, with the carried values in registers."""
+        b = self.builder
+        start, stop, step = self.index(start), self.index(stop), self.index(step)
+        before, head = b.block, b.append_basic_block("loop")
+        after = b.append_basic_block("done")
+        b.cbranch(b.icmp_signed("<", start, stop), head, after)
+        b.position_at_end(head)
+        i = b.phi(I64)
+        i.add_incoming(start, before)
+        inside = [b.phi(v.type) for v in carried]
+        for phi, v in zip(inside, carried, strict=True):
+            phi.add_incoming(v, before)
+        results = list(body(i, list(inside)))
+        following = b.add(i, step)
+        i.add_incoming(following, b.block)
+        for phi, v in zip(inside, results, strict=True):
+            phi.add_incoming(v, b.block)
+        last = b.block
+        b.cbranch(b.icmp_signed("<", following, stop), head, after)
+        b.position_at_end(after)
+        outside = [b.phi(v.type) for v in carried]
+        for phi, v, result in zip(outside, carried, results, strict=True):
+            phi.add_incoming(v, before)
+            phi.add_incoming(result, last)
+        return outside
+
+    def each(self, count: Value, body: Callable[[Value], object]) -> None:
+        """`for i in range(count): body(i)`."""
+
+        def step(i: Value, _: list[Value]) -> list[Value]:
+            body(i)
+            return []
+
+        self.loop(0, count, 1, [], step)
+
+    def choose(self, value: Value, cases: dict[int, Callable[[], Value | None]]) -> Value | None:
+        """Run the one of `cases` that an integer names (it must name one), and give what that returns."""
+        b = self.builder
+        end, results = b.append_basic_block("chosen"), []
+        for key, build in cases.items():
+            hit, miss = b.append_basic_block("case"), b.append_basic_block("next")
+            b.cbranch(b.icmp_signed("==", value, self.index(key)), hit, miss)
+            b.position_at_end(hit)
+            results.append((build(), b.block))
+            b.branch(end)
+            b.position_at_end(miss)
+        b.unreachable()
+        b.position_at_end(end)
+        if results[0][0] is None:
+            return None
+        merged = b.phi(results[0][0].type)
+        for result, block in results:
+            merged.add_incoming(result, block)
+        return merged
+
+    def whole_steps(self, start: Value, stop: Value, step: int) -> Value:
+        """The largest start + k * step that is not beyond `stop`."""
+        count = self.builder.sdiv(self.builder.sub(stop, start), self.index(step))
+        return self.add_index(start, self.mul_index(count, step))
+
+    def _call(self, name: str, *args: Value) -> Value:
+        kind = args[0].type
+        suffix = f"v{kind.count}f{8 * self.size}"
+        function_type = ir.FunctionType(kind, [a.type for a in args])
+        function = self.builder.module.globals.get(f"{name}.{suffix}") or ir.Function(self.builder.module, function_type, f"{name}.{suffix}")
+        return self.builder.call(function, args)
+
+
+def emits(build: Callable[..., Value | None], returns: types.Type = types.void) -> Any:
+    """Make `build(vectors, *values)` callable from Numba-compiled code.
+
+    The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.
+    """
+    first, *parameters = inspect.signature(build).parameters.values()
+
+    def typing(context: Any, *args: types.Type) -> Any:
+        args = tuple(types.unliteral(a) for a in args)
+        pointees = {p.name: a.dtype for p, a in zip(parameters, args, strict=True) if isinstance(a, types.CPointer)}
+        dtype = next((d for d in pointees.values() if d in ELEMENTS), types.float32)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+            vectors = Vectors(builder, dtype, target.VECTOR_BYTES // BYTES[dtype])
+            vectors.pointees = pointees
+            result = build(vectors, *values)
+            return context.get_dummy_value() if result is None else result
+
+        return returns(*args), codegen
+
+    typing.__name__ = typing.__qualname__ = build.__name__
+    typing.__doc__ = build.__doc__
+    typing.__signature__ = inspect.Signature([first.replace(name="context"), *parameters])  # type: ignore[attr-defined]
+    return intrinsic(typing)
+
+
+@intrinsic
+def address(context: Any, array: types.Array) -> Any:
+    """Pointer to the first element of an array."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return context.make_array(signature.args[0])(context, builder, values[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def moved(context: Any, pointer: types.CPointer, offset: types.Integer) -> Any:
+    """The pointer `offset` bytes on."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return offset_pointer(builder, *values)
+
+    return pointer(pointer, types.int64), codegen
+
+
+def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.Type], int]) -> Any:
+    """An intrinsic that answers a question about what a pointer points to while compiling."""
+
+    def typing(context: Any, pointer: types.CPointer) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+            return context.get_constant(result, value(pointer.dtype))
+
+        return result(pointer), codegen
+
+    typing.__name__ = name
+    return intrinsic(typing)
+
+
+pointee_bytes = _constant_of_pointee("pointee_bytes", types.int64, lambda dtype: BYTES[dtype])
+points_to_boolean = _constant_of_pointee("points_to_boolean", types.boolean, lambda dtype: dtype == types.boolean)
+
+
+@intrinsic
+def fetch_add(context: Any, counter: types.Array) -> Any:
+    """Add 1 to counter[0] atomically and return what it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(counter), codegen
