@@ -160,25 +160,34 @@ class Vectors:
         packed = self.builder.bitcast(condition, ir.IntType(self.lanes))
         return self.builder.icmp_unsigned("!=", packed, ir.Constant(packed.type, 0))
 
-    def exp2(self, x: Value) -> Value:
-        """2**x: a polynomial on the fraction, the exponent added as an integer.
+    def exp2(self, *xs: Value) -> list[Value]:
+        """2**x of several vectors: a polynomial on the fraction, the exponent added as an integer.
 
         Exactly 0 from the smallest normal number downward (but for a sliver of one octave that may give denormals);
-        NaN stays NaN; x must stay below the largest exponent.
+        NaN stays NaN; x must stay below the largest exponent.  The steps of all vectors are interleaved: one after the
+        other, their long chains of dependent operations fill the processor's scheduler and stall it.
         """
         b = self.builder
         shift, lowest, degree = (23, -127.0, 5) if self.size == 4 else (52, -1023.0, 11)
-        x = self.maximum(self.constant(lowest), x)  # this operand order keeps NaN
         # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
         magic = self.constant(1.5 * 2.0**shift)
-        shifted = self.add(x, magic)
-        fraction = self.sub(x, self.sub(shifted, magic))
-        coefficients = exp2_polynomial(degree)
-        power = self.constant(coefficients[-1])
-        for c in reversed(coefficients[:-1]):
-            power = self.fma(power, fraction, self.constant(c))
-        exponent = b.shl(b.bitcast(shifted, self.bits), ir.Constant(self.bits, [shift] * self.lanes))
-        return b.bitcast(b.add(b.bitcast(power, self.bits), exponent), self.type)
+        clamped = [self.maximum(self.constant(lowest), x) for x in xs]  # this operand order keeps NaN
+        shifted = [self.add(x, magic) for x in clamped]
+        whole = [self.sub(x, magic) for x in shifted]
+        fraction = [self.sub(x, n) for x, n in zip(clamped, whole, strict=True)]
+        square = [self.mul(f, f) for f in fraction]
+        c = [self.constant(x) for x in exp2_polynomial(degree)]
+        # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
+        even, odd = [c[degree - 1]] * len(xs), [c[degree]] * len(xs)
+        for i in range(degree - 2, -1, -2):
+            odd = [self.fma(p, y, c[i]) for p, y in zip(odd, square, strict=True)]
+            even = [self.fma(p, y, c[i - 1]) for p, y in zip(even, square, strict=True)]
+        power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
+        shifts = ir.Constant(self.bits, [shift] * self.lanes)
+        exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
+        return [
+            b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)
+        ]
 
     # Shuffles -------------------------------------------------------------------------------------------------------
 

@@ -128,10 +128,10 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, reference, total, new_t
         p_i = v.at(p, v.mul_index(i, row))
         for w in range(width):
             m, highest, sums = v.load(reference, w * v.bytes), v.load(top, w * v.bytes), v.load(new_total, w * v.bytes)
-            for r in range(height):
-                x = v.sub(acc[r * width + w], m)
+            exponents = [v.sub(acc[r * width + w], m) for r in range(height)]
+            for x in exponents:
                 highest = v.maximum(x, highest)
-                power = v.exp2(x)
+            for r, power in enumerate(v.exp2(*exponents)):
                 v.store(power, p_i, r * row + w * v.bytes)
                 sums = v.add(sums, power)
             v.store(highest, top, w * v.bytes)
@@ -201,7 +201,7 @@ def _raise_reference(v, width, top, reference, total, correction):
         new = v.select(exceeds, highest, old)
         without = v.equal(new, lowest)
         base = v.select(without, v.constant(0.0), new)
-        factor = v.exp2(v.sub(old, base))
+        (factor,) = v.exp2(v.sub(old, base))
         v.store(new, reference, here)
         v.store(base, top, here)
         v.store(factor, correction, here)
@@ -220,14 +220,19 @@ def _exponentiate(v, width, s, n, base, total):
     def vector(here: Value) -> None:
         subtracted = v.load(base, here)
 
-        def key(j: Value, sums: list[Value]) -> list[Value]:
-            at = v.at(v.at(s, v.mul_index(j, row)), here)
-            score = v.load(at)
-            power = v.select(v.equal(score, lowest), masked, v.exp2(v.sub(score, subtracted)))
-            v.store(power, at)
-            return [v.add(sums[0], power)]
+        def keys(j: Value, height: int, sums: list[Value]) -> list[Value]:
+            at = [v.at(v.at(s, v.mul_index(v.add_index(j, r), row)), here) for r in range(height)]
+            loaded = [v.load(x) for x in at]
+            powers = v.exp2(*(v.sub(score, subtracted) for score in loaded))
+            for score, power, to in zip(loaded, powers, at, strict=True):
+                kept = v.select(v.equal(score, lowest), masked, power)
+                v.store(kept, to)
+                sums = [v.add(sums[0], kept)]
+            return sums
 
-        v.store(v.loop(0, n, 1, [v.load(total, here)], key)[0], total, here)
+        whole = v.whole_steps(v.index(0), n, 4)
+        sums = v.loop(0, whole, 4, [v.load(total, here)], lambda j, sums: keys(j, 4, sums))
+        v.store(v.loop(whole, n, 1, sums, lambda j, sums: keys(j, 1, sums))[0], total, here)
 
     for_vectors(v, width, vector)
 

@@ -1,0 +1,30 @@
+"""The contract on the CPU kernels, with the tiles of the plan and with tiles so small that every edge is met."""
+
+from __future__ import annotations
+
+import pytest
+from contract import Contract
+
+from numba_attn.cpu import forward
+from numba_attn.cpu.plan import Plan, plan
+
+
+@pytest.fixture(params=["planned", "7 keys, 1 block", "16 keys, 2 blocks"], scope="class", autouse=True)
+def tiles(request: pytest.FixtureRequest) -> object:
+    """Cut every problem of a test class one way."""
+    if request.param == "planned":
+        yield
+        return
+    keys, blocks = (7, 1) if request.param.startswith("7") else (16, 2)
+
+    def small(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int) -> Plan:
+        cut = plan(heads, Lq, Lk, D, Dv, itemsize)
+        return cut._replace(keys=keys, blocks=blocks, tasks=-(-Lq // (cut.block * blocks)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "plan", small)
+        yield
+
+
+class TestCpu(Contract):
+    backend = "cpu"

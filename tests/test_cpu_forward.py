@@ -1,0 +1,112 @@
+"""What only the CPU kernels promise: the same bits on any threads, work that is skipped, memory that stays small."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from cases import PERF, SMALL
+
+from numba_attn import scaled_dot_product_attention, threads
+from numba_attn.cpu import forward
+from numba_attn.cpu.plan import Plan, plan
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = numba.get_num_threads()
+    yield lambda n: numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["8 x 512, D 64, causal", "12 x 128, D 64", "64 of 12 x 17, D 64"])
+def test_threads_change_no_bit(name: str, two_threads: Any) -> None:
+    case = next(c for c in PERF if c.name == name)
+    results = []
+    for n in (1, 2, 1):
+        two_threads(n)
+        results.append(scaled_dot_product_attention(*case.arrays(), **case.keywords()))
+    assert all(np.array_equal(results[0], r) for r in results[1:])
+
+
+def test_repeats_change_no_bit() -> None:
+    case = next(c for c in PERF if c.name == "8 x 512, D 64")
+    expected = scaled_dot_product_attention(*case.arrays())
+    assert all(np.array_equal(scaled_dot_product_attention(*case.arrays()), expected) for _ in range(20))
+
+
+def test_row_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's bits depend on the keys of a tile at most, never on what else is in its block or task."""
+    case = next(c for c in SMALL if c.name == "large scores")
+    query, key, value = case.arrays()
+    whole = scaled_dot_product_attention(query, key, value, **case.keywords())
+    for i in range(query.shape[2]):
+        assert np.array_equal(
+            scaled_dot_product_attention(query[:, :, i : i + 1], key, value, **case.keywords()), whole[:, :, i : i + 1]
+        )
+    for blocks in (1, 2, 5):
+        monkeypatch.setattr(forward, "plan", lambda *s, n=blocks: (p := plan(*s))._replace(blocks=n, tasks=-(-s[1] // (p.block * n))))
+        assert np.array_equal(scaled_dot_product_attention(query, key, value, **case.keywords()), whole)
+
+
+def test_growing_scores() -> None:
+    """Scores that rise from key to key, so that the reference maximum is raised again and again."""
+    rng = np.random.default_rng(0)
+    query = np.ones((1, 40, 4), np.float32)
+    key = np.repeat(np.linspace(-300, 300, 700, dtype=np.float32)[None, :, None], 4, axis=2)
+    value = rng.standard_normal((1, 700, 5), dtype=np.float32)
+    for order in (slice(None), slice(None, None, -1)):
+        out = scaled_dot_product_attention(query, key[:, order], value[:, order])
+        exact = scaled_dot_product_attention(query, key[:, order], value[:, order], backend="reference")
+        np.testing.assert_allclose(out, exact, atol=1e-4)
+
+
+def test_many_calls_at_once() -> None:
+    """Python threads that call at the same time, the first of them compiling: all get the same bits."""
+    case = next(c for c in PERF if c.name == "8 x 512, D 64")
+    arrays = case.arrays()
+    expected = scaled_dot_product_attention(*arrays)
+    results: list[Any] = [None] * 8
+
+    def call(i: int) -> None:
+        results[i] = [scaled_dot_product_attention(*arrays) for _ in range(5)]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(results))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(np.array_equal(r, expected) for group in results for r in group)
+
+
+def test_caller_keeps_its_thread_mask(two_threads: Any) -> None:
+    two_threads(1)
+    case = next(c for c in PERF if c.name == "8 x 512, D 64")
+    scaled_dot_product_attention(*case.arrays())
+    assert numba.get_num_threads() == threads.count() == 1
+
+
+def test_masked_tiles_are_not_read() -> None:
+    """Keys outside the interval, and tiles that a bool mask empties, are never touched: they may be absurdly many."""
+    few = np.ones((1, 50, 8), np.float32)
+    endless = np.broadcast_to(few[:, :1], (1, 1 << 33, 8))
+    out = scaled_dot_product_attention(few, endless, endless, window=(3, 3), query_offset=1 << 32)
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+    out = scaled_dot_product_attention(few, endless, endless, kv_lengths=9)
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+
+
+def test_plan() -> None:
+    for heads, Lq, Lk, D, itemsize in [(1, 1, 1, 1, 4), (8, 2048, 2048, 64, 4), (768, 17, 17, 64, 4), (1, 64, 64, 4096, 8)]:
+        cut = plan(heads, Lq, Lk, D, D, itemsize)
+        assert isinstance(cut, Plan) and min(cut) >= 1
+        assert cut.tasks * cut.blocks * cut.block >= Lq > (cut.tasks - 1) * cut.blocks * cut.block
+    assert 8 * plan(8, 2048, 2048, 64, 64, 4).tasks >= 32  # enough for cores to finish together
+
+
+def test_memory_does_not_grow_with_the_lengths() -> None:
+    sizes = {forward._memory_size(plan(8, L, L, 64, 64, 4), 64, 64) * 4 for L in (4096, 16384, 1 << 20)}
+    assert len(sizes) == 1 and sizes.pop() < 1 << 20
