@@ -1,0 +1,88 @@
+"""Archives of arrays on disk: read by memory map where the format allows it, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import secrets
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_ENCRYPTED = 0x1
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz archive by name.
+
+    What `numpy.savez` wrote comes as read-only memory maps, of which only what is used is ever read; compressed members
+    are read.  Raises ValueError for anything that is not such an archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not an .npz archive: {error}") from error
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    try:
+        mapped = _mapped(path, archive, info)
+        if mapped is not None:
+            return mapped
+        with archive.open(info) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot read {info.filename}: {error}") from error
+
+
+def _mapped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | None:
+    """A memory map of a member, or None if its bytes in the file are not those of an array."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        return None
+    with archive.open(info) as file:
+        read_header = _HEADER_READERS.get(np.lib.format.read_magic(file))
+        if read_header is None:
+            return None
+        shape, fortran_order, dtype = read_header(file)
+        header_size = file.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0 or dtype.hasobject:
+        return None
+    if info.file_size != header_size + size:
+        raise ValueError(f"{info.file_size - header_size} bytes of data, its header says {size}")
+    # The name and the extra field before the data may be longer or shorter than the central directory's copies.
+    with path.open("rb") as raw:
+        raw.seek(info.header_offset + 26)
+        name_size, extra_size = struct.unpack("<HH", raw.read(4))
+    offset = info.header_offset + 30 + name_size + extra_size + header_size
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends, and is removed if the block raises."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        file = temporary.open("xb")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # named as the user knows it
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,404 @@
+"""The command line, `python -m numba_attn` or `numba-attn`: info, run, bench, warmup.
+
+Nothing but the standard library is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numba_attn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from numba_attn.problem import Problem
+
+Command = Callable[[argparse.Namespace], int]
+
+ARRAYS = ("query", "key", "value", "attn_mask", "kv_lengths", "query_lengths", "query_offset")
+REQUIRED = ARRAYS[:3]
+NO_CACHE = "none: no directory is writable (NUMBA_CACHE_DIR names another), so each process compiles kernels anew"
+
+
+class CommandError(Exception):
+    """Something that the user can put right: one line on stderr, no traceback."""
+
+
+# info -----------------------------------------------------------------------------------------------------------------
+
+# Instruction-set features that decide how fast attention is.
+FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "avx512fp16", "avx512vnni", "amx-bf16", "neon", "bf16", "sve")
+BACKENDS = {
+    "cpu": "numba and llvmlite",
+    "cuda": "an NVIDIA GPU with its driver, and numba-cuda",
+    "reference": "numpy",
+}
+
+
+def _info(options: argparse.Namespace) -> int:
+    info = environment()
+    if options.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in info["versions"].items())
+    lines = {"versions": versions, "platform": info["platform"]}
+    if info["kernels"] is not None:
+        cpu, kernels, threads = info["cpu"], info["kernels"], info["threads"]
+        tiles = ", ".join(f"{rows[0]} x {vectors}" for vectors, rows in kernels["register_tiles"].items())
+        lines["cpu"] = f"{cpu['name']}, as Numba compiles for it: {' '.join(cpu['features']) or 'no vector features'}"
+        lines["kernels"] = f"{kernels['isa']}, {kernels['vector_bytes']}-byte vectors, register tiles {tiles} vectors"
+        lines["threads"] = f"{threads['count']}, threading layer {threads['layer']}"
+        lines["cache"] = info["cache"] or NO_CACHE
+    for name, backend in info["backends"].items():
+        state = "available" if backend["available"] else f"not available: {backend['reason']}; needs {backend['needs']}"
+        lines[f"backend {name}"] = state
+    for name, text in lines.items():
+        print(f"{name:<18}{text}")
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """What decides which code runs here and how fast; what cannot be told without a package that is missing is None."""
+    info: dict[str, Any] = {
+        "versions": {
+            "numba_attn": numba_attn.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("numba", "llvmlite", "numpy")},
+        },
+        "platform": platform.platform(),
+        "cpu": None,
+        "kernels": None,
+        "threads": None,
+        "cache": None,
+        "backends": {name: _availability(name) for name in BACKENDS},
+    }
+    try:
+        from numba_attn import threads
+        from numba_attn.cpu import jit, plan, target
+    except ImportError:
+        return info  # the reason is that of the cpu backend
+    compiled_for = target.FEATURES.split(",")
+    directory = jit.cache_directory()
+    info["cpu"] = {"name": target.NAME, "features": [name for name in FEATURES if f"+{name}" in compiled_for]}
+    info["kernels"] = {
+        "isa": target.ISA,
+        "vector_bytes": target.VECTOR_BYTES,
+        "register_tiles": {str(vectors): list(rows) for vectors, rows in plan.HEIGHTS.items()},
+        "widest": plan.WIDEST,
+    }
+    info["threads"] = {"count": threads.count(), "layer": threads.layer()}
+    info["cache"] = None if directory is None else str(directory)
+    return info
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _availability(backend: str) -> dict[str, Any]:
+    try:
+        from numba_attn import dispatch
+
+        dispatch.forward(backend)
+    except (ImportError, NotImplementedError) as error:
+        return {"available": False, "reason": str(error), "needs": BACKENDS[backend]}
+    return {"available": True}
+
+
+# run ------------------------------------------------------------------------------------------------------------------
+
+PIECE_FLOP = 2e10  # a tenth of a second on a few cores: often enough for a bar, too rare to cost anything
+ROW_UNIT = 384  # a multiple of the query rows that any kernel takes at once, so that pieces leave no remainders
+
+
+def _run(options: argparse.Namespace) -> int:
+    from numpy import savez
+
+    from numba_attn import _npz, dispatch
+    from numba_attn.api import scaled_dot_product_attention
+    from numba_attn.problem import Problem
+
+    try:
+        arrays = _arrays(_npz.load(options.input), options)
+        call = inspect.signature(scaled_dot_product_attention).bind(
+            **arrays,
+            is_causal=options.causal,
+            scale=options.scale,
+            enable_gqa=options.gqa,
+            window=options.window,
+            layout=options.layout,
+            backend=options.backend,
+            return_aux=("lse",) if options.lse else (),
+        )
+        call.apply_defaults()
+        forward = dispatch.forward(call.arguments.pop("backend"))
+        problem = Problem.from_call(**call.arguments)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise CommandError(str(error)) from error
+
+    with _npz.replacing(options.output) as file, _Progress("attention") as progress:
+        # NumPy's products, unlike the kernels, round a row differently with the number of rows beside it.
+        pieces = _pieces(problem, rows=options.backend != "reference") if progress.wanted else iter([problem])
+        flop, done = _flop(problem), 0
+        start = time.perf_counter()
+        for piece in pieces:
+            forward(piece)
+            done += _flop(piece) if progress.wanted else flop
+            progress(done / flop if flop else 1.0)
+        seconds = time.perf_counter() - start
+        results: dict[str, Any] = {"out": problem.result}
+        if problem.aux is not None:
+            results["lse"] = problem.aux.lse
+        savez(file, **results)
+
+    summary = {
+        "input": str(options.input),
+        "output": str(options.output),
+        "backend": options.backend,
+        "dtype": str(problem.result.dtype),
+        "shapes": {name: list(x.shape) for name, x in {**arrays, **results}.items() if hasattr(x, "shape")},
+        "seconds": seconds,
+        "flop": flop,
+        "gflops": flop / seconds / 1e9 if flop else 0.0,
+    }
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        names = " and ".join(f"{name} {x.shape}" for name, x in results.items())
+        print(f"{options.output}: {names}, {summary['dtype']}, {seconds:.3g} s, {summary['gflops']:.3g} GFLOP/s")
+    return 0
+
+
+def _arrays(arrays: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
+    """What the archive and --query-offset give, checked by name."""
+    if missing := [name for name in REQUIRED if name not in arrays]:
+        raise CommandError(f"{options.input} has no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
+    if unknown := [name for name in arrays if name not in ARRAYS]:
+        raise CommandError(f"{options.input}: unknown {', '.join(unknown)}; known are {', '.join(ARRAYS)}")
+    if options.query_offset is None:
+        return dict(arrays)
+    if "query_offset" in arrays:
+        raise CommandError(f"{options.input} has a query_offset: it cannot be combined with --query-offset")
+    return {**arrays, "query_offset": options.query_offset}
+
+
+def _flop(problem: Problem) -> int:
+    """Of the two products, counting the pairs of query and key that causal, window and lengths leave."""
+    Hq, Lq, D = problem.query.shape[-3:]
+    bounds = (problem.intervals.bounds(b, Lq) for b in range(len(problem.intervals.table)))
+    pairs = sum(int((high - low).sum()) for low, high in bounds)
+    return int(2 * Hq * pairs * (D + problem.value.shape[-1]))
+
+
+def _pieces(problem: Problem, rows: bool) -> Iterator[Problem]:
+    """Problems of at most PIECE_FLOP, as far as it can be cut, that write their parts of the results of `problem`.
+
+    It is halved along the first axis that has two units: sequences, key-value heads with the query heads that share
+    them, query heads if they share one, and, if `rows`, blocks of query rows.
+    """
+    Hq, Hkv, rank = problem.query.shape[-3], problem.key.shape[-3], problem.query.ndim
+    units = [1] * (rank - 3) + [Hq // Hkv if Hkv > 1 else 1] + [ROW_UNIT] * rows
+    if _flop(problem) > PIECE_FLOP:
+        for axis, unit in enumerate(units):
+            length = problem.query.shape[axis]
+            middle = (length // unit + 1) // 2 * unit
+            if 0 < middle < length:
+                yield from _pieces(_part(problem, axis, 0, middle), rows)
+                yield from _pieces(_part(problem, axis, middle, length), rows)
+                return
+    yield problem
+
+
+def _part(problem: Problem, axis: int, start: int, stop: int) -> Problem:
+    """The problem of some sequences, query heads or query rows alone; `axis` is one of the query's."""
+    heads = problem.query.ndim - 3
+
+    def part(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
+        return x if x.shape[axis] == 1 else x[(slice(None),) * axis + (slice(start, stop),)]
+
+    key, value, intervals = problem.key, problem.value, problem.intervals
+    if axis < heads:
+        key, value = part(key), part(value)
+        table = part(intervals.table.reshape(*problem.query.shape[:heads], 3))
+        intervals = replace(intervals, table=table.reshape(-1, 3))
+    elif axis == heads:
+        group = problem.query.shape[axis] // key.shape[axis]
+        key, value = (part(x, start // group, stop // group) for x in (key, value))
+    else:
+        table = intervals.table.copy()
+        table[:, 0] += start
+        table[:, 1] = (table[:, 1] - start).clip(0, stop - start)
+        intervals = replace(intervals, table=table)
+    return replace(
+        problem,
+        query=part(problem.query),
+        key=key,
+        value=value,
+        mask=None if problem.mask is None else part(problem.mask),
+        intervals=intervals,
+        out=part(problem.out),
+        lse=None if problem.lse is None else part(problem.lse),
+    )
+
+
+# bench and warmup -----------------------------------------------------------------------------------------------------
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from numba_attn import _bench
+
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--plot needs matplotlib: pip install 'numba_attn[plot]'")
+    cases, rounds = (_bench.QUICK, 3) if options.quick else (_bench.CASES, 7)
+    try:
+        with _Progress("bench") as progress:
+            report = _bench.compare(cases, rounds, progress)
+    except _bench.PeerError as error:
+        raise CommandError(str(error)) from error
+    if options.json:
+        peers = {peer: _version(peer) for peer in report["results"][0]["seconds"]}
+        print(json.dumps({"environment": environment(), "peers": peers, **report}, indent=2))
+    else:
+        print(_bench.table(report))
+        print("\nA short comparison; the full benchmark is perf/run.py in the source repository.")
+    if options.plot:
+        _bench.plot(report, options.plot)
+    return 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    from numba_attn.cpu import forward, jit
+
+    start = time.perf_counter()
+    names = forward.warmup()
+    seconds = time.perf_counter() - start
+    directory = jit.cache_directory()
+    cache = None if directory is None else str(directory)
+    if options.json:
+        print(json.dumps({"kernels": names, "seconds": seconds, "cache": cache}, indent=2))
+    else:
+        print("\n".join(names))
+        print(f"{len(names)} kernels compiled, or found compiled, in {seconds:.1f} s; cache: {cache or NO_CACHE}")
+    return 0
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """A bar on stderr, if that is a terminal, once the work has taken a second."""
+
+    def __init__(self, label: str) -> None:
+        self.wanted = sys.stderr.isatty()
+        self._label = label
+        self._start = time.monotonic()
+        self._width = 0
+
+    def __call__(self, fraction: float) -> None:
+        elapsed = time.monotonic() - self._start
+        if self.wanted and elapsed > 1 and fraction > 0:
+            left = elapsed * (1 - fraction) / fraction
+            line = f"{self._label} [{'#' * round(30 * fraction):<30}] {fraction:4.0%}, {left:.0f} s left"
+            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = max(self._width, len(line))
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._width:
+            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+def _side(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _offset(text: str) -> int | str:
+    return text if text == "bottom_right" else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="numba-attn", description="Attention for NumPy arrays, in Numba.")
+    parser.add_argument("--version", action="version", version=f"numba_attn {numba_attn.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, text: str, more: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}")
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    command("info", _info, "show versions, processor, threads, cache and backends")
+
+    run = command(
+        "run",
+        _run,
+        "compute attention of arrays in a file",
+        f"IN.npz holds {', '.join(REQUIRED)} and optionally {', '.join(ARRAYS[3:])}. What numpy.savez wrote is mapped "
+        "into memory, not read. OUT.npz gets out, and appears only when it is complete.",
+    )
+    run.add_argument("input", type=Path, metavar="IN.npz")
+    run.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.npz")
+    run.add_argument("--causal", action="store_true", help="query row i attends to keys up to i + offset")
+    run.add_argument("--scale", type=float, help="of the scores; default 1 / sqrt(head size)")
+    run.add_argument("--gqa", action="store_true", help="allow more query heads than key-value heads")
+    run.add_argument(
+        "--window", type=_side, nargs=2, metavar=("LEFT", "RIGHT"), help="keys on either side; 'none' is unbounded"
+    )
+    run.add_argument("--query-offset", type=_offset, metavar="N|bottom_right", help="key position of query row 0")
+    run.add_argument("--layout", choices=("BHLD", "BLHD"), default="BHLD", help="heads before or after rows")
+    run.add_argument("--backend", choices=tuple(BACKENDS), default="cpu", help="default cpu")
+    run.add_argument("--lse", action="store_true", help="also write lse, log(sum(exp(scores))) of every row")
+
+    bench = command(
+        "bench",
+        _bench,
+        "compare speed with NumPy, PyTorch and ONNX Runtime, where installed",
+        "Each runs in its own process with its default number of threads, in turns. "
+        "The full benchmark is perf/run.py in the source repository.",
+    )
+    bench.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a bar chart (needs matplotlib)")
+
+    command("warmup", _warmup, "compile every kernel and keep it in the cache")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 2 for bad input or usage, 130 if interrupted."""
+    try:
+        options = _parser().parse_args(argv)
+        status: int = options.run(options)
+        return status
+    except CommandError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except MemoryError as error:
+        message = f"not enough memory: {error}"
+    except KeyboardInterrupt:
+        return 130
+    print("numba-attn: error:", *message.split(), file=sys.stderr)
+    return 2

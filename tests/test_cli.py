@@ -1,0 +1,520 @@
+"""The command line, called in this process on the reference backend wherever the kernels are not what is tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+import numba_attn
+from numba_attn import _bench, _npz, cli
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((2, 4, 5, 8), dtype=np.float32) for name in ("query", "key", "value")}
+
+
+@pytest.fixture
+def archive(tmp_path, arrays):
+    path = tmp_path / "in.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in ("run", *arguments, "--backend", "reference")])
+
+
+def one_error_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("numba-attn: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def on_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+def python(*arguments):
+    """What a new Python process prints."""
+    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+# Archives -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(24.0).reshape(4, 6)),
+        np.arange(5, dtype=">i4"),
+        np.array(7),
+        np.array([True, False]),
+    ],
+    ids=["C", "Fortran", "big-endian", "scalar", "bool"],
+)
+def test_stored_members_are_mapped_read_only(tmp_path, x):
+    np.savez(tmp_path / "a.npz", before=np.ones(3), x=x)
+    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+    assert mapped.dtype == x.dtype and mapped.shape == x.shape
+    assert mapped.flags.f_contiguous == x.flags.f_contiguous
+    np.testing.assert_array_equal(mapped, x)
+
+
+def test_a_local_header_may_differ_from_the_central_directory(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10.0))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        info = zipfile.ZipInfo("x.npy")
+        info.extra = b"\x99\x99\x04\x00abcd"
+        archive.writestr(info, (tmp_path / "x.npy").read_bytes())
+        info.extra = b""
+    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, np.arange(10.0))
+
+
+def test_what_cannot_be_mapped_is_read(tmp_path, arrays):
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    packed = _npz.load(tmp_path / "packed.npz")
+    assert not isinstance(packed["query"], np.memmap)
+    np.testing.assert_array_equal(packed["query"], arrays["query"])
+    np.savez(tmp_path / "empty.npz", x=np.empty((0, 3)))
+    assert _npz.load(tmp_path / "empty.npz")["x"].shape == (0, 3)
+
+
+def test_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{}], object))
+    with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy: Object arrays"):
+        _npz.load(tmp_path / "a.npz")
+
+
+def test_a_header_that_promises_more_than_there_is(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10.0))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="72 bytes of data, its header says 80"):
+        _npz.load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.9])
+def test_a_truncated_archive(archive, keep):
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"is not an \.npz archive"):
+        _npz.load(archive)
+
+
+def test_damaged_compressed_data(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).standard_normal(1000))
+    content = bytearray(path.read_bytes())
+    content[2000:2100] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read x\.npy"):
+        _npz.load(path)
+
+
+# run ------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_is_the_call(tmp_path, arrays, capsys):
+    # In the layout BLHD these are 2 sequences of 5 rows and 5 keys in 4 heads.
+    arrays = {name: x.swapaxes(1, 2) for name, x in arrays.items()}
+    arrays["attn_mask"] = np.random.default_rng(1).random((5, 5)) < 0.8
+    arrays["kv_lengths"] = np.array([5, 3])
+    np.savez(tmp_path / "in.npz", **arrays)
+    options = "--causal --scale 0.3 --window 3 none --query-offset -1 --layout BLHD --lse".split()
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", *options) == 0
+    out, aux = numba_attn.scaled_dot_product_attention(
+        **arrays,
+        is_causal=True,
+        scale=0.3,
+        window=(3, None),
+        query_offset=-1,
+        layout="BLHD",
+        return_aux=("lse",),
+        backend="reference",
+    )
+    with np.load(tmp_path / "out.npz") as written:
+        assert sorted(written) == ["lse", "out"]
+        np.testing.assert_array_equal(written["out"], out)
+        np.testing.assert_array_equal(written["lse"], aux.lse)
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == 1
+
+
+def test_run_grouped_queries_and_bottom_right(tmp_path, arrays):
+    arrays |= {"key": arrays["key"][:, :2], "value": arrays["value"][:, :2], "query": arrays["query"][:, :, :3]}
+    np.savez(tmp_path / "in.npz", **arrays)
+    arguments = ["--gqa", "--causal", "--query-offset", "bottom_right"]
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", *arguments) == 0
+    expected = numba_attn.scaled_dot_product_attention(
+        **arrays, enable_gqa=True, is_causal=True, query_offset="bottom_right", backend="reference"
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["out"], expected)
+
+
+def test_run_json(archive, tmp_path, capsys):
+    assert run(archive, "-o", tmp_path / "out.npz", "--json", "--causal") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["shapes"] == {name: [2, 4, 5, 8] for name in ("query", "key", "value", "out")}
+    assert summary["dtype"] == "float32" and summary["backend"] == "reference"
+    assert summary["flop"] == 2 * 2 * 4 * 15 * 8 * 2  # products, multiply and add, heads, pairs, head size, sequences
+    assert summary["gflops"] == pytest.approx(summary["flop"] / summary["seconds"] / 1e9)
+
+
+def test_run_on_nothing(tmp_path):
+    np.savez(tmp_path / "in.npz", **dict.fromkeys(("query", "key", "value"), np.empty((0, 4, 8), np.float32)))
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", "--json") == 0
+    assert np.load(tmp_path / "out.npz")["out"].shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"value": None}, [], "has no value; it has query, key"),
+        ({"mask": np.ones((5, 5), bool)}, [], "unknown mask"),
+        ({"query_offset": np.array(1)}, ["--query-offset", "1"], "cannot be combined"),
+        ({"query": np.ones((2, 4, 5, 8), np.int32)}, [], "query must be"),
+        ({"key": np.ones((2, 2, 5, 8), np.float32), "value": np.ones((2, 2, 5, 8), np.float32)}, [], "enable_gqa"),
+        ({}, ["--window", "-1", "0"], "window sides"),
+        ({}, ["--scale", "nan"], "scale must be finite"),
+        ({}, ["--scale", "wide"], "--scale"),
+        ({}, ["--window", "1", "all"], "--window"),
+        ({}, ["--query-offset", "top"], "--query-offset"),
+        ({}, ["--layout", "LBHD"], "--layout"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, arrays, capsys, change, arguments, message):
+    changed = {name: x for name, x in {**arrays, **change}.items() if x is not None}
+    np.savez(tmp_path / "in.npz", **changed)
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", *arguments) == 2
+    assert message in one_error_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+
+
+def test_files_that_are_not_there_or_not_archives(tmp_path, archive, capsys):
+    assert run(tmp_path / "none.npz", "-o", tmp_path / "out.npz") == 2
+    assert "none.npz: No such file" in one_error_line(capsys)
+    np.save(tmp_path / "x.npy", np.ones(3))
+    assert run(tmp_path / "x.npy", "-o", tmp_path / "out.npz") == 2
+    assert "is not an .npz archive" in one_error_line(capsys)
+    assert run(archive, "-o", tmp_path / "none" / "out.npz") == 2
+    assert "out.npz: No such file" in one_error_line(capsys)
+    assert run(archive, "-o", tmp_path) == 2
+    assert "Is a directory" in one_error_line(capsys)
+
+
+def test_an_absent_backend_says_so(tmp_path, archive, capsys, monkeypatch):
+    def absent(backend):
+        raise NotImplementedError(f"backend {backend!r} is not for today")
+
+    monkeypatch.setattr("numba_attn.dispatch.forward", absent)
+    assert cli.main(["run", str(archive), "-o", str(tmp_path / "out.npz"), "--backend", "cuda"]) == 2
+    assert "backend 'cuda' is not for today" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate"), KeyboardInterrupt()], ids=["memory", "interrupt"])
+def test_output_is_complete_or_as_it_was(tmp_path, archive, monkeypatch, error):
+    def fail(problem):
+        problem.out[...] = 1
+        raise error
+
+    output = tmp_path / "out.npz"
+    output.write_bytes(b"what was there before")
+    monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: fail)
+    assert run(archive, "-o", output) == (2 if isinstance(error, MemoryError) else 130)
+    assert output.read_bytes() == b"what was there before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_pieces_is_the_run_in_one(tmp_path, archive, monkeypatch, capsys):
+    arguments = [archive, "--causal", "--lse", "--query-offset", "2"]
+    assert run(*arguments, "-o", tmp_path / "one.npz") == 0
+    pieces = []
+    forward = numba_attn.dispatch.forward("reference")
+    monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: lambda x: (pieces.append(x), forward(x)))
+    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    on_terminal(monkeypatch)
+    assert run(*arguments, "-o", tmp_path / "pieces.npz") == 0
+    assert len(pieces) == 8
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "pieces.npz") as several:
+        np.testing.assert_array_equal(several["out"], one["out"])
+        np.testing.assert_array_equal(several["lse"], one["lse"])
+
+
+SPLITS = {
+    "batch axes": ((3, 2, 2), (3, 2, 2), {}),
+    "groups": ((4,), (2,), {"enable_gqa": True}),
+    "shared head": ((6,), (1,), {"enable_gqa": True}),
+    "offsets": ((2, 1), (2, 1), {"query_offset": [3, -4], "window": (4, 1)}),
+    "lengths": ((2, 1), (2, 1), {"query_lengths": [2, 17], "kv_lengths": [20, 9], "query_offset": "bottom_right"}),
+    "one matrix": ((), (), {"is_causal": True}),
+    "rows first": ((2, 2), (2, 2), {"layout": "BLHD", "is_causal": True}),
+}
+
+
+def problem_to_cut(name, dtype="float64"):
+    """The problem, and the same with results of its own."""
+    query_axes, key_axes, options = SPLITS[name]
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal((*axes, length, 8)).astype(dtype) for axes, length in zip(
+        (query_axes, key_axes, key_axes), (18, 21, 21), strict=True)]  # fmt: skip
+    mask = rng.random((*query_axes[:-1], 1, 18, 21)[-len(query_axes) - 2 :]) < 0.9
+    if options.get("layout") == "BLHD":
+        arrays = [x.swapaxes(-3, -2) for x in arrays]
+        mask = mask[..., :1]
+    calls = []
+
+    def record(backend):
+        return calls.append
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numba_attn.dispatch.forward", record)
+        for _ in range(2):
+            result = numba_attn.scaled_dot_product_attention(*arrays, mask, return_aux=("lse",), **options)
+            for x in (result[0], result[1].lse):
+                x.fill(np.nan)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", SPLITS)
+def test_pieces_write_the_results_of_the_whole(name, rows, monkeypatch):
+    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    monkeypatch.setattr(cli, "ROW_UNIT", 4)
+    whole, cut = problem_to_cut(name)
+    forward = numba_attn.dispatch.forward("reference")
+    forward(whole)
+    pieces = list(cli._pieces(cut, rows))
+    assert all(np.shares_memory(piece.out, cut.out) for piece in pieces)
+    assert sum(piece.out.size for piece in pieces) == cut.out.size
+    assert sum(map(cli._flop, pieces)) == cli._flop(whole)
+    assert all(piece.query.shape[-2] <= 4 or cli._flop(piece) <= 1 for piece in pieces) or not rows
+    for piece in pieces:
+        forward(piece)
+    # NumPy's products of fewer rows may differ in the last bit; those of fewer heads do not.
+    compare = np.testing.assert_allclose if rows else np.testing.assert_array_equal
+    compare(cut.result, whole.result)
+    compare(cut.aux.lse, whole.aux.lse)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_pieces_give_the_bits_of_the_whole_in_the_kernels(name, monkeypatch):
+    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    monkeypatch.setattr(cli, "ROW_UNIT", 5)
+    whole, cut = problem_to_cut(name, "float32")
+    forward = numba_attn.dispatch.forward("cpu")
+    forward(whole)
+    for piece in cli._pieces(cut, rows=True):
+        forward(piece)
+    np.testing.assert_array_equal(cut.result, whole.result)
+    np.testing.assert_array_equal(cut.aux.lse, whole.aux.lse)
+
+
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_drawn_on_a_terminal_after_a_second(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    on_terminal(monkeypatch)
+    with cli._Progress("work") as progress:
+        now[0] = 0.5
+        progress(0.25)
+        assert capsys.readouterr().err == ""
+        now[0] = 2.0
+        progress(0.5)
+        assert capsys.readouterr().err == f"\rwork [{'#' * 15:<30}]  50%, 2 s left"
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_progress_is_silent_elsewhere(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    with cli._Progress("work") as progress:
+        now[0] = 2.0
+        progress(0.5)
+    assert capsys.readouterr().err == ""
+
+
+# bench ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_bench(monkeypatch):
+    """Peers in this process, with small cases and without kernels."""
+    monkeypatch.setattr(_bench, "CASES", (_bench.Case(2, 6, 4), _bench.Case(2, 6, 4, True)))
+    monkeypatch.setattr(_bench, "QUICK", _bench.CASES[:1])
+    monkeypatch.setattr(_bench, "TURN", 1e-6)
+    monkeypatch.setattr(_bench, "PAUSE", 0)
+    monkeypatch.setattr(_bench, "Worker", _bench.Session)
+    monkeypatch.setattr(_bench, "_NEEDS", {"torch": ("no_such_module",), "onnxruntime": ("no_such_module",)})
+
+    def reference(query, key, value, causal):
+        return lambda: numba_attn.scaled_dot_product_attention(query, key, value, is_causal=causal, backend="reference")
+
+    monkeypatch.setitem(_bench.PEERS, "numba_attn", reference)
+
+
+def test_bench_table(small_bench, capsys):
+    assert cli.main(["bench"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[2].split() == ["heads", "x", "length", "x", "size", "numba_attn", "numpy", "/numpy"]
+    assert lines[3].startswith("2 x 6 x 4 ") and lines[4].startswith("2 x 6 x 4 causal")
+    assert "perf/run.py" in out
+
+
+def test_bench_json(small_bench, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "environment", lambda: {"versions": {}})
+    assert cli.main(["bench", "--quick", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (result,) = report["results"]
+    assert result["flop"] == 4 * 2 * 36 * 4 and report["left_out"] == {}
+    seconds = result["seconds"]
+    assert result["speedup_over"]["numpy"] == pytest.approx(seconds["numpy"] / seconds["numba_attn"])
+    assert result["gflops"]["numpy"] == pytest.approx(result["flop"] / seconds["numpy"] / 1e9)
+
+
+def test_bench_leaves_out_who_is_wrong_or_fails(small_bench, capsys, monkeypatch):
+    def wrong(query, key, value, causal):
+        return lambda: np.zeros_like(query)
+
+    class Refusing(_bench.Session):
+        def prepare(self, case):
+            if self._peer == "onnxruntime":
+                raise _bench.PeerError("it will not")
+            return super().prepare(case)
+
+    monkeypatch.setattr(_bench, "Worker", Refusing)
+    monkeypatch.setattr(_bench, "_NEEDS", {})
+    monkeypatch.setitem(_bench.PEERS, "torch", wrong)
+    assert cli.main(["bench"]) == 0
+    out = capsys.readouterr().out
+    assert "torch left out: its result for 2 x 6 x 4 is not NumPy's" in out
+    assert "onnxruntime left out: it will not" in out
+    monkeypatch.setitem(_bench.PEERS, "numba_attn", wrong)
+    assert cli.main(["bench"]) == 2
+    assert "numba_attn: its result for" in one_error_line(capsys)
+
+
+def test_bench_worker_is_a_process(monkeypatch):
+    case = _bench.Case(2, 6, 4, True)
+    worker = _bench.Worker("numpy")
+    try:
+        out = worker.prepare(case)
+        assert worker.time() > 0
+        with pytest.raises(_bench.PeerError, match="TypeError"):
+            worker._ask("time", "not an argument of it")
+        worker._process.kill()
+        with pytest.raises(_bench.PeerError, match="its process ended with exit code"):
+            worker.time()
+    finally:
+        worker.close()
+    np.testing.assert_array_equal(out, _bench.Session("numpy").prepare(case))
+
+
+@pytest.mark.parametrize("peer", ["torch", "onnxruntime"])
+def test_bench_peers_compute_attention(peer, monkeypatch):
+    for module in _bench._NEEDS[peer]:
+        pytest.importorskip(module)
+    for causal in (False, True):
+        query, key, value = np.random.default_rng(0).standard_normal((3, 2, 6, 8), dtype=np.float32)
+        expected = _bench.PEERS["numpy"](query, key, value, causal)()
+        np.testing.assert_allclose(_bench.PEERS[peer](query, key, value, causal)(), expected, rtol=0, atol=1e-5)
+
+
+def test_bench_plot(small_bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "--plot", str(tmp_path / "chart.png")]) == 0
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_plot_without_matplotlib(small_bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--plot", str(tmp_path / "chart.png")]) == 2
+    assert "--plot needs matplotlib" in one_error_line(capsys)
+
+
+# info and warmup ------------------------------------------------------------------------------------------------------
+
+
+def test_info_json_in_a_process():
+    info = json.loads(python("-m", "numba_attn", "info", "--json"))
+    assert info["versions"]["numba_attn"] == numba_attn.__version__
+    assert info["versions"]["numpy"] == np.__version__
+    assert info["kernels"]["vector_bytes"] in (16, 32, 64) and info["kernels"]["register_tiles"]
+    assert info["threads"]["count"] >= 1
+    assert set(info["backends"]) == {"cpu", "cuda", "reference"}
+    assert info["backends"]["cpu"]["available"] and info["backends"]["reference"]["available"]
+    absent = [backend for backend in info["backends"].values() if not backend["available"]]
+    assert all(backend["reason"] and backend["needs"] for backend in absent)
+
+
+def test_info_text(capsys, monkeypatch):
+    from numba_attn.cpu import jit
+
+    monkeypatch.setattr(jit, "cache_directory", lambda: None)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "NUMBA_CACHE_DIR" in out and "threading layer" in out and "register tiles" in out
+    assert "backend cpu       available" in out
+
+
+def test_info_without_numba():
+    code = "import sys; sys.modules['numba'] = None; from numba_attn.cli import main; main(['info', '--json'])"
+    info = json.loads(python("-c", code))
+    assert info["kernels"] is None
+    assert not info["backends"]["cpu"]["available"] and "numba" in info["backends"]["cpu"]["reason"]
+    assert info["backends"]["reference"]["available"]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_warmup(tmp_path, capsys, monkeypatch, writable):
+    from numba_attn.cpu import forward, jit
+
+    monkeypatch.setattr(forward, "warmup", lambda: ["first kernel", "second kernel"])
+    monkeypatch.setattr(jit, "cache_directory", lambda: tmp_path if writable else None)
+    assert cli.main(["warmup"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("first kernel\nsecond kernel\n2 kernels")
+    assert (str(tmp_path) if writable else "NUMBA_CACHE_DIR") in out
+    assert cli.main(["warmup", "--json"]) == 0
+    warmed = json.loads(capsys.readouterr().out)
+    assert warmed["kernels"] == ["first kernel", "second kernel"] and warmed["seconds"] >= 0
+    assert warmed["cache"] == (str(tmp_path) if writable else None)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys):
+    for arguments in (["--version"], ["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 0
+    assert numba_attn.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["info", "--fast"]], ids=" ".join)
+def test_usage_errors_are_one_line(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "--help" in one_error_line(capsys)
+
+
+def test_importing_the_command_line_is_cheap():
+    code = "import sys, numba_attn.cli; print({'numpy', 'numba'} & set(sys.modules))"
+    assert python("-c", code).strip() == "set()"
