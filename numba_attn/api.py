@@ -39,8 +39,8 @@ def scaled_dot_product_attention(
 ) -> np.ndarray | tuple[np.ndarray, Aux]:
     """Scaled dot-product attention, softmax(scale * Q K^T + mask) V, without ever forming the matrix of scores.
 
-    The first eight parameters are PyTorch's, in name, order, default and meaning.  Shape letters: B batch (any number of
-    axes, none included), Hq and Hkv query and key-value heads, Lq and Lk lengths, D head size, Dv value head size.
+    The first eight parameters are PyTorch's, in name, order, default and meaning.  Shape letters: B batch (any number
+    of axes, none included), Hq and Hkv query and key-value heads, Lq and Lk lengths, D head size, Dv value head size.
 
     Parameters
     ----------

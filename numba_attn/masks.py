@@ -1,6 +1,7 @@
 """Masks that are an interval of keys for every query row: causal, window, offsets, lengths.
 
-Whatever has that form is reduced to `KeyIntervals`, which kernels turn into loop bounds: keys outside are never visited.
+Whatever has that form is reduced to `KeyIntervals`, which kernels turn into loop bounds: keys outside are never
+visited.
 """
 
 from __future__ import annotations

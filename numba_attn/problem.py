@@ -95,7 +95,9 @@ class Problem:
         result = np.empty(return_shape, query.dtype) if out is None else _check_out(out, return_shape, query.dtype)
 
         mask = None if attn_mask is None else _mask(attn_mask, (*q.shape[:-1], Lk), query.ndim)
-        intervals = _intervals(batch, Lq, Lk, query_offset, _flag("is_causal", is_causal), window, query_lengths, kv_lengths)
+        intervals = _intervals(
+            batch, Lq, Lk, query_offset, _flag("is_causal", is_causal), window, query_lengths, kv_lengths
+        )
         scale = _scale(scale, q.shape[-1])
         if out is not None:
             for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
@@ -199,7 +201,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=1_000_000)
+        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -287,7 +289,14 @@ def _scale(scale: Any, D: int) -> float:
 
 
 def _intervals(
-    batch: tuple[int, ...], Lq: int, Lk: int, query_offset: Any, is_causal: bool, window: Any, query_lengths: Any, kv_lengths: Any
+    batch: tuple[int, ...],
+    Lq: int,
+    Lk: int,
+    query_offset: Any,
+    is_causal: bool,
+    window: Any,
+    query_lengths: Any,
+    kv_lengths: Any,
 ) -> KeyIntervals:
     table = np.empty((math.prod(batch), 3), np.int64)
     table[:, 1] = Lq if query_lengths is None else _lengths("query_lengths", query_lengths, batch, Lq)

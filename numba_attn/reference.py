@@ -81,7 +81,7 @@ def attend(
 
 
 def _weighted_sum(weight: np.ndarray, attended: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """weight @ value, in which a value that is not finite reaches only the rows that attend to it."""
+    """Weight @ value, in which a value that is not finite reaches only the rows that attend to it."""
     finite = np.isfinite(value).all(axis=1)
     out = weight[:, finite] @ value[finite]
     for j in np.flatnonzero(~finite):

@@ -97,7 +97,9 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], np.ndarray]] = {
     "additive": lambda c, rng: rng.standard_normal((c.Lq, c.Lk)).astype(c.dtype),
     "additive zeros": lambda c, rng: np.zeros((c.Lq, c.Lk), c.dtype),
     "additive with -inf": lambda c, rng: np.where(rng.random((c.Lq, c.Lk)) < 0.5, -np.inf, 1.5).astype(c.dtype),
-    "additive lowest": lambda c, rng: np.where(rng.random((c.Lq, c.Lk)) < 0.5, np.finfo(c.dtype).min, 0).astype(c.dtype),
+    "additive lowest": lambda c, rng: np.where(rng.random((c.Lq, c.Lk)) < 0.5, np.finfo(c.dtype).min, 0).astype(
+        c.dtype
+    ),
     "additive (B,1,1,Lk)": lambda c, rng: np.where(_padding(c), 0, -np.inf).astype(c.dtype),
     "additive (Hq,Lq,Lk)": lambda c, rng: rng.standard_normal((c.Hq, c.Lq, c.Lk)).astype(c.dtype),
     "additive (B,1,Lq,1)": lambda c, rng: rng.standard_normal((c.B, 1, c.Lq, 1)).astype(c.dtype),
@@ -185,12 +187,22 @@ SMALL = [
     _small("window beyond the keys", 2, 60, 20, 16, options={"window": (5, 5), "query_offset": 30}),
     _small("lengths", 2, 40, 60, 16, B=4, options={"kv_lengths": [60, 1, 0, 33], "query_lengths": [40, 0, 7, 25]}),
     _small("lengths, causal", 2, 40, 60, 16, B=2, options={**CAUSAL, "kv_lengths": [13, 50], "query_lengths": 30}),
-    _small("lengths, bottom right", 2, 40, 60, 8, B=2, options={**CAUSAL, "kv_lengths": [13, 50], "query_offset": "bottom_right"}),
+    _small(
+        "lengths, bottom right",
+        2,
+        40,
+        60,
+        8,
+        B=2,
+        options={**CAUSAL, "kv_lengths": [13, 50], "query_offset": "bottom_right"},
+    ),
     *(_small(f"mask {name}", 2, 61, 75, 16, B=2, mask=name) for name in MASKS),
     _small("mask of float64 problem", 2, 30, 45, 16, mask="additive", dtype="float64"),
     _small("bool mask of float64 problem", 2, 30, 45, 16, mask="bool", dtype="float64"),
     _small("float32 mask of float64 problem", 2, 30, 45, 16, mask="additive float32", dtype="float64"),
     _small("mask, causal, window", 2, 80, 80, 16, mask="bool", options={**CAUSAL, "window": (30, None)}),
-    _small("additive, causal, lengths", 2, 50, 80, 16, B=2, mask="additive", options={**CAUSAL, "kv_lengths": [80, 20]}),
+    _small(
+        "additive, causal, lengths", 2, 50, 80, 16, B=2, mask="additive", options={**CAUSAL, "kv_lengths": [80, 20]}
+    ),
     _small("additive -inf, groups", 4, 50, 80, 16, Hkv=2, mask="additive with -inf"),
 ]

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import SMALL, Case
-from tolerances import assert_accurate
+from tolerances import DEFAULTS, assert_accurate
 
 from numba_attn import scaled_dot_product_attention
 from numba_attn.masks import KeyIntervals
 from numba_attn.problem import Problem
-from tolerances import DEFAULTS
 
 ALL = pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 SOME = pytest.mark.parametrize(
     "case",
-    [c for c in SMALL if c.name in {"plain", "odd sizes", "causal, offsets", "lengths", "mask bool", "additive -inf, groups"}],
+    [
+        c
+        for c in SMALL
+        if c.name in {"plain", "odd sizes", "causal, offsets", "lengths", "mask bool", "additive -inf, groups"}
+    ],
     ids=lambda c: c.name,
 )
 

@@ -132,7 +132,8 @@ def test_run_is_the_call(tmp_path, arrays, capsys):
     arrays["attn_mask"] = np.random.default_rng(1).random((5, 5)) < 0.8
     arrays["kv_lengths"] = np.array([5, 3])
     np.savez(tmp_path / "in.npz", **arrays)
-    options = "--causal --scale 0.3 --window 3 none --query-offset -1 --layout BLHD --lse".split()
+    options = ["--causal", "--scale", "0.3", "--window", "3", "none", "--query-offset", "-1", "--layout", "BLHD"]
+    options.append("--lse")
     assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", *options) == 0
     out, aux = numba_attn.scaled_dot_product_attention(
         **arrays,

@@ -48,7 +48,9 @@ def test_row_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             scaled_dot_product_attention(query[:, :, i : i + 1], key, value, **case.keywords()), whole[:, :, i : i + 1]
         )
     for blocks in (1, 2, 5):
-        monkeypatch.setattr(forward, "plan", lambda *s, n=blocks: (p := plan(*s))._replace(blocks=n, tasks=-(-s[1] // (p.block * n))))
+        monkeypatch.setattr(
+            forward, "plan", lambda *s, n=blocks: (p := plan(*s))._replace(blocks=n, tasks=-(-s[1] // (p.block * n)))
+        )
         assert np.array_equal(scaled_dot_product_attention(query, key, value, **case.keywords()), whole)
 
 
@@ -100,7 +102,12 @@ def test_masked_tiles_are_not_read() -> None:
 
 
 def test_plan() -> None:
-    for heads, Lq, Lk, D, itemsize in [(1, 1, 1, 1, 4), (8, 2048, 2048, 64, 4), (768, 17, 17, 64, 4), (1, 64, 64, 4096, 8)]:
+    for heads, Lq, Lk, D, itemsize in [
+        (1, 1, 1, 1, 4),
+        (8, 2048, 2048, 64, 4),
+        (768, 17, 17, 64, 4),
+        (1, 64, 64, 4096, 8),
+    ]:
         cut = plan(heads, Lq, Lk, D, D, itemsize)
         assert isinstance(cut, Plan) and min(cut) >= 1
         assert cut.tasks * cut.blocks * cut.block >= Lq > (cut.tasks - 1) * cut.blocks * cut.block

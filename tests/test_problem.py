@@ -14,6 +14,8 @@ Q = np.zeros((2, 4, 5, 8), np.float32)
 K = np.zeros((2, 4, 7, 8), np.float32)
 BUFFER = np.zeros((2, 4, 5, 16), np.float32)
 
+SELF_OVERLAPPING = np.lib.stride_tricks.as_strided(Q, Q.shape, (0, 0, 0, 4))
+
 WRONG: list[tuple[str, tuple[Any, Any, Any], dict[str, Any], type[Exception], str]] = [
     ("list", ([[1.0]], K, K), {}, TypeError, "query must be a NumPy array, got list"),
     ("None", (Q, None, K), {}, TypeError, "key must be a NumPy array, got NoneType"),
@@ -42,15 +44,15 @@ WRONG: list[tuple[str, tuple[Any, Any, Any], dict[str, Any], type[Exception], st
     ("mask shape", (Q, K, K), {"attn_mask": np.ones((5, 6), bool)}, ValueError, "\\(5, 6\\) does not broadcast to"),
     ("mask rank", (Q, K, K), {"attn_mask": np.ones((1,) * 5, bool)}, ValueError, "does not broadcast to"),
     ("mask empty axis", (Q, K, K), {"attn_mask": np.ones((0, 7), bool)}, ValueError, "does not broadcast to"),
-    ("kv_lengths too long", (Q, K, K), {"kv_lengths": [7, 8]}, ValueError, "kv_lengths must be between 0 and 7, got 8"),
-    ("kv_lengths negative", (Q, K, K), {"kv_lengths": -1}, ValueError, "kv_lengths must be between 0 and 7, got -1"),
-    ("kv_lengths shape", (Q, K, K), {"kv_lengths": [7, 7, 7]}, ValueError, "kv_lengths must be an integer or have shape"),
+    ("kv_lengths too long", (Q, K, K), {"kv_lengths": [7, 8]}, ValueError, "between 0 and 7, got 8"),
+    ("kv_lengths negative", (Q, K, K), {"kv_lengths": -1}, ValueError, "between 0 and 7, got -1"),
+    ("kv_lengths shape", (Q, K, K), {"kv_lengths": [7, 7, 7]}, ValueError, "must be an integer or have shape"),
     ("kv_lengths floats", (Q, K, K), {"kv_lengths": [7.0, 7.0]}, TypeError, "kv_lengths must be integers"),
-    ("query_lengths too long", (Q, K, K), {"query_lengths": [6, 1]}, ValueError, "query_lengths must be between 0 and 5"),
+    ("query_lengths too long", (Q, K, K), {"query_lengths": [6, 1]}, ValueError, "must be between 0 and 5"),
     ("query_lengths bool", (Q, K, K), {"query_lengths": True}, TypeError, "query_lengths must be integers"),
     ("offset word", (Q, K, K), {"query_offset": "top"}, ValueError, "bottom_right"),
     ("offset float", (Q, K, K), {"query_offset": 1.5}, TypeError, "query_offset must be integers"),
-    ("offset shape", (Q, K, K), {"query_offset": np.zeros((3,), int)}, ValueError, "query_offset must be an integer or"),
+    ("offset shape", (Q, K, K), {"query_offset": np.zeros((3,), int)}, ValueError, "must be an integer or"),
     ("offset huge", (Q, K, K), {"query_offset": 1 << 60}, ValueError, "query_offset must be between"),
     ("window number", (Q, K, K), {"window": 5}, TypeError, "window must be a pair"),
     ("window triple", (Q, K, K), {"window": (1, 2, 3)}, TypeError, "window must be a pair"),
@@ -73,7 +75,7 @@ WRONG: list[tuple[str, tuple[Any, Any, Any], dict[str, Any], type[Exception], st
     ("out dtype", (Q, K, K), {"out": np.empty(Q.shape)}, TypeError, "out must be float32, as query is, got float64"),
     ("out shape", (Q, K, K), {"out": np.empty((2, 4, 5, 7), "f4")}, ValueError, "out must have shape"),
     ("out byte order", (Q, K, K), {"out": np.empty(Q.shape, ">f4")}, TypeError, "out must be float32"),
-    ("out overlaps itself", (Q, K, K), {"out": np.lib.stride_tricks.as_strided(Q, Q.shape, (0, 0, 0, 4))}, ValueError, "overlap itself"),
+    ("out overlaps itself", (Q, K, K), {"out": SELF_OVERLAPPING}, ValueError, "overlap itself"),
     ("out is query", (Q, K, K), {"out": Q}, ValueError, "out must not share memory with query"),
     ("out overlaps", (BUFFER[..., :8], K, K), {"out": BUFFER[..., 4:12]}, ValueError, "share memory with query"),
 ]  # fmt: skip

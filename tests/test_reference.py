@@ -27,7 +27,9 @@ def test_causal_by_hand() -> None:
     zeros = np.zeros((4, 2))
     out = scaled_dot_product_attention(zeros, zeros, value, is_causal=True, backend="reference")
     np.testing.assert_allclose(out[:, 0], [0, 0.5, 1, 1.5])
-    out = scaled_dot_product_attention(zeros[:2], zeros, value, is_causal=True, query_offset="bottom_right", backend="reference")
+    out = scaled_dot_product_attention(
+        zeros[:2], zeros, value, is_causal=True, query_offset="bottom_right", backend="reference"
+    )
     np.testing.assert_allclose(out[:, 0], [1, 1.5])
     out = scaled_dot_product_attention(zeros, zeros, value, window=(1, 0), backend="reference")
     np.testing.assert_allclose(out[:, 0], [0, 0.5, 1.5, 2.5])

@@ -63,4 +63,6 @@ def assert_accurate(
         rough_error = float(np.nanmax(np.abs(rough[finite] - truth[finite])))
         allowed = 2 * rough_error + floor
         assert error <= allowed, f"{name}: error {error:.2e}, plain NumPy in {query.dtype} {rough_error:.2e}"
-        assert error <= max(CAPS[query.dtype] * scale, allowed * (rough_error > CAPS[query.dtype])), f"{name}: {error:.2e}"
+        assert error <= max(CAPS[query.dtype] * scale, allowed * (rough_error > CAPS[query.dtype])), (
+            f"{name}: {error:.2e}"
+        )

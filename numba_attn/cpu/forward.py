@@ -15,7 +15,6 @@ import functools
 import math
 import threading
 from collections import namedtuple
-from typing import Any
 
 import numpy as np
 from numba import prange, types
@@ -122,7 +121,9 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
         q_rows = moved(q.data, row * q.row)
         tiles.pack_queries(width, q_rows, q.row, q.step, rows, D, scale, element(memory, state))
         tiles.fill(element(memory, state + D * block), 0, memory.itemsize, 1, (Dv + 2) * block, nothing)
-        tiles.fill(element(memory, state + (D + Dv) * block), 0, memory.itemsize, 1, block, memory.dtype.type(-math.inf))
+        tiles.fill(
+            element(memory, state + (D + Dv) * block), 0, memory.itemsize, 1, block, memory.dtype.type(-math.inf)
+        )
 
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
@@ -162,9 +163,7 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
 
             done = False
             if kept == FULL and ready >> i & 1:
-                done = tiles.probabilities(
-                    width, k_tile, k.row, k.step, n, D, qt, reference, total, sums, top, scores
-                )
+                done = tiles.probabilities(width, k_tile, k.row, k.step, n, D, qt, reference, total, sums, top, scores)
             if not done:
                 tiles.scores(width, k_tile, k.row, k.step, n, D, qt, added, added_row, scores, top)
                 changes = tiles.raise_reference(width, top, reference, total, correction)
@@ -210,7 +209,9 @@ def matrix(array, b_offset, h):
 
 
 @kernel
-def work(memory, next_task, q, k, v, mask, out, lse, offsets, intervals, left, right, scale, keys, block, blocks, lanes):
+def work(
+    memory, next_task, q, k, v, mask, out, lse, offsets, intervals, left, right, scale, keys, block, blocks, lanes
+):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do.
 
     Arrays are (heads, rows, columns) of the first sequence; offsets (B, 5) is where in q, k, v, mask and out the others
@@ -242,7 +243,22 @@ def work(memory, next_task, q, k, v, mask, out, lse, offsets, intervals, left, r
         careful = False
         while valid > first:
             attend(
-                q_head, k_head, v_head, m_head, masked, position, first, valid, D, Dv, scale, keys, block, lanes, memory, careful
+                q_head,
+                k_head,
+                v_head,
+                m_head,
+                masked,
+                position,
+                first,
+                valid,
+                D,
+                Dv,
+                scale,
+                keys,
+                block,
+                lanes,
+                memory,
+                careful,
             )
             finite = finish(out_head, lse_head, first, valid, D, Dv, keys, block, lanes, memory)
             if finite or careful:
@@ -268,7 +284,24 @@ def work_together(
     """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
         work_through_pointer(
-            code, memory[worker], next_task, q, k, v, mask, out, lse, offsets, intervals, left, right, scale, keys, block, blocks, lanes
+            code,
+            memory[worker],
+            next_task,
+            q,
+            k,
+            v,
+            mask,
+            out,
+            lse,
+            offsets,
+            intervals,
+            left,
+            right,
+            scale,
+            keys,
+            block,
+            blocks,
+            lanes,
         )
 
 

@@ -1,8 +1,8 @@
 """The one place with Numba options and the policy of the on-disk cache.
 
-`device` compiles a function into the kernels that call it; `kernel` makes an entry point that Python calls.  Both state
-every option that Numba would otherwise take over from a caller: no fast-math (it would assume away -inf and NaN), NumPy's
-division (an exception inside a parallel region is lost), and no GIL.
+`device` compiles a function into the kernels that call it; `kernel` makes an entry point that Python calls.  Both
+state every option that Numba would otherwise take over from a caller: no fast-math (it would assume away -inf and NaN),
+NumPy's division (an exception inside a parallel region is lost), and no GIL.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def through_pointer(function: Callable[..., Any]) -> Any:
 
     So a parallel kernel holds no second copy of the machine code, nor the time that it takes to compile it.
     """
+
     def typing(context: Any, code: types.Array, *args: types.Type) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
             (code, *values), kinds = values, signature.args[1:]
@@ -98,7 +99,8 @@ def through_pointer(function: Callable[..., Any]) -> Any:
 @functools.cache
 def cache_directory() -> Path | None:
     """Where compiled kernels are kept: the first writable of `NUMBA_CACHE_DIR`, the package's own `__pycache__` and the
-    user's cache directory; None if none is."""
+    user's cache directory; None if none is.
+    """
     package = Path(__file__).parent
     candidates = [package / "__pycache__", _user_cache() / "numba_attn"]
     if os.environ.get("NUMBA_CACHE_DIR"):
@@ -155,4 +157,4 @@ class _Locator:
 
 class _PackageCache(FunctionCache):
     class _impl_class(FunctionCache._impl_class):  # type: ignore[name-defined, misc]
-        _locator_classes = [_Locator]
+        _locator_classes = (_Locator,)

@@ -37,7 +37,7 @@ def plan(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int) -> Plan:
     """Cut `heads` (B x Hq) problems of Lq x Lk into tasks.
 
     The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
-    blocks in the second.  There are some 64 tasks or more wherever the problem allows it, so that cores finish together.
+    blocks in the second.  There are some 64 tasks or more wherever the problem allows it: cores finish together then.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
     keys = _within(16 * 1024 // (block * itemsize), 48, 192) // 48 * 48

@@ -1,8 +1,9 @@
 """A vector vocabulary on LLVM IR, in which the register tiles of `tiles.py` read like the mathematics.
 
 `Vectors` appends operations on vectors of one element type and one width to an IR builder.  `emits` turns a function
-that uses it into something that Numba-compiled code can call.  Only generic vector IR is emitted (arithmetic, `llvm.fma`,
-shuffles, selects): LLVM legalises it for any processor, and a wide vector is still right, if slow, on a narrow one.
+that uses it into something that Numba-compiled code can call.  Only generic vector IR is emitted (arithmetic,
+`llvm.fma`, shuffles, selects): LLVM legalises it for any processor, and a wide vector is still right, if slow, on a
+narrow one.
 
 Addresses are typed pointers (`address`), moved by byte offsets with GEP, never through integers: strides of any sign or
 size, unaligned ones included, cost nothing, and LLVM keeps track of what a pointer points into.
@@ -101,7 +102,9 @@ class Vectors:
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
     def splat(self, scalar: Value) -> Value:
-        one = self.builder.insert_element(ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), scalar, ir.Constant(I32, 0))
+        one = self.builder.insert_element(
+            ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), scalar, ir.Constant(I32, 0)
+        )
         return self.shuffle(one, one, [0] * self.lanes)
 
     # Memory ---------------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ class Vectors:
         return self.builder.fdiv(a, b)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
+        """A * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
         return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
 
     def maximum(self, a: Value, b: Value) -> Value:
@@ -185,9 +188,7 @@ class Vectors:
         power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
         shifts = ir.Constant(self.bits, [shift] * self.lanes)
         exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
-        return [
-            b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)
-        ]
+        return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)]
 
     # Shuffles -------------------------------------------------------------------------------------------------------
 
@@ -203,13 +204,23 @@ class Vectors:
                 if not i & step:
                     low = [lane if not lane & step else n + lane - step for lane in range(n)]
                     high = [lane + step if not lane & step else n + lane for lane in range(n)]
-                    rows[i], rows[i + step] = self.shuffle(rows[i], rows[i + step], low), self.shuffle(rows[i], rows[i + step], high)
+                    rows[i], rows[i + step] = (
+                        self.shuffle(rows[i], rows[i + step], low),
+                        self.shuffle(rows[i], rows[i + step], high),
+                    )
             step //= 2
         return rows
 
     # Control --------------------------------------------------------------------------------------------------------
 
-    def loop(self, start: int | Value, stop: int | Value, step: int | Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
+    def loop(
+        self,
+        start: int | Value,
+        stop: int | Value,
+        step: int | Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], Sequence[Value]],
+    ) -> list[Value]:
         """`for i in range(start, stop, step): carried = body(i, carried)`, with the carried values in registers."""
         b = self.builder
         start, stop, step = self.index(start), self.index(stop), self.index(step)
@@ -274,7 +285,9 @@ class Vectors:
         kind = args[0].type
         suffix = f"v{kind.count}f{8 * self.size}"
         function_type = ir.FunctionType(kind, [a.type for a in args])
-        function = self.builder.module.globals.get(f"{name}.{suffix}") or ir.Function(self.builder.module, function_type, f"{name}.{suffix}")
+        function = self.builder.module.globals.get(f"{name}.{suffix}") or ir.Function(
+            self.builder.module, function_type, f"{name}.{suffix}"
+        )
         return self.builder.call(function, args)
 
 

@@ -89,7 +89,7 @@ def product(
 
 
 def _scores(v, width, k, k_row, k_step, n, D, qt, bias, bias_row, s, top):
-    """s = k.qt + bias, and top = the largest score of each query.  A bias of -inf masks, whatever the product is."""
+    """S = k.qt + bias, and top = the largest score of each query.  A bias of -inf masks, whatever the product is."""
     row = width * v.bytes
     lowest = v.constant(-INFINITY)
     for w in range(width):
@@ -112,7 +112,7 @@ def _scores(v, width, k, k_row, k_step, n, D, qt, bias, bias_row, s, top):
 
 
 def _probabilities(v, width, k, k_row, k_step, n, D, qt, reference, total, new_total, top, p):
-    """p = exp2(k.qt - reference) and total += its column sums, without the scores ever being stored.
+    """P = exp2(k.qt - reference) and total += its column sums, without the scores ever being stored.
 
     Returns whether no score exceeded the reference by more than the headroom; else total is as it was, and the tile is
     to be done again by way of `scores`.  The arithmetic is that of `scores` with no bias followed by `exponentiate`.
@@ -150,7 +150,7 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, reference, total, new_t
 
 
 def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot):
-    """ot += value.T @ p."""
+    """Ot += value.T @ p."""
     row = width * v.bytes
 
     def tile(i: Value, height: int) -> None:
@@ -213,7 +213,7 @@ def _raise_reference(v, width, top, reference, total, correction):
 
 
 def _exponentiate(v, width, s, n, base, total):
-    """s = exp2(s - base) in place, -0.0 where masked; total += its column sums."""
+    """S = exp2(s - base) in place, -0.0 where masked; total += its column sums."""
     row = v.mul_index(width, v.bytes)
     lowest, masked = v.constant(-INFINITY), v.constant(-0.0)
 
@@ -238,7 +238,7 @@ def _exponentiate(v, width, s, n, base, total):
 
 
 def _rescale(v, width, ot, Dv, correction):
-    """ot *= correction."""
+    """Ot *= correction."""
     row = v.mul_index(width, v.bytes)
 
     def vector(here: Value) -> None:
@@ -254,7 +254,7 @@ def _rescale(v, width, ot, Dv, correction):
 
 
 def _normalise(v, width, ot, Dv, total, finite):
-    """ot /= total, 0 for a query that attends to nothing; finite = 0, or NaN where a result is not finite."""
+    """Ot /= total, 0 for a query that attends to nothing; finite = 0, or NaN where a result is not finite."""
     row = v.mul_index(width, v.bytes)
     zero = v.constant(0.0)
 
@@ -296,7 +296,7 @@ def _as_bias(v: Vectors, x: Value) -> Value:
 
 
 def _mask_rows(v, width, bias, mask, mask_row, rows, n):
-    """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes."""
+    """Bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes."""
     row = v.mul_index(width, v.bytes)
     element, size = v.pointee("mask")
     kind = ir.VectorType(element, v.lanes)
@@ -317,7 +317,7 @@ def _mask_rows(v, width, bias, mask, mask_row, rows, n):
 
 
 def _mask_keys(v, width, bias, mask, mask_step, n):
-    """bias (n, block) from a mask that is the same for every query."""
+    """Bias (n, block) from a mask that is the same for every query."""
     row = v.mul_index(width, v.bytes)
     element, _ = v.pointee("mask")
 
@@ -329,7 +329,7 @@ def _mask_keys(v, width, bias, mask, mask_step, n):
 
 
 def _mask_elements(v, width, bias, mask, mask_row, mask_step, rows, first, n):
-    """bias (n, block), keys from `first` on, from a mask of any strides, element by element."""
+    """Bias (n, block), keys from `first` on, from a mask of any strides, element by element."""
     row = v.mul_index(width, v.bytes)
     element, _ = v.pointee("mask")
     last = v.add_index(rows, -1)
@@ -347,7 +347,7 @@ def _mask_elements(v, width, bias, mask, mask_row, mask_step, rows, first, n):
 
 
 def _mask_outside(v, width, bias, source, source_row, n, low, high):
-    """bias = source (rows `source_row` bytes apart), but -inf where the key is not in the query's [low, high).
+    """Bias = source (rows `source_row` bytes apart), but -inf where the key is not in the query's [low, high).
 
     Keys count from the first of the tile; low and high hold a whole number a query.
     """
@@ -419,7 +419,7 @@ def _whole_squares(v: Vectors, step: Value, count: Value) -> Value:
 
 
 def _pack_queries(v, width, q, q_row, q_step, rows, D, scale, qt):
-    """qt (D, block) = scale * q.T; the last row again in lanes beyond `rows`."""
+    """Qt (D, block) = scale * q.T; the last row again in lanes beyond `rows`."""
     row = v.mul_index(width, v.bytes)
     factor = v.splat(scale)
     whole = _whole_squares(v, q_step, D)
@@ -449,7 +449,7 @@ def _pack_queries(v, width, q, q_row, q_step, rows, D, scale, qt):
 
 
 def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
-    """out (rows, Dv) = ot.T."""
+    """Out (rows, Dv) = ot.T."""
     row = v.mul_index(width, v.bytes)
     whole = _whole_squares(v, out_step, Dv)
 
@@ -479,7 +479,7 @@ def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
 
 
 def _fill(v, array, row, step, rows, columns, value):
-    """array (rows, columns) = value, at any strides."""
+    """Array (rows, columns) = value, at any strides."""
 
     def line(i: Value) -> None:
         v.each(columns, lambda j: v.store(value, v.at(array, v.mul_index(i, row)), v.mul_index(j, step)))

@@ -1,0 +1,164 @@
+"""Rules of the package as a whole: what imports what, what an import costs, how kernels are compiled."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numba_attn
+
+PACKAGE = Path(numba_attn.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+# Module -> what of this package it may import when it is loaded.  What is not named here may import nothing.
+MAY_IMPORT = {
+    "__init__": {"api", "problem"},  # for type checkers; at run time on first use
+    "__main__": {"cli"},
+    "problem": {"masks"},
+    "reference": {"problem"},
+    "dispatch": {"problem"},
+    "api": {"dispatch", "problem"},
+    "_bench": {"api"},
+    "cli": {
+        "_npz",
+        "_bench",
+        "api",
+        "dispatch",
+        "problem",
+        "threads",
+        "cpu",
+        "cpu.forward",
+        "cpu.jit",
+        "cpu.plan",
+        "cpu.target",
+    },
+    "cpu.plan": {"cpu.target"},
+    "cpu.simd": {"cpu.target"},
+    "cpu.jit": {"cpu", "cpu.target"},
+    "cpu.tiles": {"cpu.plan", "cpu.simd"},
+    "cpu.forward": {"cpu.jit", "cpu.plan", "cpu.simd", "cpu.target", "cpu.tiles", "problem", "threads"},
+}
+WITHOUT_NUMBA = {"__init__", "__main__", "problem", "masks", "reference", "dispatch", "api", "cli", "_npz", "_bench"}
+
+
+def imports(path: Path, everywhere: bool) -> set[str]:
+    """Modules that a file imports when it is loaded, or anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if everywhere else iter(_loaded(tree.body))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _loaded(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements that run when a module is loaded, without those for type checkers."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        found.append(node)
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            found += _loaded(node.body)
+    return found
+
+
+def test_import_direction() -> None:
+    for name, path in MODULES.items():
+        ours = {
+            module.removeprefix("numba_attn.")
+            for module in imports(path, everywhere=True)
+            if module.startswith("numba_attn.")
+        } & set(MODULES)
+        assert ours <= MAY_IMPORT.get(name, set()), f"{name} must not import {ours - MAY_IMPORT.get(name, set())}"
+
+
+def test_semantics_know_nothing_of_numba() -> None:
+    for name in WITHOUT_NUMBA:
+        loaded = imports(MODULES[name], everywhere=False)
+        assert not any(module.split(".")[0] in ("numba", "llvmlite") for module in loaded), name
+
+
+def test_import_is_light(python: Callable[..., str]) -> None:
+    """The package, and the reference, load neither Numba nor anything optional."""
+    loaded = python(
+        "import sys, numba_attn, numpy as np\n"
+        "before = set(sys.modules)\n"
+        "x = np.ones((2, 3))\n"
+        "numba_attn.scaled_dot_product_attention(x, x, x, backend='reference')\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    ).split()
+    assert not {"numba", "llvmlite", "torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib"} & set(loaded)
+
+
+def test_import_time(python: Callable[..., str]) -> None:
+    """Modules that importing the package adds to NumPy's: the time of each is negligible if they are its own."""
+    added = python(
+        "import sys, numpy; before = set(sys.modules); import numba_attn; print(*(set(sys.modules) - before))"
+    ).split()
+    assert set(added) == {"__future__", "numba_attn"}
+
+
+def test_numba_options_are_in_one_place() -> None:
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if name != "cpu.jit":
+            assert not re.search(r"\bn?jit\(|@(numba\.)?n?jit\b", text), f"{name} has Numba options of its own"
+        assert not re.search(r"fastmath\W+True", text), name
+
+
+def test_compilation_policy() -> None:
+    from numba_attn.cpu import forward, jit
+
+    dispatchers = [x for x in vars(forward).values() if hasattr(x, "py_func")]
+    assert len(dispatchers) > 5
+    for dispatcher in dispatchers:
+        options = dispatcher.targetoptions
+        assert options["fastmath"] is False
+        assert options["error_model"] == "numpy"
+        assert options["nogil"] is True
+        assert options["boundscheck"] is False
+    if jit.cache_directory() is not None:
+        assert all(type(kernel._cache).__name__ == "_PackageCache" for kernel in (forward.work, forward.work_together))
+
+
+def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) -> None:
+    """No allocation, no exception, no address made from an integer, no scalar exponential in what workers run."""
+    code = python(
+        "from numba_attn.cpu import forward\n"
+        "forward.work.compile(forward._signature('f', '?'))\n"
+        "(result,) = forward.work.overloads.values()\n"
+        "for function in result.library.get_llvm_str().split('\\ndefine ')[1:]:\n"
+        "    name = function.split('(', 2)[1 if function.startswith('range') else 0]\n"
+        "    if 'cpython' not in name and 'cfunc' not in name: print(function.split('\\n}')[0])\n",
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )
+    assert "llvm.fma" in code or "fmul" in code
+    for forbidden in (
+        "inttoptr",
+        "NRT_Allocate",
+        "NRT_MemInfo_alloc",
+        "NRT_MemInfo_new",
+        "numba_unpickle",
+        "@expf",
+        "@exp2f",
+        " fast ",
+        "nnan",
+        "ninf",
+    ):
+        assert forbidden not in code, forbidden
+
+
+def test_no_prints() -> None:
+    for name, path in MODULES.items():
+        if name != "cli":
+            calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+            assert not any(isinstance(n.func, ast.Name) and n.func.id == "print" for n in calls), name
