@@ -6,6 +6,7 @@ size, Dv value head size.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -298,17 +299,30 @@ def _intervals(
     query_lengths: Any,
     kv_lengths: Any,
 ) -> KeyIntervals:
-    table = np.empty((math.prod(batch), 3), np.int64)
-    table[:, 1] = Lq if query_lengths is None else _lengths("query_lengths", query_lengths, batch, Lq)
-    table[:, 2] = Lk if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, Lk)
-    if isinstance(query_offset, str):
-        if query_offset != "bottom_right":
-            raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
-        table[:, 0] = table[:, 2] - table[:, 1]
+    if type(query_offset) is int and query_lengths is None and kv_lengths is None:
+        _integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        table = _uniform_table(math.prod(batch), query_offset, Lq, Lk)
     else:
-        table[:, 0] = _integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        table = np.empty((math.prod(batch), 3), np.int64)
+        table[:, 1] = Lq if query_lengths is None else _integers("query_lengths", query_lengths, batch, 0, Lq)
+        table[:, 2] = Lk if kv_lengths is None else _integers("kv_lengths", kv_lengths, batch, 0, Lk)
+        if isinstance(query_offset, str):
+            if query_offset != "bottom_right":
+                raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
+            table[:, 0] = table[:, 2] - table[:, 1]
+        else:
+            table[:, 0] = _integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
     left, right = _window(window)
     return KeyIntervals(table, left, 0 if is_causal else right)
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform_table(B: int, offset: int, Lq: int, Lk: int) -> np.ndarray:
+    """The table of key intervals of sequences that are all alike: making it takes longer than a small problem."""
+    table = np.empty((B, 3), np.int64)
+    table[:] = offset, Lq, Lk
+    table.flags.writeable = False
+    return table
 
 
 def _window(window: Any) -> tuple[int, int]:
@@ -320,10 +334,6 @@ def _window(window: Any) -> tuple[int, int]:
     if left < 0 or right < 0:
         raise ValueError(f"window sides must be 0 or more, or None for unbounded, got {tuple(window)}")
     return min(left, UNBOUNDED), min(right, UNBOUNDED)
-
-
-def _lengths(name: str, x: Any, batch: tuple[int, ...], longest: int) -> Any:
-    return _integers(name, x, batch, 0, longest)
 
 
 def _integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> Any:

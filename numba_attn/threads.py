@@ -8,12 +8,15 @@ which gives the same bits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
 from collections.abc import Iterator
 
 import numba
+
+SPIN_COUNT = "10000"  # some 0.1 ms
 
 _pool = threading.Lock()
 _launched = False
@@ -22,7 +25,26 @@ _orphaned = False
 
 def count() -> int:
     """Threads that a call uses: Numba's setting for the calling thread."""
+    _start()
     return int(numba.get_num_threads())
+
+
+@functools.cache
+def _start() -> None:
+    """Start Numba's threads.
+
+    Those of GNU OpenMP spin for milliseconds after a kernel by default, on cores that NumPy's matrix products may want
+    next.  The time set here is long enough for one call after the other to find them awake, and so short that a product
+    after a call is not slowed down.  The library reads it once, when it is loaded: the environment stays as it was.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        numba.get_num_threads()
+        return
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    try:
+        numba.get_num_threads()
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
 
 
 @contextlib.contextmanager

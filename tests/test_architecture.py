@@ -39,7 +39,7 @@ MAY_IMPORT = {
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
-    "cpu.jit": {"cpu", "cpu.target"},
+    "cpu.jit": {"cpu.target"},
     "cpu.tiles": {"cpu.plan", "cpu.simd"},
     "cpu.forward": {"cpu.jit", "cpu.plan", "cpu.simd", "cpu.target", "cpu.tiles", "problem", "threads"},
 }
@@ -77,7 +77,7 @@ def test_import_direction() -> None:
             module.removeprefix("numba_attn.")
             for module in imports(path, everywhere=True)
             if module.startswith("numba_attn.")
-        } & set(MODULES)
+        } & set(MODULES) - {"cpu"}  # an empty package
         assert ours <= MAY_IMPORT.get(name, set()), f"{name} must not import {ours - MAY_IMPORT.get(name, set())}"
 
 

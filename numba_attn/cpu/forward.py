@@ -110,7 +110,7 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
     top, sums, correction = element(memory, at.top), element(memory, at.sums), element(memory, at.correction)
     low, high = element(memory, at.low), element(memory, at.high)
     nothing = memory.dtype.type(0)
-    tiles.fill(zero, 0, memory.itemsize, 1, block, nothing)
+    tiles.fill_lanes(zero, nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
     for i in range(blocks):
@@ -120,10 +120,9 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
         state = at.state + i * at.state_size
         q_rows = moved(q.data, row * q.row)
         tiles.pack_queries(width, q_rows, q.row, q.step, rows, D, scale, element(memory, state))
-        tiles.fill(element(memory, state + D * block), 0, memory.itemsize, 1, (Dv + 2) * block, nothing)
-        tiles.fill(
-            element(memory, state + (D + Dv) * block), 0, memory.itemsize, 1, block, memory.dtype.type(-math.inf)
-        )
+        tiles.fill_lanes(element(memory, state + D * block), nothing, Dv * width)
+        tiles.fill_lanes(element(memory, state + (D + Dv) * block), memory.dtype.type(-math.inf), width)
+        tiles.fill_lanes(element(memory, state + (D + Dv + 1) * block), nothing, width)
 
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
@@ -341,7 +340,7 @@ def forward(problem: Problem) -> None:
 _NO_MASK = np.empty((0, 0, 0), np.bool_)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _batch_offsets(batch: tuple[int, ...], *strides: tuple[int, ...]) -> np.ndarray:
     """(B, arrays) int64: how many bytes after the first sequence of each array the others start."""
     offsets = np.zeros((1, len(strides)), np.int64)
@@ -369,14 +368,16 @@ _kept = threading.local()
 
 def _memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
     """(workers, size) of uninitialised memory, aligned to cache lines; each Python thread keeps its last one."""
-    length = workers * size * dtype.itemsize + 64
-    buffer = getattr(_kept, "buffer", None)
-    if buffer is None or len(buffer) < length:
-        buffer = np.empty(length, np.uint8)
-        if length <= MOST_KEPT:
-            _kept.buffer = buffer
+    wanted = workers, size, dtype.char
+    if getattr(_kept, "shape", None) == wanted:
+        return _kept.memory
+    length = workers * size * dtype.itemsize
+    buffer = np.empty(length + 64, np.uint8)
     start = -buffer.ctypes.data % 64
-    return buffer[start : start + length - 64].view(dtype).reshape(workers, size)
+    memory = buffer[start : start + length].view(dtype).reshape(workers, size)
+    if length <= MOST_KEPT:
+        _kept.shape, _kept.memory = wanted, memory
+    return memory
 
 
 def _signature(dtype: str, mask: str) -> tuple[types.Type, ...]:

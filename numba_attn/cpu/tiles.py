@@ -478,6 +478,12 @@ def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
     v.loop(whole, Dv, 1, [], line)
 
 
+def _fill_lanes(v, memory, value, vectors):
+    """`vectors` vectors of working memory = value."""
+    x = v.splat(value)
+    v.each(vectors, lambda i: v.store(x, memory, v.mul_index(i, v.bytes)))
+
+
 def _fill(v, array, row, step, rows, columns, value):
     """Array (rows, columns) = value, at any strides."""
 
@@ -504,3 +510,4 @@ count_true = emits(_count_true, returns=types.int64)
 pack_queries = emits(_pack_queries)
 write_rows = emits(_write_rows)
 fill = emits(_fill)
+fill_lanes = emits(_fill_lanes)
