@@ -17,8 +17,8 @@ def tiles(request: pytest.FixtureRequest) -> object:
         return
     keys, blocks = (7, 1) if request.param.startswith("7") else (16, 2)
 
-    def small(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int) -> Plan:
-        cut = plan(heads, Lq, Lk, D, Dv, itemsize)
+    def small(heads: int, Lq: int, *rest: int) -> Plan:
+        cut = plan(heads, Lq, *rest)
         return cut._replace(keys=keys, blocks=blocks, tasks=-(-Lq // (cut.block * blocks)))
 
     with pytest.MonkeyPatch.context() as patch:

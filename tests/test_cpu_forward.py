@@ -12,7 +12,7 @@ from cases import PERF, SMALL
 
 from numba_attn import scaled_dot_product_attention, threads
 from numba_attn.cpu import forward
-from numba_attn.cpu.plan import Plan, plan
+from numba_attn.cpu.plan import plan
 
 
 @pytest.fixture
@@ -101,19 +101,18 @@ def test_masked_tiles_are_not_read() -> None:
     np.testing.assert_allclose(out, 1, rtol=1e-6)
 
 
-def test_plan() -> None:
-    for heads, Lq, Lk, D, itemsize in [
-        (1, 1, 1, 1, 4),
-        (8, 2048, 2048, 64, 4),
-        (768, 17, 17, 64, 4),
-        (1, 64, 64, 4096, 8),
-    ]:
-        cut = plan(heads, Lq, Lk, D, D, itemsize)
-        assert isinstance(cut, Plan) and min(cut) >= 1
-        assert cut.tasks * cut.blocks * cut.block >= Lq > (cut.tasks - 1) * cut.blocks * cut.block
-    assert 8 * plan(8, 2048, 2048, 64, 64, 4).tasks >= 32  # enough for cores to finish together
+@pytest.mark.parametrize("workers", [1, 2, 64])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 4), (8, 2048, 64, 64, 4), (768, 17, 64, 64, 4), (1, 64, 4096, 64, 8)])
+def test_plan(shape: tuple[int, ...], workers: int) -> None:
+    cut = plan(*shape, workers)
+    assert min(cut) >= 1
+    assert cut.tasks * cut.blocks * cut.block >= shape[1] > (cut.tasks - 1) * cut.blocks * cut.block
+    assert cut.keys == plan(*shape, 1).keys, "the keys of a tile decide bits"
+    if workers == 2 and shape[0] > 1:
+        assert shape[0] * cut.tasks >= 16, "too few tasks to finish together"
 
 
 def test_memory_does_not_grow_with_the_lengths() -> None:
-    sizes = {forward._memory_size(plan(8, L, L, 64, 64, 4), 64, 64) * 4 for L in (4096, 16384, 1 << 20)}
-    assert len(sizes) == 1 and sizes.pop() < 1 << 20
+    sizes = {forward._memory_size(plan(8, L, 64, 64, 4, 2), 64, 64) * 4 for L in (4096, 16384, 1 << 20)}
+    assert len(sizes) == 1
+    assert sizes.pop() < 1 << 20

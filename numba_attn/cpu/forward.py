@@ -33,6 +33,8 @@ from numba_attn.problem import Problem
 Matrix = namedtuple("Matrix", "data row step")
 # Where the rows of a sequence stand on its keys, see masks.KeyIntervals.
 Position = namedtuple("Position", "offset kv_length left right")
+# Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
+Sizes = namedtuple("Sizes", "D Dv keys block lanes")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple("Memory", "scores bias zero top sums correction low high state state_size")
 
@@ -46,11 +48,12 @@ SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are
 
 
 @device
-def memory_map(keys, block, D, Dv):
-    lanes = 2 * keys * block
+def memory_map(sizes):
+    block = sizes.block
+    lanes = 2 * sizes.keys * block
     return Memory(
         scores=0,
-        bias=keys * block,
+        bias=sizes.keys * block,
         zero=lanes,
         top=lanes + block,
         sums=lanes + 2 * block,
@@ -58,7 +61,7 @@ def memory_map(keys, block, D, Dv):
         low=lanes + 4 * block,
         high=lanes + 5 * block,
         state=lanes + LANE_VECTORS * block,
-        state_size=(D + Dv + 2) * block,
+        state_size=(sizes.D + sizes.Dv + 2) * block,
     )
 
 
@@ -103,9 +106,10 @@ def mask_tile(mask, rows, n, width, lanes, bias):
 
 
 @device
-def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, block, lanes, memory, careful):
+def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, careful):
     """Stream the keys past the rows [first, end): leaves Ot, reference and total of each row block in memory."""
-    at = memory_map(keys, block, D, Dv)
+    D, Dv, keys, block, lanes = sizes
+    at = memory_map(sizes)
     scores, bias, zero = element(memory, at.scores), element(memory, at.bias), element(memory, at.zero)
     top, sums, correction = element(memory, at.top), element(memory, at.sums), element(memory, at.correction)
     low, high = element(memory, at.low), element(memory, at.high)
@@ -127,6 +131,9 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
     for tile in range(task_low // keys * keys, task_high, keys):
+        # This tile's values are wanted after the scores; the next one's keys, perhaps of the next head, after that.
+        tiles.prefetch_rows(moved(v.data, tile * v.row), v.row, min(keys, task_high - tile), Dv)
+        tiles.prefetch_rows(moved(k.data, (tile + keys) * k.row), k.row, keys, D)
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
@@ -178,9 +185,10 @@ def attend(q, k, v, mask, masked, position, first, end, D, Dv, scale, keys, bloc
 
 
 @device
-def finish(out, lse, first, end, D, Dv, keys, block, lanes, memory):
+def finish(out, lse, first, end, sizes, memory):
     """Normalise and write the rows [first, end), lse (Lq,) where it is not empty; whether every result is finite."""
-    at = memory_map(keys, block, D, Dv)
+    D, Dv, _, block, lanes = sizes
+    at = memory_map(sizes)
     finite = True
     for i in range((end - first + block - 1) // block):
         row = first + i * block
@@ -209,7 +217,24 @@ def matrix(array, b_offset, h):
 
 @kernel
 def work(
-    memory, next_task, q, k, v, mask, out, lse, offsets, intervals, left, right, scale, keys, block, blocks, lanes
+    memory,
+    worker,
+    next_task,
+    q,
+    k,
+    v,
+    mask,
+    out,
+    lse,
+    offsets,
+    intervals,
+    left,
+    right,
+    scale,
+    keys,
+    block,
+    blocks,
+    lanes,
 ):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do.
 
@@ -217,13 +242,18 @@ def work(
     start, in bytes; intervals (B, 3) is that of masks.KeyIntervals.
     """
     (Hq, Lq, D), Dv = q.shape, v.shape[2]
+    sizes = Sizes(D, Dv, keys, block, lanes)
     group = Hq // k.shape[0] if k.shape[0] else 1
     per_head = (Lq + blocks * block - 1) // (blocks * block)
-    masked = mask.size > 0
-    while True:
-        task = fetch_add(next_task)
-        if task >= offsets.shape[0] * Hq * per_head:
-            break
+    tasks = offsets.shape[0] * Hq * per_head
+    # Each worker has a range of tasks, so that few heads pass through its caches, and helps the others when it is done.
+    workers, helped = next_task.shape[0], 0
+    while helped < workers:
+        owner = (worker + helped) % workers
+        task = tasks * owner // workers + fetch_add(next_task, owner)
+        if task >= tasks * (owner + 1) // workers:
+            helped += 1
+            continue
         b, h = task // per_head // Hq, task // per_head % Hq
         first = (per_head - 1 - task % per_head) * blocks * block
         end = min(first + blocks * block, Lq)
@@ -233,33 +263,17 @@ def work(
         q_head, out_head = matrix(q, offsets[b, 0], h), matrix(out, offsets[b, 4], h)
         k_head, v_head = matrix(k, offsets[b, 1], h // group), matrix(v, offsets[b, 2], h // group)
         # An axis of length 1 is broadcast: the same element for every index.
-        m_head = Matrix(
+        mask_head = Matrix(
             moved(address(mask), offsets[b, 3] + (h * mask.strides[0] if mask.shape[0] > 1 else 0)),
             mask.strides[1] if mask.shape[1] > 1 else 0,
             mask.strides[2] if mask.shape[2] > 1 else 0,
         )
+        masked = mask.size > 0
         lse_head = lse[b, h] if lse.size else lse[0, 0]
         careful = False
         while valid > first:
-            attend(
-                q_head,
-                k_head,
-                v_head,
-                m_head,
-                masked,
-                position,
-                first,
-                valid,
-                D,
-                Dv,
-                scale,
-                keys,
-                block,
-                lanes,
-                memory,
-                careful,
-            )
-            finite = finish(out_head, lse_head, first, valid, D, Dv, keys, block, lanes, memory)
+            attend(q_head, k_head, v_head, mask_head, masked, position, first, valid, sizes, scale, memory, careful)
+            finite = finish(out_head, lse_head, first, valid, sizes, memory)
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
@@ -283,25 +297,9 @@ def work_together(
     """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
         work_through_pointer(
-            code,
-            memory[worker],
-            next_task,
-            q,
-            k,
-            v,
-            mask,
-            out,
-            lse,
-            offsets,
-            intervals,
-            left,
-            right,
-            scale,
-            keys,
-            block,
-            blocks,
-            lanes,
-        )
+            code, memory[worker], worker, next_task, q, k, v, mask, out, lse,
+            offsets, intervals, left, right, scale, keys, block, blocks, lanes,
+        )  # fmt: skip
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -318,7 +316,8 @@ def forward(problem: Problem) -> None:
     first = (0,) * len(batch)
     mask = _NO_MASK if problem.mask is None else problem.mask[first]
     lse = np.empty((0, 0, 0), dtype) if problem.lse is None else problem.lse.reshape(B, Hq, Lq)
-    cut = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize)
+    parallel = B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK
+    cut = plan(B * Hq, Lq, D, Dv, dtype.itemsize, threads.count() if parallel else 1)
     arguments = (
         q[first], k[first], v[first], mask, out[first], lse,
         _batch_offsets(batch, q.strides, k.strides, v.strides, _mask_strides(problem.mask, batch), out.strides),
@@ -326,15 +325,15 @@ def forward(problem: Problem) -> None:
         cut.keys, cut.block, cut.blocks, VECTOR_BYTES // dtype.itemsize,
     )  # fmt: skip
     workers = min(threads.count(), B * Hq * cut.tasks)
-    if workers > 1 and B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK:
+    if parallel and workers > 1:
         with threads.pool() as mine:
             if mine:
                 memory = _memory(workers, _memory_size(cut, D, Dv), dtype)
                 alone, together = _serial(dtype.char, mask.dtype.char), _parallel(dtype.char, mask.dtype.char)
-                together.call(alone.code, memory, np.zeros(1, np.int64), *arguments)
+                together.call(alone.code, memory, _counters(workers), *arguments)
                 return
     memory = _memory(1, _memory_size(cut, D, Dv), dtype)[0]
-    _serial(dtype.char, mask.dtype.char).call(memory, np.zeros(1, np.int64), *arguments)
+    _serial(dtype.char, mask.dtype.char).call(memory, 0, _counters(1), *arguments)
 
 
 _NO_MASK = np.empty((0, 0, 0), np.bool_)
@@ -380,6 +379,11 @@ def _memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
     return memory
 
 
+def _counters(workers: int) -> np.ndarray:
+    """How many tasks of each worker's have been taken, each on a cache line of its own."""
+    return np.zeros((workers, 8), np.int64)
+
+
 def _signature(dtype: str, mask: str) -> tuple[types.Type, ...]:
     """Of `work`, for element types given by their NumPy characters."""
     element = from_dtype(np.dtype(dtype))
@@ -387,9 +391,9 @@ def _signature(dtype: str, mask: str) -> tuple[types.Type, ...]:
     given_mask = types.Array(from_dtype(np.dtype(mask)), 3, "A", readonly=True, aligned=False)
     written, lse = types.Array(element, 3, "A", aligned=False), types.Array(element, 3, "A")
     table = types.Array(types.int64, 2, "C", readonly=True)
-    memory, counter = types.Array(element, 1, "C"), types.Array(types.int64, 1, "C")
+    memory, counters = types.Array(element, 1, "C"), types.Array(types.int64, 2, "C")
     numbers = (types.int64, types.int64, element, *[types.int64] * 4)
-    return (memory, counter, given, given, given, given_mask, written, lse, table, table, *numbers)
+    return (memory, types.int64, counters, given, given, given, given_mask, written, lse, table, table, *numbers)
 
 
 @functools.cache
@@ -399,7 +403,7 @@ def _serial(dtype: str, mask: str) -> Compiled:
 
 @functools.cache
 def _parallel(dtype: str, mask: str) -> Compiled:
-    memory, *rest = _signature(dtype, mask)
+    memory, _, *rest = _signature(dtype, mask)
     code = types.Array(types.intp, 1, "C")
     return compiled(work_together, (code, types.Array(memory.dtype, 2, "C"), *rest))
 

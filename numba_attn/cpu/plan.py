@@ -1,7 +1,7 @@
-"""Tile sizes and the list of tasks: data and arithmetic, from shapes and the instruction set alone.
+"""Tile sizes and the list of tasks: data and arithmetic.
 
-Nothing here looks at the number of threads, and no bit of a result depends on what is chosen here but `keys`, so that
-results are the same on any number of threads and for a sequence alone or in any batch.
+Bits of a result depend on the keys of a tile alone, which follow from head and element sizes: so they are the same for
+a sequence alone or in any batch, and on any number of threads, although that decides how large a task is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from numba_attn.cpu import target
 # take at once, largest first.  Rows x vectors accumulators, the vectors and one broadcast must fit the registers.
 REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
     "avx512": {1: (16, 4, 1), 2: (12, 4, 1)},
-    "avx2": {1: (8, 1), 2: (6, 1), 3: (4, 1)},
-    "neon": {1: (16, 4, 1), 2: (8, 1), 3: (8, 1)},
+    "avx2": {1: (8, 4, 1), 2: (6, 2, 1), 3: (4, 1)},
+    "neon": {1: (16, 4, 1), 2: (8, 2, 1), 3: (8, 2, 1)},
     "generic": {1: (8, 1), 2: (4, 1)},
 }
 HEIGHTS = REGISTER_TILES[target.ISA]
 WIDEST = max(HEIGHTS)
+MOST_BLOCKS = 16
+
+
+CACHE = 160 * 1024  # bytes of the second-level cache for a key tile, and as many for the state of a task's row blocks
 
 
 class Plan(NamedTuple):
@@ -33,19 +37,20 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int) -> Plan:
-    """Cut `heads` (B x Hq) problems of Lq x Lk into tasks.
+def plan(heads: int, Lq: int, D: int, Dv: int, itemsize: int, workers: int) -> Plan:
+    """Cut `heads` (B x Hq) problems with Lq query rows into tasks.
 
     The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
-    blocks in the second.  There are some 64 tasks or more wherever the problem allows it: cores finish together then.
+    blocks in the second: the larger a task, the less often keys are fetched from beyond.  But there are eight tasks or
+    more for each worker wherever the problem allows it, so that all finish together.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
     keys = _within(16 * 1024 // (block * itemsize), 48, 192) // 48 * 48
-    while keys > 48 and keys * (D + Dv) * itemsize > 192 * 1024:
+    while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
         keys -= 48
     rows = -(-Lq // block)
-    fits = 96 * 1024 // (block * (D + Dv) * itemsize + 1)
-    blocks = _within(heads * rows // 64, 1, _within(fits, 1, 8))
+    fit = CACHE // (block * (D + Dv + 2) * itemsize)
+    blocks = _within(heads * rows // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
     return Plan(keys, block, blocks, -(-rows // blocks))
 
 

@@ -113,6 +113,17 @@ class Vectors:
         """The address `offset` bytes on."""
         return offset_pointer(self.builder, pointer, self.index(offset))
 
+    def opaque(self, pointer: Value) -> Value:
+        """The same address, of which LLVM does not know where it comes from."""
+        kind = ir.FunctionType(pointer.type, [pointer.type])
+        return self.builder.asm(kind, "", "=r,0", [pointer], False)
+
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for a cache line to be brought into the second-level cache; any address is allowed."""
+        hint = [ir.Constant(I32, x) for x in (0, 2, 1)]  # to read, second level, data
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+        self.builder.call(self._function("llvm.prefetch.p0", kind), [pointer, *hint])
+
     def load(self, pointer: Value, offset: int | Value = 0) -> Value:
         return self.builder.load(self.at(pointer, offset), align=1, typ=self.type)
 
@@ -220,8 +231,12 @@ class Vectors:
         step: int | Value,
         carried: Sequence[Value],
         body: Callable[[Value, list[Value]], Sequence[Value]],
+        rolled: bool = False,
     ) -> list[Value]:
-        """`for i in range(start, stop, step): carried = body(i, carried)`, with the carried values in registers."""
+        """`for i in range(start, stop, step): carried = body(i, carried)`, with the carried values in registers.
+
+        LLVM may unroll it unless it is to stay `rolled`.
+        """
         b = self.builder
         start, stop, step = self.index(start), self.index(stop), self.index(step)
         before, head = b.block, b.append_basic_block("loop")
@@ -239,13 +254,23 @@ class Vectors:
         for phi, v in zip(inside, results, strict=True):
             phi.add_incoming(v, b.block)
         last = b.block
-        b.cbranch(b.icmp_signed("<", following, stop), head, after)
+        branch = b.cbranch(b.icmp_signed("<", following, stop), head, after)
+        if rolled:
+            branch.set_metadata("llvm.loop", self._never_unrolled())
         b.position_at_end(after)
         outside = [b.phi(v.type) for v in carried]
         for phi, v, result in zip(outside, carried, results, strict=True):
             phi.add_incoming(v, before)
             phi.add_incoming(result, last)
         return outside
+
+    def _never_unrolled(self) -> Value:
+        """Metadata of one loop, of which the first operand is by definition the node itself."""
+        module = self.builder.module
+        off = module.add_metadata(["llvm.loop.unroll.disable"])
+        node = ir.MDValue(module, [off], name=str(len(module.metadata)))
+        node.operands = (node, off)
+        return node
 
     def each(self, count: Value, body: Callable[[Value], object]) -> None:
         """`for i in range(count): body(i)`."""
@@ -283,12 +308,13 @@ class Vectors:
 
     def _call(self, name: str, *args: Value) -> Value:
         kind = args[0].type
-        suffix = f"v{kind.count}f{8 * self.size}"
-        function_type = ir.FunctionType(kind, [a.type for a in args])
-        function = self.builder.module.globals.get(f"{name}.{suffix}") or ir.Function(
-            self.builder.module, function_type, f"{name}.{suffix}"
-        )
-        return self.builder.call(function, args)
+        name = f"{name}.v{kind.count}f{8 * self.size}"
+        return self.builder.call(self._function(name, ir.FunctionType(kind, [a.type for a in args])), args)
+
+    def _function(self, name: str, kind: ir.FunctionType) -> Value:
+        """A function of LLVM's, declared once a module."""
+        module = self.builder.module
+        return module.globals.get(name) or ir.Function(module, kind, name)
 
 
 def emits(build: Callable[..., Value | None], returns: types.Type = types.void) -> Any:
@@ -355,11 +381,13 @@ points_to_boolean = _constant_of_pointee("points_to_boolean", types.boolean, lam
 
 
 @intrinsic
-def fetch_add(context: Any, counter: types.Array) -> Any:
-    """Add 1 to counter[0] atomically and return what it was."""
+def fetch_add(context: Any, counters: types.Array, row: types.Integer) -> Any:
+    """Add 1 to counters[row, 0], atomically, and return what it was."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
-        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        stride = builder.extract_value(array.strides, 0)
+        data = offset_pointer(builder, array.data, builder.mul(values[1], stride))
         return builder.atomic_rmw("add", data, ir.Constant(I64, 1), "monotonic")
 
-    return types.int64(counter), codegen
+    return types.int64(counters, types.int64), codegen

@@ -1,0 +1,338 @@
+"""From the JSON of run.py to the README's section on speed, and to a chart.
+
+python perf/report.py perf/results.json                                  the section, printed
+python perf/report.py perf/results.json --readme README.md               the same, between the README's markers
+python perf/report.py perf/results.json --plot perf/speed.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
+OURS = "ours"
+# Column -> the peers of which the fastest counts.
+RIVALS = {
+    "PyTorch": ("torch",),
+    "ONNX Runtime": ("onnx_mha", "onnx_attention"),
+    "JAX": ("jax",),
+    "NumPy": ("numpy",),
+}
+NAMES = {
+    "ours": "numba_attn",
+    "torch": "PyTorch",
+    "onnx_mha": "ONNX Runtime `MultiHeadAttention`",
+    "onnx_attention": "ONNX Runtime `Attention`",
+    "jax": "JAX",
+    "numpy": "NumPy",
+}
+NONE = "–"
+
+Result = dict[str, Any]
+Row = Sequence[str]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def seconds(case: Result, peers: Iterable[str] = (OURS,)) -> float | None:
+    """The fastest of some peers; None if none of them can do the case."""
+    times = [case["peers"][name]["median"] for name in peers if "median" in case["peers"].get(name, {})]
+    return min(times, default=None)
+
+
+def ratio(case: Result, rival: str) -> float | None:
+    """How many times as long as ours the rival takes."""
+    ours, theirs = seconds(case), seconds(case, RIVALS[rival])
+    return None if ours is None or theirs is None else theirs / ours
+
+
+def ratios(cases: Iterable[Result], rival: str) -> dict[str, float]:
+    """Of the cases that the rival can do, by name."""
+    found = {case["name"]: ratio(case, rival) for case in cases}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rivals(cases: Iterable[Result]) -> list[str]:
+    """Those that were measured."""
+    cases = list(cases)
+    return [rival for rival in RIVALS if ratios(cases, rival)]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """As of speeds and ratios.
+
+    >>> geometric_mean([1, 4])
+    2.0
+    """
+    values = list(values)
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def plain_twin(case: Result, cases: Iterable[Result]) -> Result | None:
+    """The case of the same size with nothing masked and no shared heads; None if there is none, or it is the case."""
+
+    def size(one: Result) -> tuple[Any, ...]:
+        shape = one["shape"]
+        return one["dtype"], *(shape[name] for name in ("B", "Hq", "Lq", "Lk", "D", "Dv"))
+
+    for other in cases:
+        plain = other["mask"] is None and not other["options"] and other["shape"]["Hkv"] is None
+        if plain and size(other) == size(case):
+            return None if other["name"] == case["name"] else other
+    return None
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def section(results: Result) -> str:
+    """All of the README's section, without its markers."""
+    cases = results["cases"]
+    parts = [main_table([case for case in cases if "table" in case["tags"]])]
+    others = [case for case in cases if "table" not in case["tags"]]
+    if others:
+        parts.append(masks_table(others, cases))
+    lines = accuracy_lines(cases) + (extra_lines(results["extras"]) if results["extras"] else [])
+    parts.append("\n".join(f"* {line}" for line in lines))
+    parts.append(environment_sentence(results))
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(head: Row, rows: Iterable[Row]) -> str:
+    """Markdown, the first column aligned left and the others right."""
+    ruler = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
+
+
+def main_table(cases: Sequence[Result]) -> str:
+    """Our time and speed, and the time of others divided by ours; in bold what we lose."""
+    if not cases:
+        return ""
+    columns = rivals(cases)
+    head = ["heads x length, head size", "ms", "GFLOP/s", "of peak", *(f"{rival} / ours" for rival in columns)]
+    rows = [
+        [
+            bold(case["name"], any((ratio(case, rival) or 1) < 1 for rival in columns)),
+            milliseconds(case["peers"][OURS]["median"]),
+            f"{case['peers'][OURS]['gflops']:.0f}",
+            f"{100 * case['fraction_of_peak']:.0f} %",
+            *(times(ratio(case, rival)) for rival in columns),
+        ]
+        for case in cases
+    ]
+    found = {rival: ratios(cases, rival) for rival in columns}
+    summaries: dict[str, Callable[[Iterable[float]], float]] = {"geometric mean": geometric_mean, "least": min}
+    for name, summarise in summaries.items():
+        rows.append([f"*{name}*", "", "", "", *(times(summarise(found[rival].values())) for rival in columns)])
+    return f"{table(head, rows)}\n\n{worst_sentence(found)}"
+
+
+def worst_sentence(found: dict[str, dict[str, float]]) -> str:
+    """The case in which each rival comes closest, or wins."""
+    parts = [f"{rival} at {name} ({times(found[rival][name])})" for rival in found for name in [worst(found[rival])]]
+    return f"The least favourable rows: {', '.join(parts)}." if parts else ""
+
+
+def worst(values: dict[str, float]) -> str:
+    return min(values, key=values.__getitem__)
+
+
+def masks_table(cases: Sequence[Result], all_cases: Sequence[Result]) -> str:
+    """Masks, windows, lengths and shared heads, and what they cost against the case without."""
+    columns = rivals(cases)
+    head = ["other forms", "ms", "time / plain", *(f"{rival} / ours" for rival in columns)]
+    rows = []
+    for case in cases:
+        twin = plain_twin(case, all_cases)
+        ours = case["peers"][OURS]["median"]
+        rows.append(
+            [
+                bold(case["name"], any((ratio(case, rival) or 1) < 1 for rival in columns)),
+                milliseconds(ours),
+                NONE if twin is None else f"{ours / twin['peers'][OURS]['median']:.2f}",
+                *(times(ratio(case, rival)) for rival in columns),
+            ]
+        )
+    return table(head, rows)
+
+
+def milliseconds(value: float) -> str:
+    """Three digits.
+
+    >>> milliseconds(0.0123456), milliseconds(2.5), milliseconds(5.6e-6)
+    ('12.3', '2500', '0.0056')
+    """
+    value *= 1e3
+    decimals = max(0, min(4, 2 - math.floor(math.log10(value))))
+    return f"{value:.{decimals}f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio, in bold below 1.
+
+    >>> times(1.234), times(0.5), times(0.996), times(41.2), times(None)
+    ('1.23', '**0.50**', '**0.996**', '41', '–')
+    """
+    if value is None:
+        return NONE
+    if value < 1:
+        return bold(f"{value:.3f}" if value >= 0.995 else f"{value:.2f}")
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def bold(text: str, wanted: bool = True) -> str:
+    return f"**{text}**" if wanted else text
+
+
+def accuracy_lines(cases: Sequence[Result]) -> list[str]:
+    """Errors of float32 against float64: the largest of all cases, and the median of root mean squares."""
+    errors: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, "torch")}
+    for case in cases:
+        if case["dtype"] == "float32" and all("error" in case["peers"].get(name, {}) for name in errors):
+            for name, found in errors.items():
+                found.append(case["peers"][name]["error"])
+    if not errors[OURS]:
+        return []
+    parts = [
+        f"{NAMES[name]} {max(e['max'] for e in found):.1e} at most, "
+        f"{geometric_mean(e['rms'] for e in found):.1e} root mean square"
+        for name, found in errors.items()
+    ]
+    return [f"Error of float32 results against float64, over {len(errors[OURS])} cases: {'; '.join(parts)}."]
+
+
+def extra_lines(extras: Result) -> list[str]:
+    """Fixed cost, first call, memory."""
+    fixed, cold, warm = extras["fixed_cost_us"], extras["start_seconds"]["cold"], extras["start_seconds"]["warm"]
+    return [
+        f"Fixed cost of a call (1 head, 1 query, 64 keys): {fixed['call']:.1f} µs, of which validation "
+        f"{fixed['validation']:.1f} µs and launch {fixed['launch']:.1f} µs.",
+        f"`import numba_attn`: {1e3 * warm['import']:.1f} ms on top of NumPy. The first call in a process: "
+        f"{warm['backend'] + warm['first_call']:.2f} s, of which {warm['backend']:.2f} s import Numba; "
+        f"{cold['backend'] + cold['first_call']:.1f} s where no compiled kernel is on disk yet.",
+        *(memory_line(case, taken) for case, taken in extras["memory_bytes"].items()),
+    ]
+
+
+def memory_line(case: str, taken: Result) -> str:
+    """Working memory of everyone that could tell."""
+    parts = [f"{NAMES[name]} {megabytes(size)}" for name, size in taken.items() if isinstance(size, int)]
+    return f"Memory that one call takes beyond its arrays, {case}: {', '.join(parts)}."
+
+
+def megabytes(size: int) -> str:
+    """The kernel counts resident pages to about a megabyte.
+
+    >>> megabytes(123_456), megabytes(12_345_678)
+    ('under 1 MB', '12 MB')
+    """
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else "under 1 MB"
+
+
+def environment_sentence(results: Result) -> str:
+    """What was measured, on what, how."""
+    machine, settings, peak = results["environment"], results["settings"], results["peak"]
+    packages = ("numba", "numpy", "torch", "onnxruntime", "jax")
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in packages if name in machine["versions"])
+    commit = (
+        f"commit {machine['commit'][:10]}{' with changes' if machine['dirty'] else ''}, " if machine["commit"] else ""
+    )
+    return (
+        f"float32 unless said otherwise, {settings['threads']} threads of {machine['cpu']} ({machine['compiled_for']}, "
+        f"{machine['isa']}), whose measured peak is {peak['gflops']['float32']:.0f} GFLOP/s in float32 and "
+        f"{peak['gflops']['float64']:.0f} in float64, reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
+        f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
+        "the faster of its two operators, NumPy by the formula written down; causal counts only the pairs that are "
+        f"attended to. {versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
+    )
+
+
+def rewrite(readme: Path, text: str) -> None:
+    """Put `text` between the markers."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{readme} lacks {BEGIN} and, after it, {END}")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+# Chart ----------------------------------------------------------------------------------------------------------------
+
+# Bar -> the peers of which the fastest counts, and a colour.
+BARS = {
+    "numba_attn": ((OURS,), "#c8501e"),
+    "PyTorch": (RIVALS["PyTorch"], "#7a8ca0"),
+    "ONNX Runtime": (RIVALS["ONNX Runtime"], "#c3ccd6"),
+}
+CAUSAL = ", causal"
+
+
+def plot(results: Result, path: Path) -> None:
+    """GFLOP/s of float32 cases: without a mask on the left, causal on the right."""
+    from matplotlib.figure import Figure
+
+    cases = [case for case in results["cases"] if "table" in case["tags"] and case["dtype"] == "float32"]
+    labels = list(dict.fromkeys(case["name"].removesuffix(CAUSAL) for case in cases))
+    panels = {
+        title: {case["name"].removesuffix(CAUSAL): case for case in cases if case["name"].endswith(CAUSAL) == causal}
+        for title, causal in (("every key", False), ("causal", True))
+    }
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(labels)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    for axes, (title, found) in zip((left, right), panels.items(), strict=True):
+        draw_panel(axes, [found.get(label) for label in labels], results["peak"]["gflops"]["float32"])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("GFLOP/s, more is better", fontsize=9)
+    left.set_yticks(range(len(labels)), labels)
+    left.set_ylim(len(labels) - 0.5, -0.5)
+    figure.suptitle("Attention in float32: heads x length, head size", fontsize=11)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=200)
+
+
+def draw_panel(axes: Any, cases: Sequence[Result | None], peak: float) -> None:
+    """A group of bars for each case, and a line at the peak; a case that is None leaves a gap."""
+    height = 0.8 / len(BARS)
+    for i, (label, (peers, colour)) in enumerate(BARS.items()):
+        speeds = [gflops(case, peers) for case in cases]
+        at = [row + (i - (len(BARS) - 1) / 2) * height for row in range(len(cases))]
+        axes.barh(at, speeds, height, label=label, color=colour)
+    axes.axvline(peak, color="black", linewidth=1, linestyle="--", label="peak of the processor")
+    axes.tick_params(labelsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def gflops(case: Result | None, peers: Iterable[str]) -> float:
+    time = None if case is None else seconds(case, peers)
+    return 0.0 if case is None or time is None else float(case["flop"] / time / 1e9)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path, help="JSON written by run.py")
+    parser.add_argument("--readme", type=Path, help=f"rewrite what is between {BEGIN} and {END} in this file")
+    parser.add_argument("--plot", type=Path, help="draw a chart into this file")
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text())
+    if options.plot:
+        plot(results, options.plot)
+    if options.readme:
+        rewrite(options.readme, section(results))
+    elif not options.plot:
+        print(section(results))
+
+
+if __name__ == "__main__":
+    main()

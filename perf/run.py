@@ -1,0 +1,589 @@
+"""The benchmark driver, and the only judge of performance: this package and its peers, side by side.
+
+    python perf/run.py                                         every case and the extra measurements, as text
+    python perf/run.py -o perf/results.json                    the same, and all of it in JSON for report.py
+    python perf/run.py --only "D 128" --repeats 5 --peers torch,onnx_mha
+
+Each library runs in a process of its own, which is stopped (SIGSTOP) while another is timed: so each may let its idle
+threads spin as it likes, and none takes the processors away from another.  The repeats are interleaved, one timing of
+each library in turn, in an order that rotates: a machine that slows down does so for all of them.  The rate of
+multiply-adds that the machine reaches is measured in the same turns.  Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import extras
+from cases import PERF, Case
+from peers import PEERS, Prepared, Unsupported, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "ours"
+TURN = 0.02  # seconds that a timing takes at least
+TOLERANCE = 1e-3  # on results of order 1: enough to tell that all compute the same thing
+MOST_SCORES = 4e7  # for which a float64 reference is computed
+QUICK_FLOP = 2.5e9
+UNDISTURBED = 0.85  # of the best peak, for a case to be taken seriously
+FEATURES = (
+    *("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+PR_SET_PDEATHSIG = 1
+
+Result = dict[str, Any]
+
+
+# In the worker's process ----------------------------------------------------------------------------------------------
+
+
+class Session:
+    """One peer, and the case that it is at; each public method is a request."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._peer = PEERS[name](threads)
+        self._cases = {case.name: case for case in (*PERF, extras.LONG)}
+        self._peaks: dict[str, Any] = {}
+
+    def versions(self) -> dict[str, str]:
+        return versions(self._peer)
+
+    def prepare(self, case: str, output: str) -> int:
+        """Make the arrays and whatever else the library needs, save the first result; returns the calls of a timing."""
+        self._call: Callable[[], Any] | None = None  # the arrays of the case before are free from here
+        prepared = self._peer.prepare(self._cases[case])
+        np.save(output, prepared.array(prepared.call()))
+        self._call, self._calls = prepared.call, 1
+        while (seconds := self._calls * self._mean()) < TURN:
+            self._calls = math.ceil(self._calls * min(10, 1.2 * TURN / seconds))
+        return self._calls
+
+    def time(self) -> float:
+        """Seconds of one call, the mean over a timing."""
+        assert self._call is not None
+        if self._calls > 1:
+            self._call()  # what was stopped has threads to wake and caches to fill
+        return self._mean()
+
+    def _mean(self) -> float:
+        call, calls = self._call, range(self._calls)
+        assert call is not None
+        start = time.perf_counter()
+        for _ in calls:
+            call()
+        return (time.perf_counter() - start) / self._calls
+
+    def memory(self, case: str) -> int:
+        """Bytes that the first call of a case takes in a process that has done small ones."""
+        self._peer.prepare(extras.SMALL).call()
+        prepared: Prepared = self._peer.prepare(self._cases[case])
+        return extras.memory_growth(prepared)
+
+    # Of our worker only
+
+    def peak(self, dtype: str) -> float:
+        """GFLOP/s of multiply-adds, now."""
+        from peak import MultiplyAdd
+
+        if dtype not in self._peaks:
+            self._peaks[dtype] = MultiplyAdd(dtype)
+        gflops: float = self._peaks[dtype].gflops()
+        return gflops
+
+    def bandwidth(self) -> float:
+        from peak import read_bandwidth
+
+        return read_bandwidth()
+
+    def reference(self, case: str, output: str) -> None:
+        """Save the result of the plain NumPy implementation in float64."""
+        from numba_attn import scaled_dot_product_attention
+
+        problem = self._cases[case]
+        query, key, value = (x.astype(np.float64) for x in problem.arrays())
+        out = scaled_dot_product_attention(query, key, value, backend="reference", **problem.keywords())
+        np.save(output, np.asarray(out))
+
+    def fixed_cost(self) -> dict[str, float]:
+        return extras.fixed_cost()
+
+    def machine(self) -> Result:
+        """What our kernels are compiled for, and run on."""
+        from numba_attn import threads
+        from numba_attn.cpu import target
+
+        return {
+            "isa": target.ISA,
+            "compiled_for": target.NAME,
+            "threads": threads.count(),
+            "threading_layer": threads.layer(),
+        }
+
+
+def serve(name: str, threads: int) -> None:
+    """Answer requests, JSON lines on stdin, on stdout, which libraries get no chance to print on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would outlive a killed driver
+    os.sched_setaffinity(0, processors(threads))
+    session: Session | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            session = session or Session(name, threads)
+            answer = {"value": getattr(session, request.pop("do"))(**request)}
+        except (Unsupported, ModuleNotFoundError) as error:
+            answer = {"unsupported": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def processors(count: int) -> set[int]:
+    """So many of those that this process may use, on different cores as far as there are."""
+    seen: dict[tuple[str, ...], int] = {}
+
+    def rank(cpu: int) -> tuple[int, int]:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        core = tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        seen[core] = seen.get(core, 0) + 1
+        return seen[core], cpu
+
+    return set(sorted(sorted(os.sched_getaffinity(0)), key=rank)[:count])
+
+
+# In the driver --------------------------------------------------------------------------------------------------------
+
+
+class PeerError(Exception):
+    """A request that came to nothing: `kind` is "unsupported" or "failed"."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Worker:
+    """A `Session` in a process of its own, which runs only while it has a request to answer."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **thread_environment(threads)},
+        )
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Let it run, and stop it when it has answered."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PeerError("failed", f"its process ended with status {self._process.wait()}")
+        os.kill(self._process.pid, signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)
+        answer = json.loads(line)
+        if "value" in answer:
+            return answer["value"]
+        [(kind, reason)] = answer.items()
+        raise PeerError(kind, reason)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def worker(name: str, threads: int) -> Iterator[Worker]:
+    """A worker for a while."""
+    one = Worker(name, threads)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """For everything that takes its number of threads from the environment."""
+    names = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PJRT_NPROC")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**dict.fromkeys(names, str(threads)), "PYTHONPATH": path}
+
+
+class Team:
+    """The workers; one whose process has ended is started anew for the next case."""
+
+    def __init__(self, names: Sequence[str], threads: int) -> None:
+        self._threads = threads
+        self.workers: dict[str, Worker] = {}
+        self.versions: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        for name in names:
+            self._enlist(name)
+
+    def _enlist(self, name: str) -> None:
+        self.workers[name] = Worker(name, self._threads)
+        try:
+            self.versions |= self.workers[name].ask("versions")
+        except PeerError as error:
+            self.workers.pop(name).close()
+            if name == OURS:
+                raise
+            self.missing[name] = str(error)
+
+    def ask(self, peer: str, do: str, **arguments: Any) -> Any:
+        return self.workers[peer].ask(do, **arguments)
+
+    def replace_ended(self) -> None:
+        for name, one in list(self.workers.items()):
+            if one.ended:
+                one.close()
+                self._enlist(name)
+
+    def close(self) -> None:
+        for one in self.workers.values():
+            one.close()
+
+
+class Progress:
+    """One line on a terminal: where the run is, and how long it may take."""
+
+    def __init__(self, cases: Sequence[Case], repeats: int) -> None:
+        # Peers that form all the scores take longest; each timing has a least duration.
+        self._weights = [1e9 + c.B * c.Hq * c.Lq * c.Lk * (c.D + (c.Dv or c.D)) for c in cases]
+        self._cases, self._repeats = cases, repeats
+        self._start = time.monotonic()
+        self._wanted = sys.stderr.isatty()
+
+    def __call__(self, number: int, repeat: int) -> None:
+        if not self._wanted:
+            return
+        done = (sum(self._weights[:number]) + self._weights[number] * repeat / self._repeats) / sum(self._weights)
+        left = ""
+        if done > 0.01:
+            left = f", {(time.monotonic() - self._start) * (1 - done) / done / 60:.1f} minutes left"
+        name = self._cases[number].name
+        self._show(f"case {number + 1} of {len(self._cases)}, {name}: repeat {repeat} of {self._repeats}{left}")
+
+    def note(self, text: str) -> None:
+        if self._wanted:
+            self._show(text)
+
+    def clear(self) -> None:
+        self.note("")
+
+    def _show(self, text: str) -> None:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def measure_all(team: Team, cases: Sequence[Case], repeats: int, progress: Progress, table: TextIO) -> list[Result]:
+    """Every case, each with a line of text when it is done."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(cases):
+            team.replace_ended()
+            result = measure(team, case, repeats, Path(folder), functools.partial(progress, number))
+            results.append(result)
+            progress.clear()
+            print(text_line(result), file=table, flush=True)
+    return results
+
+
+def measure(team: Team, case: Case, repeats: int, folder: Path, progress: Callable[[int], None]) -> Result:
+    """One case: everyone's result compared, then everyone's time, in turns."""
+    progress(0)
+    peers = prepare_all(team, case, folder)
+    peaks: list[float] = []
+    for repeat in range(repeats):
+        progress(repeat)
+        able = [name for name, peer in peers.items() if "calls" in peer]
+        shift = repeat % len(able)
+        for name in able[shift:] + able[:shift]:
+            if name == OURS:
+                peaks.append(team.ask(OURS, "peak", dtype=case.dtype))
+            try:
+                peers[name]["seconds"].append(team.ask(name, "time"))
+            except PeerError as error:
+                if name == OURS:
+                    raise
+                peers[name] = {error.kind: str(error)}
+    return summary(case, peers, peaks)
+
+
+def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
+    """What each peer can say of a case before the timings; our own failure is everyone's."""
+    reference = None
+    if case.B * case.Hq * case.Lq * case.Lk <= MOST_SCORES:
+        team.ask(OURS, "reference", case=case.name, output=str(folder / "reference.npy"))
+        reference = np.load(folder / "reference.npy")
+    peers: dict[str, Result] = {}
+    ours = np.empty(0)
+    for name in team.workers:
+        output = folder / f"{name}.npy"
+        try:
+            calls = team.ask(name, "prepare", case=case.name, output=str(output))
+        except PeerError as error:
+            if name == OURS:
+                raise
+            peers[name] = {error.kind: str(error)}
+            continue
+        out = np.load(output)
+        ours = out if name == OURS else ours
+        peers[name] = {"calls": calls, "seconds": [], "difference": float(np.abs(out - ours).max(initial=0))}
+        if reference is not None:
+            error_of_out = out - reference
+            peers[name]["error"] = {
+                "max": float(np.abs(error_of_out).max(initial=0)),
+                "rms": float(np.sqrt(np.mean(error_of_out**2))),
+            }
+    return peers
+
+
+def summary(case: Case, peers: dict[str, Result], peaks: list[float]) -> Result:
+    """The numbers that follow from the timings."""
+    peak = statistics.median(peaks)
+    for peer in peers.values():
+        if "seconds" in peer:
+            peer["median"] = statistics.median(peer["seconds"])
+            peer["gflops"] = case.flop / peer["median"] / 1e9
+    for peer in peers.values():
+        if "median" in peer:
+            peer["ratio"] = peer["median"] / peers[OURS]["median"]
+    return {
+        "name": case.name,
+        "tags": sorted(case.tags),
+        "shape": {name: getattr(case, name) for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv")},
+        "dtype": case.dtype,
+        "mask": case.mask,
+        "options": {name: np.asarray(x).tolist() for name, x in case.options.items()},
+        "flop": case.flop,
+        "peaks_gflops": peaks,
+        "peak_gflops": peak,
+        "fraction_of_peak": peers[OURS]["gflops"] / peak,
+        "peers": peers,
+    }
+
+
+def text_line(result: Result) -> str:
+    """Our time and speed, and how many times as long the others take."""
+    ours = result["peers"][OURS]
+    words = [
+        f"{result['name']:<30}{1e3 * ours['median']:10.3f} ms{ours['gflops']:8.1f} GFLOP/s"
+        f"{100 * result['fraction_of_peak']:5.0f} %"
+    ]
+    for name, peer in result["peers"].items():
+        if name != OURS:
+            words.append(f"{name} {peer['ratio']:5.2f}" if "ratio" in peer else f"{name}     -")
+    return "   ".join(words)
+
+
+def disturbed(results: list[Result]) -> list[str]:
+    """Cases during which the machine could do much less than during others: something else was running on it."""
+    best: dict[str, float] = {}
+    for result in results:
+        best[result["dtype"]] = max(best.get(result["dtype"], 0.0), result["peak_gflops"])
+    return [
+        f"{result['name']}: the machine reached {result['peak_gflops']:.0f} GFLOP/s only, "
+        f"{best[result['dtype']]:.0f} in another case"
+        for result in results
+        if result["peak_gflops"] < UNDISTURBED * best[result["dtype"]]
+    ]
+
+
+def peak_of(team: Team, dtype: str, results: list[Result], repeats: int) -> float:
+    """Median rate of multiply-adds in GFLOP/s, over the whole run and a few moments more."""
+    during = [peak for result in results if result["dtype"] == dtype for peak in result["peaks_gflops"]]
+    return float(statistics.median(during + [team.ask(OURS, "peak", dtype=dtype) for _ in range(repeats)]))
+
+
+def problems(results: list[Result]) -> list[str]:
+    """Peers that failed, and results that are not ours."""
+    found = []
+    for result in results:
+        for name, peer in result["peers"].items():
+            if "failed" in peer:
+                found.append(f"{result['name']}: {name} failed: {peer['failed']}")
+            elif "difference" in peer and not peer["difference"] < TOLERANCE:
+                found.append(f"{result['name']}: {name} differs from ours by {peer['difference']:.2g}")
+    return found
+
+
+# Beside the cases -----------------------------------------------------------------------------------------------------
+
+
+def measure_extras(names: Sequence[str], threads: int, progress: Progress) -> Result:
+    """Fixed cost, start of a process and working memory, each in fresh processes."""
+    progress.note("fixed cost of a call")
+    with worker(OURS, threads) as ours:
+        fixed = ours.ask("fixed_cost")
+    progress.note("start of a process")
+    start = extras.start_times(thread_environment(threads))
+    memory: dict[str, Result] = {}
+    for case, peers in ((extras.MODERATE, names), (extras.LONG, [OURS])):
+        memory[case.name] = {}
+        for name in peers:
+            progress.note(f"memory of {name} for {case.name}")
+            with worker(name, threads) as fresh:
+                memory[case.name][name] = _value_or_reason(fresh, "memory", case=case.name)
+    progress.clear()
+    return {"fixed_cost_us": fixed, "start_seconds": start, "memory_bytes": memory}
+
+
+def _value_or_reason(one: Worker, do: str, **arguments: Any) -> Any:
+    try:
+        return one.ask(do, **arguments)
+    except PeerError as error:
+        return {error.kind: str(error)}
+
+
+def environment() -> Result:
+    """What else decides the numbers."""
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpu.splitlines())}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    changed = git("status", "--porcelain", "--", "numba_attn", "tests/cases.py", *(f"perf/{f}" for f in SOURCES))
+    return {
+        "cpu": fields.get("model name") or platform.machine(),
+        "family": " ".join(fields[key] for key in ("vendor_id", "cpu family", "model") if key in fields),
+        "features": [name for name in FEATURES if name in flags],
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load": os.getloadavg(),
+    }
+
+
+SOURCES = ("run.py", "peers.py", "peak.py", "extras.py")
+
+
+def git(*arguments: str) -> str | None:
+    """None outside of a checkout, or without git."""
+    try:
+        finished = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return finished.stdout.strip()
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def select(only: Sequence[str], tag: str | None, quick: bool) -> list[Case]:
+    """The cases of the table that all given conditions leave."""
+    return [
+        case
+        for case in PERF
+        if (not only or any(part in case.name for part in only))
+        and (tag is None or tag in case.tags)
+        and (not quick or case.flop <= QUICK_FLOP)
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    one = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    one.add_argument("-o", "--output", type=Path, help="where to write the JSON")
+    one.add_argument("--only", nargs="+", default=[], metavar="SUBSTRING", help="cases with one of these in their name")
+    one.add_argument("--tag", help="cases with this tag")
+    one.add_argument("--repeats", type=int, help="timings of each (11; 3 if --quick)")
+    one.add_argument("--threads", type=int, default=2, help="for every library (2)")
+    one.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)} (all); ours is always there")
+    one.add_argument("--quick", action="store_true", help=f"3 repeats of the cases up to {QUICK_FLOP / 1e9} GFLOP")
+    one.add_argument(
+        "--extras",
+        action=argparse.BooleanOptionalAction,
+        help="fixed cost, start-up and memory too (by default when all cases are measured)",
+    )
+    one.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    return one
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.worker:
+        serve(options.worker, options.threads)
+        return 0
+    names = [OURS, *(name for name in options.peers.split(",") if name != OURS)]
+    if unknown := set(names) - PEERS.keys():
+        parser().error(f"unknown peers {', '.join(sorted(unknown))}; known are {', '.join(PEERS)}")
+    cases = select(options.only, options.tag, options.quick)
+    if not cases:
+        parser().error("no case is left")
+    repeats = options.repeats or (3 if options.quick else 11)
+    with_extras = len(cases) == len(PERF) if options.extras is None else options.extras
+
+    results = run(names, cases, repeats, options.threads, with_extras)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+    found = problems(results["cases"])
+    for line in (*found, *disturbed(results["cases"])):
+        print(line, file=sys.stderr)
+    return 1 if found else 0
+
+
+def run(names: Sequence[str], cases: Sequence[Case], repeats: int, threads: int, with_extras: bool) -> Result:
+    """All measurements, as they are written to JSON."""
+    before = environment()
+    progress = Progress(cases, repeats)
+    progress.note("starting")
+    team = Team(names, threads)
+    try:
+        for name, reason in team.missing.items():
+            progress.clear()
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        measured = measure_all(team, cases, repeats, progress, sys.stdout)
+        peak = {dtype: peak_of(team, dtype, measured, repeats) for dtype in ("float32", "float64")}
+        bandwidth = team.ask(OURS, "bandwidth")
+        machine = team.ask(OURS, "machine")
+    finally:
+        team.close()
+    return {
+        "environment": {**before, **machine, "versions": team.versions, "missing": team.missing},
+        "settings": {"repeats": repeats, "threads": threads, "peers": list(team.workers)},
+        "peak": {"gflops": peak, "read_gb_per_s": bandwidth},
+        "cases": measured,
+        "extras": measure_extras(list(team.workers), threads, progress) if with_extras else None,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
