@@ -84,7 +84,15 @@ class Problem:
             )
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        _refuse_options_to_come(softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask, dropout_seed)
+        _refuse_options_to_come(
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            block_mask=block_mask,
+            dropout_seed=dropout_seed,
+        )
         _check_dropout(dropout_p)
         _check_precision(precision)
         names = _aux_names(return_aux)
@@ -222,18 +230,8 @@ def _overlaps_itself(x: np.ndarray) -> bool:
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_options_to_come(
-    softcap: Any, alibi_slopes: Any, sinks: Any, score_mod: Any, mask_mod: Any, block_mask: Any, dropout_seed: Any
-) -> None:
-    for name, x in (
-        ("softcap", softcap),
-        ("alibi_slopes", alibi_slopes),
-        ("sinks", sinks),
-        ("score_mod", score_mod),
-        ("mask_mod", mask_mod),
-        ("block_mask", block_mask),
-        ("dropout_seed", dropout_seed),
-    ):
+def _refuse_options_to_come(**options: Any) -> None:
+    for name, x in options.items():
         if x is not None:
             raise NotImplementedError(f"{name} is not implemented yet")
 

@@ -131,9 +131,6 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
     for tile in range(task_low // keys * keys, task_high, keys):
-        # This tile's values are wanted after the scores; the next one's keys, perhaps of the next head, after that.
-        tiles.prefetch_rows(moved(v.data, tile * v.row), v.row, min(keys, task_high - tile), Dv)
-        tiles.prefetch_rows(moved(k.data, (tile + keys) * k.row), k.row, keys, D)
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
@@ -316,16 +313,16 @@ def forward(problem: Problem) -> None:
     first = (0,) * len(batch)
     mask = _NO_MASK if problem.mask is None else problem.mask[first]
     lse = np.empty((0, 0, 0), dtype) if problem.lse is None else problem.lse.reshape(B, Hq, Lq)
-    parallel = B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK
-    cut = plan(B * Hq, Lq, D, Dv, dtype.itemsize, threads.count() if parallel else 1)
+    workers = threads.count() if B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK else 1
+    cut = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers)
     arguments = (
         q[first], k[first], v[first], mask, out[first], lse,
         _batch_offsets(batch, q.strides, k.strides, v.strides, _mask_strides(problem.mask, batch), out.strides),
         problem.intervals.table, problem.intervals.left, problem.intervals.right, problem.scale * LOG2_E,
         cut.keys, cut.block, cut.blocks, VECTOR_BYTES // dtype.itemsize,
     )  # fmt: skip
-    workers = min(threads.count(), B * Hq * cut.tasks)
-    if parallel and workers > 1:
+    workers = min(workers, B * Hq * cut.tasks)
+    if workers > 1:
         with threads.pool() as mine:
             if mine:
                 memory = _memory(workers, _memory_size(cut, D, Dv), dtype)

@@ -118,12 +118,6 @@ class Vectors:
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], False)
 
-    def prefetch(self, pointer: Value) -> None:
-        """Ask for a cache line to be brought into the second-level cache; any address is allowed."""
-        hint = [ir.Constant(I32, x) for x in (0, 2, 1)]  # to read, second level, data
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
-        self.builder.call(self._function("llvm.prefetch.p0", kind), [pointer, *hint])
-
     def load(self, pointer: Value, offset: int | Value = 0) -> Value:
         return self.builder.load(self.at(pointer, offset), align=1, typ=self.type)
 

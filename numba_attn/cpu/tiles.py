@@ -29,8 +29,6 @@ HEADROOM = 16.0
 # What a mask leaves of a tile of scores.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-CACHE_LINE = 64
-
 Rows = Callable[[Value, int], None]
 
 
@@ -75,7 +73,7 @@ def product(
     """
     # Four rows share a pointer: x86 addresses them as p, p + r, p + 2r and p + 3r.  From what it knows of the distance
     # between pointers, LLVM would walk from each row to the next, in a chain of additions that takes longer than the
-    # products; and unrolling a loop with several pointers, it would run out of registers.
+    # products; and unrolling the loop, it would run out of registers for addresses.
     reach = [v.mul_index(a_row, i) for i in range(min(height, 4))]
     starts = [v.opaque(v.at(a, v.mul_index(a_row, i))) if i else a for i in range(0, height, 4)]
     pointers = 1 + len(starts)
@@ -89,7 +87,7 @@ def product(
                 acc[i * width + w] = v.fma(factor, columns[w], acc[i * width + w])
         return [v.at(b, width * v.bytes), *(v.at(p, a_step) for p in starts), *acc]
 
-    return v.loop(0, count, 1, [b, *starts, *acc], body, rolled=height > 4)[pointers:]
+    return v.loop(0, count, 1, [b, *starts, *acc], body, rolled=True)[pointers:]
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -187,21 +185,6 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot):
         v.store(v.loop(0, n, 1, [v.load(o)], key)[0], o)
 
     for_vectors(v, width, lambda here: v.each(Dv, lambda d: outputs(d, here)))
-
-
-def _prefetch_rows(v, data, row, rows, columns):
-    """Bring `rows` rows of `columns` neighbouring elements into the second-level cache."""
-
-    def line(i: Value) -> None:
-        start = v.at(data, v.mul_index(i, row))
-
-        def lines(at: Value, _: list[Value]) -> list[Value]:
-            v.prefetch(v.at(start, at))
-            return []
-
-        v.loop(0, v.mul_index(columns, v.size), CACHE_LINE, [], lines)
-
-    v.each(rows, line)
 
 
 # Softmax --------------------------------------------------------------------------------------------------------------
@@ -518,7 +501,6 @@ def _fill(v, array, row, step, rows, columns, value):
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 accumulate = emits(for_width(_accumulate))
-prefetch_rows = emits(_prefetch_rows)
 accumulate_carefully = emits(_accumulate_carefully)
 raise_reference = emits(_raise_reference, returns=types.int64)
 exponentiate = emits(_exponentiate)
