@@ -66,6 +66,22 @@ def test_growing_scores() -> None:
         np.testing.assert_allclose(out, exact, atol=1e-4)
 
 
+def test_scores_that_are_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is attended to and infinitely far has weight 0, also in a row that has met no other key so far."""
+    monkeypatch.setattr(
+        forward, "plan", lambda *s: (p := plan(*s))._replace(keys=7, blocks=1, tasks=-(-s[1] // p.block))
+    )
+    query, value = np.ones((1, 30, 4), np.float32), np.ones((1, 40, 3), np.float32)
+    key = np.full((1, 40, 4), -np.inf, np.float32)
+    key[:, 33:] = 1
+    mask = np.ones((30, 40), bool)
+    mask[::2, :7] = False  # the first tile
+    mask[::3, 33:] = False
+    out = scaled_dot_product_attention(query, key, value, mask)
+    np.testing.assert_array_equal(out, scaled_dot_product_attention(query, key, value, mask, backend="reference"))
+    assert (out[0, ::3] == 0).all()
+
+
 def test_many_calls_at_once() -> None:
     """Python threads that call at the same time, the first of them compiling: all get the same bits."""
     case = next(c for c in PERF if c.name == "8 x 512, D 64")
