@@ -31,7 +31,7 @@ class KeyIntervals:
         """Low and high of the rows 0 .. Lq - 1 of sequence b, as two (Lq,) arrays; low == high where there is no key.
 
         >>> KeyIntervals(np.array([[0, 3, 9]]), left=1, right=0).bounds(0, 4)
-        (array([0, 0, 1, 4]), array([1, 2, 3, 4]))
+        (array([0, 0, 1, 3]), array([1, 2, 3, 3]))
         """
         offset, query_length, kv_length = (int(x) for x in self.table[b])
         row = np.arange(Lq)

@@ -104,7 +104,7 @@ def test_import_time(python: Callable[..., str]) -> None:
     added = python(
         "import sys, numpy; before = set(sys.modules); import numba_attn; print(*(set(sys.modules) - before))"
     ).split()
-    assert set(added) == {"__future__", "numba_attn"}
+    assert set(added) <= {"__future__", "numba_attn"}
 
 
 def test_numba_options_are_in_one_place() -> None:

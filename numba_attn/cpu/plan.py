@@ -14,9 +14,9 @@ from numba_attn.cpu import target
 # The register tiles of each instruction set: for every number of query vectors side by side, the numbers of rows to
 # take at once, largest first.  Rows x vectors accumulators, the vectors and one broadcast must fit the registers.
 REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
-    "avx512": {1: (16, 4, 1), 2: (12, 4, 1)},
+    "avx512": {1: (8, 4, 1), 2: (12, 4, 1)},
     "avx2": {1: (8, 4, 1), 2: (6, 2, 1), 3: (4, 1)},
-    "neon": {1: (16, 4, 1), 2: (8, 2, 1), 3: (8, 2, 1)},
+    "neon": {1: (8, 4, 1), 2: (8, 2, 1), 3: (8, 2, 1)},
     "generic": {1: (8, 1), 2: (4, 1)},
 }
 HEIGHTS = REGISTER_TILES[target.ISA]
