@@ -107,7 +107,7 @@ class Problem:
         intervals = _intervals(
             batch, Lq, Lk, query_offset, _flag("is_causal", is_causal), window, query_lengths, kv_lengths
         )
-        scale = _scale(scale, q.shape[-1])
+        scale = _scale(scale, q.shape[-1], q.dtype)
         if out is not None:
             for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
                 if x is not None and _overlap(result, x):
@@ -278,12 +278,12 @@ def _number(name: str, x: Any) -> float:
     return float(x)
 
 
-def _scale(scale: Any, D: int) -> float:
+def _scale(scale: Any, D: int, dtype: np.dtype) -> float:
     if scale is None:
         return 1 / math.sqrt(D) if D else 1.0
     scale = _number("scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not abs(scale) < float(np.finfo(dtype).max) / 2:  # room for a change of base
+        raise ValueError(f"scale must be finite, in {dtype} too, got {scale}")
     return scale
 
 

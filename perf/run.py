@@ -13,21 +13,16 @@ multiply-adds that the machine reaches is measured in the same turns.  Linux onl
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
-import math
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,11 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import extras
 from cases import PERF, Case
-from peers import PEERS, Prepared, Unsupported, versions
+from peers import PEERS
+from workers import OURS, PeerError, Team, Worker, thread_environment, worker
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "ours"
-TURN = 0.02  # seconds that a timing takes at least
 TOLERANCE = 1e-3  # on results of order 1: enough to tell that all compute the same thing
 MOST_SCORES = 4e7  # for which a float64 reference is computed
 QUICK_FLOP = 2.5e9
@@ -52,233 +46,8 @@ FEATURES = (
     *("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
-PR_SET_PDEATHSIG = 1
 
 Result = dict[str, Any]
-
-
-# In the worker's process ----------------------------------------------------------------------------------------------
-
-
-class Session:
-    """One peer, and the case that it is at; each public method is a request."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._peer = PEERS[name](threads)
-        self._cases = {case.name: case for case in (*PERF, extras.LONG)}
-        self._peaks: dict[str, Any] = {}
-
-    def versions(self) -> dict[str, str]:
-        return versions(self._peer)
-
-    def prepare(self, case: str, output: str) -> int:
-        """Make the arrays and whatever else the library needs, save the first result; returns the calls of a timing."""
-        self._call: Callable[[], Any] | None = None  # the arrays of the case before are free from here
-        prepared = self._peer.prepare(self._cases[case])
-        np.save(output, prepared.array(prepared.call()))
-        self._call, self._calls = prepared.call, 1
-        while (seconds := self._calls * self._mean()) < TURN:
-            self._calls = math.ceil(self._calls * min(10, 1.2 * TURN / seconds))
-        return self._calls
-
-    def time(self) -> float:
-        """Seconds of one call, the mean over a timing."""
-        assert self._call is not None
-        if self._calls > 1:
-            self._call()  # what was stopped has threads to wake and caches to fill
-        return self._mean()
-
-    def _mean(self) -> float:
-        call, calls = self._call, range(self._calls)
-        assert call is not None
-        start = time.perf_counter()
-        for _ in calls:
-            call()
-        return (time.perf_counter() - start) / self._calls
-
-    def memory(self, case: str) -> int:
-        """Bytes that the first call of a case takes in a process that has done small ones."""
-        self._peer.prepare(extras.SMALL).call()
-        prepared: Prepared = self._peer.prepare(self._cases[case])
-        return extras.memory_growth(prepared)
-
-    # Of our worker only
-
-    def peak(self, dtype: str) -> float:
-        """GFLOP/s of multiply-adds, now."""
-        from peak import MultiplyAdd
-
-        if dtype not in self._peaks:
-            self._peaks[dtype] = MultiplyAdd(dtype)
-        gflops: float = self._peaks[dtype].gflops()
-        return gflops
-
-    def bandwidth(self) -> float:
-        from peak import read_bandwidth
-
-        return read_bandwidth()
-
-    def reference(self, case: str, output: str) -> None:
-        """Save the result of the plain NumPy implementation in float64."""
-        from numba_attn import scaled_dot_product_attention
-
-        problem = self._cases[case]
-        query, key, value = (x.astype(np.float64) for x in problem.arrays())
-        out = scaled_dot_product_attention(query, key, value, backend="reference", **problem.keywords())
-        np.save(output, np.asarray(out))
-
-    def fixed_cost(self) -> dict[str, float]:
-        return extras.fixed_cost()
-
-    def machine(self) -> Result:
-        """What our kernels are compiled for, and run on."""
-        from numba_attn import threads
-        from numba_attn.cpu import target
-
-        return {
-            "isa": target.ISA,
-            "compiled_for": target.NAME,
-            "threads": threads.count(),
-            "threading_layer": threads.layer(),
-        }
-
-
-def serve(name: str, threads: int) -> None:
-    """Answer requests, JSON lines on stdin, on stdout, which libraries get no chance to print on."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would outlive a killed driver
-    os.sched_setaffinity(0, processors(threads))
-    session: Session | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            session = session or Session(name, threads)
-            answer = {"value": getattr(session, request.pop("do"))(**request)}
-        except (Unsupported, ModuleNotFoundError) as error:
-            answer = {"unsupported": str(error)}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def processors(count: int) -> set[int]:
-    """So many of those that this process may use, on different cores as far as there are."""
-    seen: dict[tuple[str, ...], int] = {}
-
-    def rank(cpu: int) -> tuple[int, int]:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        core = tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
-        seen[core] = seen.get(core, 0) + 1
-        return seen[core], cpu
-
-    return set(sorted(sorted(os.sched_getaffinity(0)), key=rank)[:count])
-
-
-# In the driver --------------------------------------------------------------------------------------------------------
-
-
-class PeerError(Exception):
-    """A request that came to nothing: `kind` is "unsupported" or "failed"."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-class Worker:
-    """A `Session` in a process of its own, which runs only while it has a request to answer."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **thread_environment(threads)},
-        )
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Let it run, and stop it when it has answered."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        os.kill(self._process.pid, signal.SIGCONT)
-        try:
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PeerError("failed", f"its process ended with status {self._process.wait()}")
-        os.kill(self._process.pid, signal.SIGSTOP)
-        os.waitpid(self._process.pid, os.WUNTRACED)
-        answer = json.loads(line)
-        if "value" in answer:
-            return answer["value"]
-        [(kind, reason)] = answer.items()
-        raise PeerError(kind, reason)
-
-    @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@contextmanager
-def worker(name: str, threads: int) -> Iterator[Worker]:
-    """A worker for a while."""
-    one = Worker(name, threads)
-    try:
-        yield one
-    finally:
-        one.close()
-
-
-def thread_environment(threads: int) -> dict[str, str]:
-    """For everything that takes its number of threads from the environment."""
-    names = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PJRT_NPROC")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**dict.fromkeys(names, str(threads)), "PYTHONPATH": path}
-
-
-class Team:
-    """The workers; one whose process has ended is started anew for the next case."""
-
-    def __init__(self, names: Sequence[str], threads: int) -> None:
-        self._threads = threads
-        self.workers: dict[str, Worker] = {}
-        self.versions: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-        for name in names:
-            self._enlist(name)
-
-    def _enlist(self, name: str) -> None:
-        self.workers[name] = Worker(name, self._threads)
-        try:
-            self.versions |= self.workers[name].ask("versions")
-        except PeerError as error:
-            self.workers.pop(name).close()
-            if name == OURS:
-                raise
-            self.missing[name] = str(error)
-
-    def ask(self, peer: str, do: str, **arguments: Any) -> Any:
-        return self.workers[peer].ask(do, **arguments)
-
-    def replace_ended(self) -> None:
-        for name, one in list(self.workers.items()):
-            if one.ended:
-                one.close()
-                self._enlist(name)
-
-    def close(self) -> None:
-        for one in self.workers.values():
-            one.close()
 
 
 class Progress:
@@ -493,7 +262,7 @@ def environment() -> Result:
     }
 
 
-SOURCES = ("run.py", "peers.py", "peak.py", "extras.py")
+SOURCES = ("run.py", "session.py", "workers.py", "peers.py", "peak.py", "extras.py")
 
 
 def git(*arguments: str) -> str | None:
@@ -533,15 +302,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="fixed cost, start-up and memory too (by default when all cases are measured)",
     )
-    one.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     return one
 
 
 def main() -> int:
     options = parser().parse_args()
-    if options.worker:
-        serve(options.worker, options.threads)
-        return 0
     names = [OURS, *(name for name in options.peers.split(",") if name != OURS)]
     if unknown := set(names) - PEERS.keys():
         parser().error(f"unknown peers {', '.join(sorted(unknown))}; known are {', '.join(PEERS)}")

@@ -41,7 +41,12 @@ MAY_IMPORT = {
     "cpu.simd": {"cpu.target"},
     "cpu.jit": {"cpu.target"},
     "cpu.tiles": {"cpu.plan", "cpu.simd"},
-    "cpu.forward": {"cpu.jit", "cpu.plan", "cpu.simd", "cpu.target", "cpu.tiles", "problem", "threads"},
+    "cpu.mask_tiles": {"cpu.simd", "cpu.tiles"},
+    "cpu.pack": {"cpu.simd", "cpu.tiles"},
+    "cpu.forward": {
+        *("cpu.jit", "cpu.mask_tiles", "cpu.pack", "cpu.plan", "cpu.simd", "cpu.target", "cpu.tiles"),
+        *("problem", "threads"),
+    },
 }
 WITHOUT_NUMBA = {"__init__", "__main__", "problem", "masks", "reference", "dispatch", "api", "cli", "_npz", "_bench"}
 

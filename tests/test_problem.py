@@ -60,6 +60,7 @@ WRONG: list[tuple[str, tuple[Any, Any, Any], dict[str, Any], type[Exception], st
     ("window float", (Q, K, K), {"window": (1.0, 0)}, TypeError, "window must be integers"),
     ("scale nan", (Q, K, K), {"scale": float("nan")}, ValueError, "scale must be finite"),
     ("scale inf", (Q, K, K), {"scale": -np.inf}, ValueError, "scale must be finite"),
+    ("scale beyond float32", (Q, K, K), {"scale": 1e39}, ValueError, "scale must be finite, in float32 too"),
     ("scale word", (Q, K, K), {"scale": "1"}, TypeError, "scale must be a real number, got str"),
     ("scale complex", (Q, K, K), {"scale": 1j}, TypeError, "scale must be a real number, got complex"),
     ("dropout 1", (Q, K, K), {"dropout_p": 1.0}, ValueError, "dropout_p must be in \\[0, 1\\)"),

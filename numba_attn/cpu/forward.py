@@ -21,12 +21,13 @@ from numba import prange, types
 from numba.np.numpy_support import from_dtype
 
 from numba_attn import threads
-from numba_attn.cpu import tiles
+from numba_attn.cpu import mask_tiles, pack, tiles
 from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL
 from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.simd import address, fetch_add, moved, pointee_bytes, points_to_boolean
 from numba_attn.cpu.target import VECTOR_BYTES
-from numba_attn.cpu.tiles import EMPTY, FULL, LOG2_E, PARTIAL
+from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.problem import Problem
 
 # A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
@@ -89,7 +90,7 @@ def mask_tile(mask, rows, n, width, lanes, bias):
         true = 0
         seen = rows if mask.row != 0 else 1
         for i in range(seen):
-            true += tiles.count_true(moved(mask.data, i * mask.row), n)
+            true += mask_tiles.count_true(moved(mask.data, i * mask.row), n)
             if 0 < true < (i + 1) * n:
                 break
         if true == 0:
@@ -97,12 +98,12 @@ def mask_tile(mask, rows, n, width, lanes, bias):
         if true == seen * n:
             return FULL
     if mask.row == 0:
-        tiles.mask_keys(width, bias, mask.data, mask.step, n)
+        mask_tiles.mask_keys(width, bias, mask.data, mask.step, n)
     else:
         whole = n // lanes * lanes if contiguous else 0
-        tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
-        tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
-    return tiles.classify(width, bias, n)
+        mask_tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
+        mask_tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
+    return mask_tiles.classify(width, bias, n)
 
 
 @device
@@ -114,7 +115,7 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
     top, sums, correction = element(memory, at.top), element(memory, at.sums), element(memory, at.correction)
     low, high = element(memory, at.low), element(memory, at.high)
     nothing = memory.dtype.type(0)
-    tiles.fill_lanes(zero, nothing, block // lanes)
+    pack.fill_lanes(zero, nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
     for i in range(blocks):
@@ -123,10 +124,10 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
         width = (rows + lanes - 1) // lanes
         state = at.state + i * at.state_size
         q_rows = moved(q.data, row * q.row)
-        tiles.pack_queries(width, q_rows, q.row, q.step, rows, D, scale, element(memory, state))
-        tiles.fill_lanes(element(memory, state + D * block), nothing, Dv * width)
-        tiles.fill_lanes(element(memory, state + (D + Dv) * block), memory.dtype.type(-math.inf), width)
-        tiles.fill_lanes(element(memory, state + (D + Dv + 1) * block), nothing, width)
+        pack.pack_queries(width, q_rows, q.row, q.step, rows, D, element(memory, state))
+        pack.fill_lanes(element(memory, state + D * block), nothing, Dv * width)
+        pack.fill_lanes(element(memory, state + (D + Dv) * block), memory.dtype.type(-math.inf), width)
+        pack.fill_lanes(element(memory, state + (D + Dv + 1) * block), nothing, width)
 
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
@@ -161,20 +162,22 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
                     p = row + min(lane, rows - 1) + position.offset
                     memory[at.low + lane] = max(p - position.left, start) - start
                     memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
-                tiles.mask_outside(width, bias, added, added_row, n, low, high)
+                mask_tiles.mask_outside(width, bias, added, added_row, n, low, high)
                 added, added_row, kept = bias, row_bytes, PARTIAL
 
             done = False
             if kept == FULL and ready >> i & 1:
-                done = tiles.probabilities(width, k_tile, k.row, k.step, n, D, qt, reference, total, sums, top, scores)
+                done = tiles.probabilities(
+                    width, k_tile, k.row, k.step, n, D, qt, scale, reference, total, sums, top, scores
+                )
             if not done:
-                tiles.scores(width, k_tile, k.row, k.step, n, D, qt, added, added_row, scores, top)
+                tiles.scores(width, k_tile, k.row, k.step, n, D, qt, scale, added, added_row, reference, scores, top)
                 changes = tiles.raise_reference(width, top, reference, total, correction)
                 if changes & 1:
                     tiles.rescale(width, ot, Dv, correction)
                 if not changes & 2:
                     ready |= 1 << i
-                tiles.exponentiate(width, scores, n, top, total)
+                tiles.exponentiate(width, scores, n, scale, added, added_row, reference, total)
             if careful:
                 tiles.accumulate_carefully(width, v_tile, v.row, v.step, Dv, n, scores, ot)
             else:
@@ -195,7 +198,7 @@ def finish(out, lse, first, end, sizes, memory):
         total = state + (D + Dv + 1) * block
         ot = element(memory, state + D * block)
         tiles.normalise(width, ot, Dv, element(memory, total), element(memory, at.top))
-        tiles.write_rows(width, ot, Dv, moved(out.data, row * out.row), out.row, out.step, rows)
+        pack.write_rows(width, ot, Dv, moved(out.data, row * out.row), out.row, out.step, rows)
         for lane in range(rows):
             if memory[at.top + lane] != 0:
                 finite = False
@@ -214,25 +217,9 @@ def matrix(array, b_offset, h):
 
 @kernel
 def work(
-    memory,
-    worker,
-    next_task,
-    q,
-    k,
-    v,
-    mask,
-    out,
-    lse,
-    offsets,
-    intervals,
-    left,
-    right,
-    scale,
-    keys,
-    block,
-    blocks,
-    lanes,
-):
+    memory, worker, next_task, q, k, v, mask, out, lse,
+    offsets, intervals, left, right, scale, keys, block, blocks, lanes,
+):  # fmt: skip
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do.
 
     Arrays are (heads, rows, columns) of the first sequence; offsets (B, 5) is where in q, k, v, mask and out the others
@@ -278,7 +265,7 @@ def work(
             careful = True
         if valid < end:
             padding = moved(out_head.data, valid * out_head.row)
-            tiles.fill(padding, out_head.row, out_head.step, end - valid, Dv, memory.dtype.type(0))
+            pack.fill(padding, out_head.row, out_head.step, end - valid, Dv, memory.dtype.type(0))
             if lse.size:
                 for row in range(valid, end):
                     lse_head[row] = -math.inf

@@ -176,7 +176,7 @@ class Vectors:
         other, their long chains of dependent operations fill the processor's scheduler and stall it.
         """
         b = self.builder
-        shift, lowest, degree = (23, -127.0, 5) if self.size == 4 else (52, -1023.0, 11)
+        shift, lowest, degree = (23, -127.0, 6) if self.size == 4 else (52, -1023.0, 11)
         # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
         magic = self.constant(1.5 * 2.0**shift)
         clamped = [self.maximum(self.constant(lowest), x) for x in xs]  # this operand order keeps NaN
@@ -184,16 +184,19 @@ class Vectors:
         whole = [self.sub(x, magic) for x in shifted]
         fraction = [self.sub(x, n) for x, n in zip(clamped, whole, strict=True)]
         square = [self.mul(f, f) for f in fraction]
-        c = [self.constant(x) for x in exp2_polynomial(degree)]
         # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
-        even, odd = [c[degree - 1]] * len(xs), [c[degree]] * len(xs)
-        for i in range(degree - 2, -1, -2):
-            odd = [self.fma(p, y, c[i]) for p, y in zip(odd, square, strict=True)]
-            even = [self.fma(p, y, c[i - 1]) for p, y in zip(even, square, strict=True)]
+        even, odd = (self._horner(exp2_polynomial(degree)[start::2], square) for start in (0, 1))
         power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
         shifts = ir.Constant(self.bits, [shift] * self.lanes)
         exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
         return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)]
+
+    def _horner(self, coefficients: Sequence[float], xs: Sequence[Value]) -> list[Value]:
+        """A polynomial, constant first, of several vectors."""
+        values = [self.constant(coefficients[-1])] * len(xs)
+        for c in reversed(coefficients[:-1]):
+            values = [self.fma(value, x, self.constant(c)) for value, x in zip(values, xs, strict=True)]
+        return values
 
     # Shuffles -------------------------------------------------------------------------------------------------------
 

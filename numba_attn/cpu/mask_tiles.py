@@ -1,0 +1,153 @@
+"""Masks, as tiles of numbers that are added to base-2 scores: 0 where a query may attend to a key, -inf where not.
+
+A tile is bias (n, block), keys down, queries across, as the scores are.  Masks are read in place, with any strides.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba import types
+
+from numba_attn.cpu.simd import I8, I64, Value, Vectors, emits
+from numba_attn.cpu.tiles import LOG2_E, for_vectors, lane_rows
+
+INFINITY = math.inf
+# What a mask leaves of a tile of scores.
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def _as_bias(v: Vectors, x: Value) -> Value:
+    """A loaded mask value, or a vector of them, as what is added to base-2 scores: True is 0, False -inf."""
+    b = v.builder
+    vector = isinstance(x.type, ir.VectorType)
+    kind, element = (v.type, x.type.element) if vector else (v.element, x.type)
+
+    def constant(value: float, like: ir.Type = kind) -> Value:
+        return ir.Constant(like, [value] * v.lanes if vector else value)
+
+    if element == I8:
+        return b.select(b.icmp_unsigned("!=", x, constant(0, x.type)), constant(0.0), constant(-INFINITY))
+    if element != v.element:
+        x = b.fptrunc(x, kind) if v.size == 4 else b.fpext(x, kind)
+    # The largest finite numbers stay finite: they are a penalty, only -inf is a mask.
+    scaled, floor = b.fmul(x, constant(v.rounded(LOG2_E))), constant(-v.largest)
+    scaled = b.select(b.fcmp_ordered("<", scaled, floor), floor, scaled)
+    return b.select(b.fcmp_ordered("==", x, constant(-INFINITY)), x, scaled)
+
+
+def _mask_rows(v, width, bias, mask, mask_row, rows, n):
+    """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes."""
+    row = v.mul_index(width, v.bytes)
+    element, size = v.pointee("mask")
+    kind = ir.VectorType(element, v.lanes)
+
+    def vector(w: Value, here: Value) -> None:
+        lanes = [v.at(mask, v.mul_index(mask_row, i)) for i in lane_rows(v, w, rows)]
+
+        def keys(j: Value, _: list[Value]) -> list[Value]:
+            at = v.mul_index(j, size)
+            columns = v.transpose([_as_bias(v, v.builder.load(v.at(lane, at), align=1, typ=kind)) for lane in lanes])
+            for r, column in enumerate(columns):
+                v.store(column, v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
+            return []
+
+        v.loop(0, n, v.lanes, [], keys)
+
+    v.each(width, lambda w: vector(w, v.mul_index(w, v.bytes)))
+
+
+def _mask_keys(v, width, bias, mask, mask_step, n):
+    """bias (n, block) from a mask that is the same for every query."""
+    row = v.mul_index(width, v.bytes)
+    element, _ = v.pointee("mask")
+
+    def key(j: Value) -> None:
+        x = v.splat(_as_bias(v, v.builder.load(v.at(mask, v.mul_index(j, mask_step)), align=1, typ=element)))
+        for_vectors(v, width, lambda here: v.store(x, v.at(bias, v.mul_index(j, row)), here))
+
+    v.each(n, key)
+
+
+def _mask_elements(v, width, bias, mask, mask_row, mask_step, rows, first, n):
+    """bias (n, block), keys from `first` on, from a mask of any strides, element by element."""
+    row = v.mul_index(width, v.bytes)
+    element, _ = v.pointee("mask")
+    last = v.add_index(rows, -1)
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        def lane(i: Value) -> None:
+            at = v.at(v.at(mask, v.mul_index(mask_row, v.least(i, last))), v.mul_index(j, mask_step))
+            x = _as_bias(v, v.builder.load(at, align=1, typ=element))
+            v.store(x, v.at(bias, v.mul_index(j, row)), v.mul_index(i, v.size))
+
+        v.each(v.mul_index(width, v.lanes), lane)
+        return []
+
+    v.loop(first, n, 1, [], key)
+
+
+def _mask_outside(v, width, bias, source, source_row, n, low, high):
+    """bias = source (rows `source_row` bytes apart), but -inf where the key is not in the query's [low, high).
+
+    Keys count from the first of the tile; low and high hold a whole number a query.
+    """
+    row = v.mul_index(width, v.bytes)
+    lowest = v.constant(-INFINITY)
+
+    def vector(here: Value) -> None:
+        first, end = v.load(low, here), v.load(high, here)
+
+        def key(j: Value, number: list[Value]) -> list[Value]:
+            x = v.load(v.at(source, v.mul_index(j, source_row)), here)
+            inside = v.builder.and_(v.builder.not_(v.less(number[0], first)), v.less(number[0], end))
+            v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(j, row)), here)
+            return [v.add(number[0], v.constant(1.0))]
+
+        v.loop(0, n, 1, [v.constant(0.0)], key)
+
+    for_vectors(v, width, vector)
+
+
+def _classify(v, width, bias, n):
+    """EMPTY if the bias (n, block) masks everything, FULL if it does nothing, PARTIAL otherwise."""
+    b = v.builder
+    zero, lowest = v.constant(0.0), v.constant(-INFINITY)
+
+    def vector(here: Value, found: list[Value]) -> list[Value]:
+        x = v.load(bias, here)
+        return [b.or_(found[0], b.fcmp_unordered("!=", x, lowest)), b.or_(found[1], b.fcmp_unordered("!=", x, zero))]
+
+    nothing = b.fcmp_ordered("!=", zero, zero)
+    end = v.mul_index(v.mul_index(width, v.bytes), n)
+    kept, changed = v.loop(0, end, v.bytes, [nothing, nothing], vector)
+    full = b.select(v.any(changed), v.index(PARTIAL), v.index(FULL))
+    return b.select(v.any(kept), full, v.index(EMPTY))
+
+
+def _count_true(v, mask, n):
+    """How many of n contiguous booleans are True, for the quickest answer to "all?" and "none?"."""
+    b = v.builder
+    wide = v.bytes
+    vector, bits = ir.VectorType(I8, wide), ir.IntType(wide)
+
+    def chunk(j: Value, count: list[Value]) -> list[Value]:
+        x = b.load(v.at(mask, j), align=1, typ=vector)
+        true = b.ctpop(b.bitcast(b.icmp_unsigned("!=", x, ir.Constant(vector, [0] * wide)), bits))
+        return [b.add(count[0], true if wide == 64 else b.zext(true, I64))]
+
+    def one(j: Value, count: list[Value]) -> list[Value]:
+        x = b.load(v.at(mask, j), align=1, typ=I8)
+        return [b.add(count[0], b.zext(b.icmp_unsigned("!=", x, ir.Constant(I8, 0)), I64))]
+
+    whole = v.whole_steps(v.index(0), n, wide)
+    return v.loop(whole, n, 1, v.loop(0, whole, wide, [v.index(0)], chunk), one)[0]
+
+
+mask_rows = emits(_mask_rows)
+mask_keys = emits(_mask_keys)
+mask_elements = emits(_mask_elements)
+mask_outside = emits(_mask_outside)
+classify = emits(_classify, returns=types.int64)
+count_true = emits(_count_true, returns=types.int64)

@@ -1,0 +1,144 @@
+"""One library in a process of its own, which answers the requests of `workers.Worker`: `session.py NAME THREADS`."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import extras
+import numpy as np
+from cases import PERF
+from peers import PEERS, Prepared, Unsupported, versions
+
+TURN = 0.02  # seconds that a timing takes at least
+PR_SET_PDEATHSIG = 1
+
+
+class Session:
+    """One peer, and the case that it is at; each public method is a request."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._peer = PEERS[name](threads)
+        self._cases = {case.name: case for case in (*PERF, extras.LONG)}
+        self._peaks: dict[str, Any] = {}
+
+    def versions(self) -> dict[str, str]:
+        return versions(self._peer)
+
+    def prepare(self, case: str, output: str) -> int:
+        """Make the arrays and whatever else the library needs, save the first result; returns the calls of a timing."""
+        self._call: Callable[[], Any] | None = None  # the arrays of the case before are free from here
+        prepared = self._peer.prepare(self._cases[case])
+        np.save(output, prepared.array(prepared.call()))
+        self._call, self._calls = prepared.call, 1
+        while (seconds := self._calls * self._mean()) < TURN:
+            self._calls = math.ceil(self._calls * min(10, 1.2 * TURN / seconds))
+        return self._calls
+
+    def time(self) -> float:
+        """Seconds of one call, the mean over a timing."""
+        assert self._call is not None
+        if self._calls > 1:
+            self._call()  # what was stopped has threads to wake and caches to fill
+        return self._mean()
+
+    def _mean(self) -> float:
+        call, calls = self._call, range(self._calls)
+        assert call is not None
+        start = time.perf_counter()
+        for _ in calls:
+            call()
+        return (time.perf_counter() - start) / self._calls
+
+    def memory(self, case: str) -> int:
+        """Bytes that the first call of a case takes in a process that has done small ones."""
+        self._peer.prepare(extras.SMALL).call()
+        prepared: Prepared = self._peer.prepare(self._cases[case])
+        return extras.memory_growth(prepared)
+
+    # Of our worker only
+
+    def peak(self, dtype: str) -> float:
+        """GFLOP/s of multiply-adds, now."""
+        from peak import MultiplyAdd
+
+        if dtype not in self._peaks:
+            self._peaks[dtype] = MultiplyAdd(dtype)
+        gflops: float = self._peaks[dtype].gflops()
+        return gflops
+
+    def bandwidth(self) -> float:
+        from peak import read_bandwidth
+
+        return read_bandwidth()
+
+    def reference(self, case: str, output: str) -> None:
+        """Save the result of the plain NumPy implementation in float64."""
+        from numba_attn import scaled_dot_product_attention
+
+        problem = self._cases[case]
+        query, key, value = (x.astype(np.float64) for x in problem.arrays())
+        out = scaled_dot_product_attention(query, key, value, backend="reference", **problem.keywords())
+        np.save(output, np.asarray(out))
+
+    def fixed_cost(self) -> dict[str, float]:
+        return extras.fixed_cost()
+
+    def machine(self) -> dict[str, Any]:
+        """What our kernels are compiled for, and run on."""
+        from numba_attn import threads
+        from numba_attn.cpu import target
+
+        return {
+            "isa": target.ISA,
+            "compiled_for": target.NAME,
+            "threads": threads.count(),
+            "threading_layer": threads.layer(),
+        }
+
+
+def serve(name: str, threads: int) -> None:
+    """Answer requests, JSON lines on stdin, on stdout, which libraries get no chance to print on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would outlive a killed driver
+    os.sched_setaffinity(0, processors(threads))
+    session: Session | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            session = session or Session(name, threads)
+            answer = {"value": getattr(session, request.pop("do"))(**request)}
+        except (Unsupported, ModuleNotFoundError) as error:
+            answer = {"unsupported": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def processors(count: int) -> set[int]:
+    """So many of those that this process may use, on different cores as far as there are."""
+    seen: dict[tuple[str, ...], int] = {}
+
+    def rank(cpu: int) -> tuple[int, int]:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        core = tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        seen[core] = seen.get(core, 0) + 1
+        return seen[core], cpu
+
+    return set(sorted(sorted(os.sched_getaffinity(0)), key=rank)[:count])
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
