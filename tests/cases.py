@@ -88,6 +88,8 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], np.ndarray]] = {
     "bool none": lambda c, rng: np.zeros((c.Lq, c.Lk), bool),
     "bool (B,1,1,Lk)": lambda c, rng: _padding(c),
     "bool (Lk,)": lambda c, rng: rng.random(c.Lk) < 0.5,
+    "bool late keys (Lk,)": lambda c, rng: np.arange(c.Lk) >= c.Lk - 15,
+    "bool upper triangle": lambda c, rng: np.arange(c.Lk) > np.arange(c.Lq)[:, None] + 5,
     "bool (Lq,1)": lambda c, rng: rng.random((c.Lq, 1)) < 0.5,
     "bool (1,1)": lambda c, rng: np.ones((1, 1), bool),
     "bool (B,Hq,Lq,Lk)": lambda c, rng: rng.random((c.B, c.Hq, c.Lq, c.Lk)) < 0.3,

@@ -42,6 +42,7 @@ Memory = namedtuple("Memory", "scores bias zero top sums correction low high sta
 LN_2 = math.log(2.0)
 LANE_VECTORS = 6  # zero, top, sums, correction, low, high: one value a lane
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
+TRIM = 48  # keys by which a tile is shortened at either end, as long as a mask excludes them
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
@@ -103,7 +104,20 @@ def mask_tile(mask, rows, n, width, lanes, bias):
         whole = n // lanes * lanes if contiguous else 0
         mask_tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
         mask_tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
-    return mask_tiles.classify(width, bias, n)
+    # One key tells most often: only where it does not, all are looked at.
+    kept = mask_tiles.classify(width, bias, 1)
+    return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
+
+
+@device
+def none_true(mask, rows, first, n):
+    """Whether a boolean mask with contiguous keys, and no other, excludes the keys [first, first + n) for all rows."""
+    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+        return False
+    for i in range(rows if mask.row != 0 else 1):
+        if mask_tiles.count_true(moved(mask.data, i * mask.row + first), n):
+            return False
+    return True
 
 
 @device
@@ -146,12 +160,16 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
             qt, ot = element(memory, state), element(memory, state + D * block)
             reference = element(memory, state + (D + Dv) * block)
             total = element(memory, state + (D + Dv + 1) * block)
-            k_tile = moved(k.data, start * k.row)
-            v_tile = moved(v.data, start * v.row)
 
             added, added_row, kept = zero, 0, FULL
             if masked:
                 here = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step)
+                while n > TRIM and none_true(here, rows, n - TRIM, TRIM):
+                    n -= TRIM
+                while n > TRIM and none_true(here, rows, 0, TRIM):
+                    start, n = start + TRIM, n - TRIM
+                    here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
+                stop = start + n
                 kept = mask_tile(here, rows, n, width, lanes, bias)
                 if kept == EMPTY:
                     continue
@@ -165,6 +183,7 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
                 mask_tiles.mask_outside(width, bias, added, added_row, n, low, high)
                 added, added_row, kept = bias, row_bytes, PARTIAL
 
+            k_tile, v_tile = moved(k.data, start * k.row), moved(v.data, start * v.row)
             done = False
             if kept == FULL and ready >> i & 1:
                 done = tiles.probabilities(
