@@ -5,15 +5,12 @@ A tile is bias (n, block), keys down, queries across, as the scores are.  Masks 
 
 from __future__ import annotations
 
-import math
-
 from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu.simd import I8, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import LOG2_E, for_vectors, lane_rows
+from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_vectors, lane_rows
 
-INFINITY = math.inf
 # What a mask leaves of a tile of scores.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

@@ -150,10 +150,6 @@ class Vectors:
         """The larger of each lane; `b` where either is NaN.  One instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
-    def minimum(self, a: Value, b: Value) -> Value:
-        """The smaller of each lane; `b` where either is NaN."""
-        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
-
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return self.builder.select(condition, a, b)
 
