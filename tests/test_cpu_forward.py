@@ -129,6 +129,6 @@ def test_plan(shape: tuple[int, ...], workers: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_lengths() -> None:
-    sizes = {forward._memory_size(plan(8, L, 64, 64, 4, 2), 64, 64) * 4 for L in (4096, 16384, 1 << 20)}
+    sizes = {forward._memory_size(plan(8, L, 64, 64, 4, 2), 64, 64, 16) * 4 for L in (4096, 16384, 1 << 20)}
     assert len(sizes) == 1
     assert sizes.pop() < 1 << 20

@@ -76,7 +76,7 @@ from numba_attn.cpu import forward, jit
 forward.work.compile(forward._signature("f", "?"))
 text = "".join(forward.work.inspect_asm().values())
 loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
-products = [body for _, body in loops if len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24]
+products = [body for _, body in loops if body.count("vbroadcastss") >= 4 and len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24]
 assert products, "no product loop"
 assert not any(re.search(r"zmm.*rsp|rsp.*zmm", body) for body in products), "an accumulator in memory"
 print(len(products))

@@ -23,9 +23,9 @@ from numba.np.numpy_support import from_dtype
 from numba_attn import threads
 from numba_attn.cpu import mask_tiles, pack, tiles
 from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
-from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL
+from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
 from numba_attn.cpu.plan import Plan, plan
-from numba_attn.cpu.simd import address, fetch_add, moved, pointee_bytes, points_to_boolean
+from numba_attn.cpu.simd import address, align_stack, fetch_add, moved, pointee_bytes, points_to_boolean
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.problem import Problem
@@ -37,12 +37,12 @@ Position = namedtuple("Position", "offset kv_length left right")
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
 # Where things are in a worker's memory, in elements.
-Memory = namedtuple("Memory", "scores bias zero top sums correction low high state state_size")
+Memory = namedtuple("Memory", "scores bias values zero top sums correction low high state state_size")
 
 LN_2 = math.log(2.0)
 LANE_VECTORS = 6  # zero, top, sums, correction, low, high: one value a lane
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
-TRIM = 48  # keys by which a tile is shortened at either end, as long as a mask excludes them
+PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
@@ -51,11 +51,13 @@ SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are
 
 @device
 def memory_map(sizes):
-    block = sizes.block
-    lanes = 2 * sizes.keys * block
+    block, tile = sizes.block, sizes.keys * sizes.block
+    values = (sizes.keys + sizes.lanes - 1) // sizes.lanes * sizes.lanes * sizes.Dv
+    lanes = 2 * tile + values
     return Memory(
         scores=0,
-        bias=sizes.keys * block,
+        bias=tile,
+        values=2 * tile,
         zero=lanes,
         top=lanes + block,
         sums=lanes + 2 * block,
@@ -84,24 +86,33 @@ def element(memory, index):
 
 
 @device
+def glance(mask, rows, n):
+    """What a boolean mask with contiguous keys leaves of a tile; PARTIAL, which says nothing, for any other."""
+    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+        return PARTIAL
+    true, seen = 0, rows if mask.row != 0 else 1
+    for i in range(seen):
+        true += mask_tiles.count_true(moved(mask.data, i * mask.row), n)
+        if 0 < true < (i + 1) * n:
+            return PARTIAL
+    return FULL if true else EMPTY
+
+
+@device
+def none_true(mask, rows, first):
+    """Whether a boolean mask with contiguous keys, and no other, excludes the TRIM keys from `first` for all rows."""
+    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+        return False
+    return not mask_tiles.any_true(moved(mask.data, first), mask.row, rows if mask.row != 0 else 1)
+
+
+@device
 def mask_tile(mask, rows, n, width, lanes, bias):
-    """Write what the mask adds to a tile of scores to `bias`, unless it is EMPTY or FULL at a glance."""
-    contiguous = mask.step == pointee_bytes(mask.data)
-    if contiguous and points_to_boolean(mask.data):
-        true = 0
-        seen = rows if mask.row != 0 else 1
-        for i in range(seen):
-            true += mask_tiles.count_true(moved(mask.data, i * mask.row), n)
-            if 0 < true < (i + 1) * n:
-                break
-        if true == 0:
-            return EMPTY
-        if true == seen * n:
-            return FULL
+    """Write what the mask adds to a tile of scores to `bias`; what it leaves of the tile."""
     if mask.row == 0:
         mask_tiles.mask_keys(width, bias, mask.data, mask.step, n)
     else:
-        whole = n // lanes * lanes if contiguous else 0
+        whole = n // lanes * lanes if mask.step == pointee_bytes(mask.data) else 0
         mask_tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
         mask_tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
     # One key tells most often: only where it does not, all are looked at.
@@ -110,22 +121,12 @@ def mask_tile(mask, rows, n, width, lanes, bias):
 
 
 @device
-def none_true(mask, rows, first, n):
-    """Whether a boolean mask with contiguous keys, and no other, excludes the keys [first, first + n) for all rows."""
-    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
-        return False
-    for i in range(rows if mask.row != 0 else 1):
-        if mask_tiles.count_true(moved(mask.data, i * mask.row + first), n):
-            return False
-    return True
-
-
-@device
 def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, careful):
     """Stream the keys past the rows [first, end): leaves Ot, reference and total of each row block in memory."""
     D, Dv, keys, block, lanes = sizes
     at = memory_map(sizes)
     scores, bias, zero = element(memory, at.scores), element(memory, at.bias), element(memory, at.zero)
+    values, packing = element(memory, at.values), end - first >= PACKED_ROWS
     top, sums, correction = element(memory, at.top), element(memory, at.sums), element(memory, at.correction)
     low, high = element(memory, at.low), element(memory, at.high)
     nothing = memory.dtype.type(0)
@@ -138,7 +139,7 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
         width = (rows + lanes - 1) // lanes
         state = at.state + i * at.state_size
         q_rows = moved(q.data, row * q.row)
-        pack.pack_queries(width, q_rows, q.row, q.step, rows, D, element(memory, state))
+        pack.transpose(width, q_rows, q.row, q.step, rows, D, element(memory, state))
         pack.fill_lanes(element(memory, state + D * block), nothing, Dv * width)
         pack.fill_lanes(element(memory, state + (D + Dv) * block), memory.dtype.type(-math.inf), width)
         pack.fill_lanes(element(memory, state + (D + Dv + 1) * block), nothing, width)
@@ -146,6 +147,8 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
     ready = 0  # bit i: every row of block i has met a key
     task_low, task_high, _, _ = visible(first, end, position)
     for tile in range(task_low // keys * keys, task_high, keys):
+        tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
+        vectors, packed = (tile_high - tile_low + lanes - 1) // lanes, False
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
@@ -164,13 +167,15 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
             added, added_row, kept = zero, 0, FULL
             if masked:
                 here = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step)
-                while n > TRIM and none_true(here, rows, n - TRIM, TRIM):
-                    n -= TRIM
-                while n > TRIM and none_true(here, rows, 0, TRIM):
-                    start, n = start + TRIM, n - TRIM
-                    here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
-                stop = start + n
-                kept = mask_tile(here, rows, n, width, lanes, bias)
+                kept = glance(here, rows, n)
+                if kept == PARTIAL:
+                    while n > TRIM and none_true(here, rows, n - TRIM):
+                        n -= TRIM
+                    while n > TRIM and none_true(here, rows, 0):
+                        start, n = start + TRIM, n - TRIM
+                        here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
+                    stop = start + n
+                    kept = mask_tile(here, rows, n, width, lanes, bias)
                 if kept == EMPTY:
                     continue
                 if kept == PARTIAL:
@@ -183,7 +188,14 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
                 mask_tiles.mask_outside(width, bias, added, added_row, n, low, high)
                 added, added_row, kept = bias, row_bytes, PARTIAL
 
-            k_tile, v_tile = moved(k.data, start * k.row), moved(v.data, start * v.row)
+            k_tile, v_tile = moved(k.data, start * k.row), Matrix(moved(v.data, start * v.row), v.row, v.step)
+            if packing:
+                if not packed:
+                    v_low = moved(v.data, tile_low * v.row)
+                    pack.transpose(vectors, v_low, v.row, v.step, tile_high - tile_low, Dv, values)
+                    packed = True
+                size = memory.itemsize
+                v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
             done = False
             if kept == FULL and ready >> i & 1:
                 done = tiles.probabilities(
@@ -198,9 +210,9 @@ def attend(q, k, v, mask, masked, position, first, end, sizes, scale, memory, ca
                     ready |= 1 << i
                 tiles.exponentiate(width, scores, n, scale, added, added_row, reference, total)
             if careful:
-                tiles.accumulate_carefully(width, v_tile, v.row, v.step, Dv, n, scores, ot)
+                tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, ot)
             else:
-                tiles.accumulate(width, v_tile, v.row, v.step, Dv, n, scores, ot)
+                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, ot)
 
 
 @device
@@ -244,6 +256,7 @@ def work(
     Arrays are (heads, rows, columns) of the first sequence; offsets (B, 5) is where in q, k, v, mask and out the others
     start, in bytes; intervals (B, 3) is that of masks.KeyIntervals.
     """
+    align_stack()
     (Hq, Lq, D), Dv = q.shape, v.shape[2]
     sizes = Sizes(D, Dv, keys, block, lanes)
     group = Hq // k.shape[0] if k.shape[0] else 1
@@ -320,22 +333,22 @@ def forward(problem: Problem) -> None:
     mask = _NO_MASK if problem.mask is None else problem.mask[first]
     lse = np.empty((0, 0, 0), dtype) if problem.lse is None else problem.lse.reshape(B, Hq, Lq)
     workers = threads.count() if B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK else 1
-    cut = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers)
+    cut, lanes = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers), VECTOR_BYTES // dtype.itemsize
     arguments = (
         q[first], k[first], v[first], mask, out[first], lse,
         _batch_offsets(batch, q.strides, k.strides, v.strides, _mask_strides(problem.mask, batch), out.strides),
         problem.intervals.table, problem.intervals.left, problem.intervals.right, problem.scale * LOG2_E,
-        cut.keys, cut.block, cut.blocks, VECTOR_BYTES // dtype.itemsize,
+        cut.keys, cut.block, cut.blocks, lanes,
     )  # fmt: skip
     workers = min(workers, B * Hq * cut.tasks)
     if workers > 1:
         with threads.pool() as mine:
             if mine:
-                memory = _memory(workers, _memory_size(cut, D, Dv), dtype)
+                memory = _memory(workers, _memory_size(cut, D, Dv, lanes), dtype)
                 alone, together = _serial(dtype.char, mask.dtype.char), _parallel(dtype.char, mask.dtype.char)
                 together.call(alone.code, memory, _counters(workers), *arguments)
                 return
-    memory = _memory(1, _memory_size(cut, D, Dv), dtype)[0]
+    memory = _memory(1, _memory_size(cut, D, Dv, lanes), dtype)[0]
     _serial(dtype.char, mask.dtype.char).call(memory, 0, _counters(1), *arguments)
 
 
@@ -359,9 +372,10 @@ def _mask_strides(mask: np.ndarray | None, batch: tuple[int, ...]) -> tuple[int,
     return tuple(s if n > 1 else 0 for s, n in zip(mask.strides, mask.shape[: len(batch)], strict=False))
 
 
-def _memory_size(cut: Plan, D: int, Dv: int) -> int:
+def _memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     """Elements of a worker's memory, as `memory_map` divides it up."""
-    size = (2 * cut.keys + LANE_VECTORS + cut.blocks * (D + Dv + 2)) * cut.block
+    values = -(-cut.keys // lanes) * lanes * Dv
+    size = (2 * cut.keys + LANE_VECTORS + cut.blocks * (D + Dv + 2)) * cut.block + values
     return -(-size // 16) * 16  # whole cache lines, so that workers do not share one
 
 

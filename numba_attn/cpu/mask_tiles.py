@@ -13,6 +13,8 @@ from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_vectors, lane_rows
 
 # What a mask leaves of a tile of scores.
 EMPTY, PARTIAL, FULL = 0, 1, 2
+# Keys by which a tile is shortened at either end, as long as a mask excludes them.
+TRIM = 16
 
 
 def _as_bias(v: Vectors, x: Value) -> Value:
@@ -45,6 +47,8 @@ def _mask_rows(v, width, bias, mask, mask_row, rows, n):
 
         def keys(j: Value, _: list[Value]) -> list[Value]:
             at = v.mul_index(j, size)
+            for lane in lanes:
+                v.prefetch(lane, v.add_index(at, v.mul_index(n, size)))
             columns = v.transpose([_as_bias(v, v.builder.load(v.at(lane, at), align=1, typ=kind)) for lane in lanes])
             for r, column in enumerate(columns):
                 v.store(column, v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
@@ -126,20 +130,35 @@ def _classify(v, width, bias, n):
 def _count_true(v, mask, n):
     """How many of n contiguous booleans are True, for the quickest answer to "all?" and "none?"."""
     b = v.builder
-    wide = v.bytes
-    vector, bits = ir.VectorType(I8, wide), ir.IntType(wide)
 
-    def chunk(j: Value, count: list[Value]) -> list[Value]:
-        x = b.load(v.at(mask, j), align=1, typ=vector)
-        true = b.ctpop(b.bitcast(b.icmp_unsigned("!=", x, ir.Constant(vector, [0] * wide)), bits))
-        return [b.add(count[0], true if wide == 64 else b.zext(true, I64))]
+    def chunks(width: int, first: Value, count: Value) -> tuple[Value, Value]:
+        """Go on counting from `first`, `width` at once; where that ended, and the count."""
+        vector, bits = ir.VectorType(I8, width), ir.IntType(width)
 
-    def one(j: Value, count: list[Value]) -> list[Value]:
-        x = b.load(v.at(mask, j), align=1, typ=I8)
-        return [b.add(count[0], b.zext(b.icmp_unsigned("!=", x, ir.Constant(I8, 0)), I64))]
+        def chunk(j: Value, count: list[Value]) -> list[Value]:
+            x = b.load(v.at(mask, j), align=1, typ=vector)
+            true = b.ctpop(b.bitcast(b.icmp_unsigned("!=", x, ir.Constant(vector, None)), bits))
+            return [b.add(count[0], true if width == 64 else b.zext(true, I64))]
 
-    whole = v.whole_steps(v.index(0), n, wide)
-    return v.loop(whole, n, 1, v.loop(0, whole, wide, [v.index(0)], chunk), one)[0]
+        end = v.whole_steps(first, n, width)
+        return end, v.loop(first, end, width, [count], chunk)[0]
+
+    end, count = chunks(v.bytes, v.index(0), v.index(0))
+    if v.bytes > 16:
+        end, count = chunks(16, end, count)
+    return chunks(1, end, count)[1]
+
+
+def _any_true(v, mask, mask_row, rows):
+    """Whether any of TRIM contiguous booleans in any of the rows is True."""
+    b, kind = v.builder, ir.VectorType(I8, TRIM)
+
+    def row(i: Value, seen: list[Value]) -> list[Value]:
+        return [b.or_(seen[0], b.load(v.at(mask, v.mul_index(mask_row, i)), align=1, typ=kind))]
+
+    (seen,) = v.loop(0, rows, 1, [ir.Constant(kind, None)], row)
+    bits = b.bitcast(seen, ir.IntType(8 * TRIM))
+    return b.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
 
 mask_rows = emits(_mask_rows)
@@ -148,3 +167,4 @@ mask_elements = emits(_mask_elements)
 mask_outside = emits(_mask_outside)
 classify = emits(_classify, returns=types.int64)
 count_true = emits(_count_true, returns=types.int64)
+any_true = emits(_any_true, returns=types.boolean)

@@ -1,4 +1,4 @@
-"""Queries into working memory, transposed and scaled; results out of it: all that knows how either is stored."""
+"""Rows of an array into working memory, transposed; results out of it: all that knows how either is stored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def _whole_squares(v: Vectors, step: Value, count: Value) -> Value:
     return v.builder.select(contiguous, v.whole_steps(v.index(0), count, v.lanes), v.index(0))
 
 
-def _pack_queries(v, width, q, q_row, q_step, rows, D, qt):
-    """qt (D, block) = q.T; the last row again in lanes beyond `rows`."""
+def _transpose(v, width, q, q_row, q_step, rows, D, qt):
+    """qt (D, width vectors) = q.T; the last row again in lanes beyond `rows`."""
     row = v.mul_index(width, v.bytes)
     whole = _whole_squares(v, q_step, D)
 
@@ -86,7 +86,7 @@ def _fill(v, array, row, step, rows, columns, value):
     v.each(rows, line)
 
 
-pack_queries = emits(_pack_queries)
+transpose = emits(_transpose)
 write_rows = emits(_write_rows)
 fill = emits(_fill)
 fill_lanes = emits(_fill_lanes)

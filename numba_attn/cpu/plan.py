@@ -14,7 +14,7 @@ from numba_attn.cpu import target
 # The register tiles of each instruction set: for every number of query vectors side by side, the numbers of rows to
 # take at once, largest first.  Rows x vectors accumulators, the vectors and one broadcast must fit the registers.
 REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
-    "avx512": {1: (8, 4, 1), 2: (12, 4, 1)},
+    "avx512": {1: (8, 4, 1), 2: (12, 4, 1), 3: (8, 4, 1)},
     "avx2": {1: (8, 4, 1), 2: (6, 2, 1), 3: (4, 1)},
     "neon": {1: (8, 4, 1), 2: (8, 2, 1), 3: (8, 2, 1)},
     "generic": {1: (8, 1), 2: (4, 1)},
@@ -22,9 +22,9 @@ REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
 HEIGHTS = REGISTER_TILES[target.ISA]
 WIDEST = max(HEIGHTS)
 MOST_BLOCKS = 16
-
-
-CACHE = 160 * 1024  # bytes of the second-level cache for a key tile, and as many for the state of a task's row blocks
+# Bytes of the second-level cache for a key tile, and as many for the state of a task's row blocks: processors with
+# AVX-512 have a megabyte or more of it.
+CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
 
 
 class Plan(NamedTuple):
@@ -45,7 +45,7 @@ def plan(heads: int, Lq: int, D: int, Dv: int, itemsize: int, workers: int) -> P
     more for each worker wherever the problem allows it, so that all finish together.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
-    keys = _within(16 * 1024 // (block * itemsize), 48, 192) // 48 * 48
+    keys = _within(16 * 1024 // (block * itemsize), 96, 192) // 48 * 48
     while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
         keys -= 48
     rows = -(-Lq // block)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from numba_attn.cpu import target
@@ -128,6 +130,12 @@ class Vectors:
         # llvmlite still remembers what a pointer points to, and insists on it in stores.
         self.builder.store(value, self.builder.bitcast(self.at(pointer, offset), value.type.as_pointer()), align=1)
 
+    def prefetch(self, pointer: Value, offset: int | Value = 0) -> None:
+        """Ask for a cache line to be in the second-level cache soon; any address will do."""
+        at, i32 = self.at(pointer, offset), partial(ir.Constant, I32)
+        kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
+        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(2), i32(1)])
+
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
     def add(self, a: Value, b: Value) -> Value:
@@ -173,26 +181,44 @@ class Vectors:
         """
         b = self.builder
         shift, lowest, degree = (23, -127.0, 6) if self.size == 4 else (52, -1023.0, 11)
+        coefficients = exp2_polynomial(degree)
+        in_memory = self._table([lowest, 1.5 * 2.0**shift, *coefficients])
+        clamp, magic, *coefficients = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 3))
+        low = clamp()
+        clamped = [self.maximum(low, x) for x in xs]  # this operand order keeps NaN
         # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
-        magic = self.constant(1.5 * 2.0**shift)
-        clamped = [self.maximum(self.constant(lowest), x) for x in xs]  # this operand order keeps NaN
-        shifted = [self.add(x, magic) for x in clamped]
-        whole = [self.sub(x, magic) for x in shifted]
+        rounder = magic()
+        shifted = [self.add(x, rounder) for x in clamped]
+        whole = [self.sub(x, rounder) for x in shifted]
         fraction = [self.sub(x, n) for x, n in zip(clamped, whole, strict=True)]
         square = [self.mul(f, f) for f in fraction]
         # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
-        even, odd = (self._horner(exp2_polynomial(degree)[start::2], square) for start in (0, 1))
+        even, odd = (self._horner(coefficients[start::2], square) for start in (0, 1))
         power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
         shifts = ir.Constant(self.bits, [shift] * self.lanes)
         exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
         return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)]
 
-    def _horner(self, coefficients: Sequence[float], xs: Sequence[Value]) -> list[Value]:
+    def _horner(self, coefficients: Sequence[Callable[[], Value]], xs: Sequence[Value]) -> list[Value]:
         """A polynomial, constant first, of several vectors."""
-        values = [self.constant(coefficients[-1])] * len(xs)
-        for c in reversed(coefficients[:-1]):
-            values = [self.fma(value, x, self.constant(c)) for value, x in zip(values, xs, strict=True)]
+        values = [coefficients[-1]()] * len(xs)
+        for coefficient in reversed(coefficients[:-1]):
+            c = coefficient()
+            values = [self.fma(value, x, c) for value, x in zip(values, xs, strict=True)]
         return values
+
+    def _table(self, values: Sequence[float]) -> Value:
+        """Address of constants, a whole vector each, that LLVM reads where they are used.
+
+        Constants that it knows it would load before the loops, and then spill: there are more than registers.
+        """
+        module, kind = self.builder.module, ir.ArrayType(self.type, len(values))
+        name = f"numba_attn.constants.{self.type.element}"
+        if name not in module.globals:
+            table = ir.GlobalVariable(module, kind, name)
+            table.linkage, table.global_constant, table.align = "internal", True, self.bytes
+            table.initializer = ir.Constant(kind, [self.constant(x) for x in values])
+        return self.opaque(self.builder.bitcast(module.globals[name], I8.as_pointer()))
 
     # Shuffles -------------------------------------------------------------------------------------------------------
 
@@ -344,6 +370,23 @@ def address(context: Any, array: types.Array) -> Any:
         return context.make_array(signature.args[0])(context, builder, values[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def align_stack(context: Any) -> Any:
+    """Make the compiler keep the stack of this function aligned to whole vectors.
+
+    It does so for a variable that needs it, but not for the registers that it spills: half of them would lie across two
+    cache lines.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        variable = cgutils.alloca_once(builder, ir.ArrayType(I8, target.VECTOR_BYTES))
+        variable.align = target.VECTOR_BYTES
+        builder.asm(ir.FunctionType(ir.VoidType(), [variable.type]), "", "r", [variable], True)
+        return context.get_dummy_value()
+
+    return types.none(), codegen
 
 
 @intrinsic

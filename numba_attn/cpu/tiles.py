@@ -26,6 +26,8 @@ INFINITY = math.inf
 # A row's reference maximum is raised only when a score exceeds it by this much: probabilities up to 2**16 lose nothing
 # in floating point, and almost every tile can be exponentiated while its scores are still in registers.
 HEADROOM = 16.0
+# Exponentials at once: more hide the latency of each, fewer leave more registers.
+AT_ONCE = 4
 
 Rows = Callable[[Value, int], None]
 
@@ -147,12 +149,14 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
         for w in range(width):
             base = v.sub(v.constant(0.0), v.load(reference, w * v.bytes))
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
-            exponents = [v.fma(acc[r * width + w], factor, base) for r in range(height)]
-            for x in exponents:
-                highest = v.maximum(x, highest)
-            for r, power in enumerate(v.exp2(*exponents)):
-                v.store(power, p_i, r * row + w * v.bytes)
-                total_p = v.add(total_p, power)
+            for first in range(0, height, AT_ONCE):
+                rows = range(first, min(first + AT_ONCE, height))
+                exponents = [v.fma(acc[r * width + w], factor, base) for r in rows]
+                for x in exponents:
+                    highest = v.maximum(x, highest)
+                for r, power in zip(rows, v.exp2(*exponents), strict=True):
+                    v.store(power, p_i, r * row + w * v.bytes)
+                    total_p = v.add(total_p, power)
             v.store(highest, top, w * v.bytes)
             v.store(total_p, sums, w * v.bytes)
 
@@ -247,8 +251,8 @@ def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total):
                 sums = [v.add(sums[0], kept)]
             return sums
 
-        whole = v.whole_steps(v.index(0), n, 4)
-        sums = v.loop(0, whole, 4, [v.constant(0.0)], lambda j, sums: keys(j, 4, sums))
+        whole = v.whole_steps(v.index(0), n, AT_ONCE)
+        sums = v.loop(0, whole, AT_ONCE, [v.constant(0.0)], lambda j, sums: keys(j, AT_ONCE, sums))
         (tile_sum,) = v.loop(whole, n, 1, sums, lambda j, sums: keys(j, 1, sums))
         v.store(v.add(v.load(total, here), tile_sum), total, here)
 
