@@ -44,14 +44,14 @@ def scaled_dot_product_attention(
 
     Parameters
     ----------
-    query : (B, Hq, Lq, D) float32 or float64
+    query : (B, Hq, Lq, D) float32, float64, float16 or bfloat16 (of ml_dtypes)
     key : (B, Hkv, Lk, D)
     value : (B, Hkv, Lk, Dv)
         Any strides, read-only and memory-mapped included; nothing is copied.  Rank 3 is (H, L, D), rank 2 is (L, D).
-    attn_mask : bool, float32 or float64, broadcasting to (B, Hq, Lq, Lk), optional
+    attn_mask : bool or floating point, broadcasting to (B, Hq, Lq, Lk), optional
         True = attend; or numbers added to the scaled scores, rounded to query's dtype, where -inf masks.
-    dropout_p : float
-        Must be 0 for now.
+    dropout_p : float in [0, 1)
+        Probability of each attention probability to be dropped; what is kept is divided by 1 - dropout_p.
     is_causal : bool
         Row i, at position p = i + query_offset, attends to keys j <= p.
     scale : float, optional
@@ -65,28 +65,41 @@ def scaled_dot_product_attention(
         Attend to keys j with p - left <= j <= p + right; None for a side without bound.
     query_lengths, kv_lengths : int or (B,) ints, optional
         Valid rows of query and of key and value; what is beyond is padding and never read.
+    softcap : float, optional
+        c > 0: scaled scores s become c * tanh(s / c).
+    alibi_slopes : (Hq,) or (B, Hq) floating point, optional
+        slope * |p - j| is subtracted from the score of row i, at position p = i + query_offset, and key j.
+    sinks : (Hq,) floating point, optional
+        One more logit for each head in the denominator of the softmax, neither scaled nor capped, without a value.
+    score_mod : function (score, b, h, i, j) -> float, optional
+        Changes scores, after all of the above and before masks.  A Python or `@njit` function; it may use what Numba
+        compiles, scalars and arrays of its surroundings included, and must not raise.
+    mask_mod : function (b, h, i, j) -> bool, optional
+        Row i of head h of sequence b may attend to key j; plain indices of the arrays, not shifted by query_offset.
+    block_mask : BlockMask, optional
+        A mask_mod with what is known of every tile, see `create_block_mask`.
+    dropout_seed : int in [0, 2**64), optional
+        The same seed drops the same probabilities, whatever the threads; fresh from numpy.random if None.
     return_aux : tuple of str
-        With "lse", the result is (out, Aux): Aux.lse holds the logarithm of the sum of exponentials of each row.
+        Names among "lse", "max_score", "entropy" and "key_weight": the result is (out, Aux), see `Aux`.
     out : (B, Hq, Lq, Dv), optional
         Where to write the result; must not overlap an input.
+    precision : None or "bfloat16"
+        "bfloat16" rounds float32 input to bfloat16 for the products, on processors that have these, which is faster.
     layout : "BHLD" or "BLHD"
         Whether heads or rows come first in query, key, value, out and lse.  attn_mask is (B, Hq, Lq, Lk) in both.
     backend : None, "cpu", "reference"
         None chooses by array type.
-    softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask, dropout_seed, precision
-        Must be left at None for now.
 
     Returns
     -------
     out : array of query's dtype and layout; (out, Aux) if `return_aux` names anything.
-        A row that attends to nothing is 0, its lse -inf.
+        A row that attends to nothing is 0, its lse -inf, or the sink if there is one.
 
     Raises
     ------
     ValueError, TypeError
         Shapes or values, and dtypes, that do not fit; nothing has been computed or written then.
-    NotImplementedError
-        An option that is not there yet.
 
     Notes
     -----

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from numba_attn import checks
+from numba_attn.block_mask import BlockMask
 from numba_attn.masks import UNBOUNDED, KeyIntervals
 
 LAYOUTS = ("BHLD", "BLHD")
 AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
+MOD_PARAMETERS = {"score_mod": ("score", "b", "h", "i", "j"), "mask_mod": ("b", "h", "i", "j")}
 _OFFSET_LIMIT = 1 << 40
 
 
 class Aux(NamedTuple):
-    """Results beside the output, one for each name in `return_aux`; the others are None."""
+    """Results beside the output, one for each name in `return_aux`; the others are None.
+
+    The first three are (B, Hq, Lq), or (B, Lq, Hq) in layout "BLHD": one number for each query row.
+    """
 
     lse: Any = None
-    """log(sum(exp(score))) of every query row, natural logarithm; -inf for a row that attends to nothing."""
+    """log(sum(exp(score))), natural logarithm, the sink included; -inf for a row that attends to nothing."""
+    max_score: Any = None
+    """The largest score of a key; -inf for a row that attends to nothing."""
+    entropy: Any = None
+    """-sum(p log(p)) of the softmax, in nats, the sink included; 0 for a row that attends to nothing."""
+    key_weight: Any = None
+    """(B, Hq, Lk), or (B, Lk, Hq): each key's probability, summed over the query rows; dropout left out."""
+
+
+class Dropout(NamedTuple):
+    """Probabilities are dropped as the random numbers of `numba_attn.random` say."""
+
+    p: float
+    seed: int  # of 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +57,21 @@ class Problem:
     mask: np.ndarray | None  # bool or float, as many axes as the query, each full or 1: (*batch, Hq, Lq, Lk)
     intervals: KeyIntervals
     scale: float
+    softcap: float | None
+    slopes: np.ndarray | None  # (B or 1, Hq) float64
+    sinks: np.ndarray | None  # (Hq,) float64
+    score_mod: Callable[..., Any] | None
+    mask_mod: Callable[..., Any] | None
+    block_mask: BlockMask | None
+    dropout: Dropout | None
+    bfloat16_products: bool
     out: np.ndarray  # (*batch, Hq, Lq, Dv), to be written
-    lse: np.ndarray | None  # (*batch, Hq, Lq), to be written
+    lse: np.ndarray | None  # (*batch, Hq, Lq), to be written, as are those that follow
+    max_score: np.ndarray | None
+    entropy: np.ndarray | None
+    key_weight: np.ndarray | None  # (*batch, Hq, Lk)
     result: np.ndarray  # out as the caller gets it
-    aux: Aux | None
+    aux: Aux | None  # likewise
 
     @classmethod
     def from_call(
@@ -84,70 +114,75 @@ class Problem:
             )
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        _refuse_options_to_come(
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            score_mod=score_mod,
-            mask_mod=mask_mod,
-            block_mask=block_mask,
-            dropout_seed=dropout_seed,
-        )
-        _check_dropout(dropout_p)
-        _check_precision(precision)
         names = _aux_names(return_aux)
 
         q, k, v = (_heads_first(x, layout) for x in (query, key, value))
-        _check_shapes(q, k, v, _flag("enable_gqa", enable_gqa))
-        batch, Lq, Lk = q.shape[:-3], q.shape[-2], k.shape[-2]
+        _check_shapes(q, k, v, checks.flag("enable_gqa", enable_gqa))
+        batch, (Hq, Lq), Lk = q.shape[:-3], q.shape[-3:-1], k.shape[-2]
+        B = math.prod(batch)
         return_shape = (*query.shape[:-1], value.shape[-1])
         result = np.empty(return_shape, query.dtype) if out is None else _check_out(out, return_shape, query.dtype)
 
         mask = None if attn_mask is None else _mask(attn_mask, (*q.shape[:-1], Lk), query.ndim)
         intervals = _intervals(
-            batch, Lq, Lk, query_offset, _flag("is_causal", is_causal), window, query_lengths, kv_lengths
+            batch, Lq, Lk, query_offset, checks.flag("is_causal", is_causal), window, query_lengths, kv_lengths
         )
-        scale = _scale(scale, q.shape[-1], q.dtype)
         if out is not None:
             for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
-                if x is not None and _overlap(result, x):
+                if x is not None and checks.overlap(result, x):
                     raise ValueError(f"out must not share memory with {name}")
-        lse = np.empty(return_shape[:-1], query.dtype) if "lse" in names else None
+        # Each result as the caller gets it: one number a row, or a key, of each head.
+        rows = return_shape[:-1]
+        aux = {
+            name: np.empty(rows if name != "key_weight" else _per_key(rows, Lk, layout), statistics_dtype(query.dtype))
+            for name in names
+        }
         return cls(
             query=q,
             key=k,
             value=v,
             mask=mask,
             intervals=intervals,
-            scale=scale,
+            scale=_scale(scale, q.shape[-1], q.dtype),
+            softcap=_softcap(softcap),
+            slopes=_numbers_per_head("alibi_slopes", alibi_slopes, Hq, B),
+            sinks=_numbers_per_head("sinks", sinks, Hq, None),
+            score_mod=_function("score_mod", score_mod),
+            mask_mod=_function("mask_mod", mask_mod),
+            block_mask=_block_mask(block_mask, B, Hq, Lq, Lk),
+            dropout=_dropout(dropout_p, dropout_seed),
+            bfloat16_products=_precision(precision, query.dtype),
             out=_heads_first(result, layout),
-            lse=None if lse is None else _heads_first(lse[..., None], layout)[..., 0],
             result=result,
-            aux=Aux(lse=lse) if names else None,
+            aux=Aux(**aux) if names else None,
+            **{
+                name: None if name not in aux else _heads_first(aux[name][..., None], layout)[..., 0]
+                for name in AUX_NAMES
+            },
         )
+
+
+def statistics_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of scores, sums and what is made of them: 16-bit problems are computed in float32."""
+    return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """Whether a dtype is ml_dtypes' bfloat16, without importing that."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16"
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------------
 
 
 def _operand(name: str, x: Any) -> np.ndarray:
-    """A float32 or float64 array of two or more axes, in native byte order."""
-    x = _ndarray(name, x)
-    if x.dtype.char not in "fd":
-        raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+    """A floating-point array of two or more axes, in native byte order."""
+    x = checks.numpy_array(name, x)
+    if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 axes (length, head size), got shape {x.shape}")
     return x
-
-
-def _ndarray(name: str, x: Any) -> np.ndarray:
-    if type(x) is not np.ndarray:
-        if not isinstance(x, np.ndarray):
-            raise TypeError(f"{name} must be a NumPy array, got {_type_name(x)}")
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError(f"{name} must not be a masked array: pass its data, and the mask as attn_mask")
-        x = np.asarray(x)
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _heads_first(x: np.ndarray, layout: str) -> np.ndarray:
@@ -155,6 +190,13 @@ def _heads_first(x: np.ndarray, layout: str) -> np.ndarray:
     if x.ndim == 2:
         return x[None]
     return x if layout == "BHLD" else x.swapaxes(-3, -2)
+
+
+def _per_key(rows: tuple[int, ...], Lk: int, layout: str) -> tuple[int, ...]:
+    """The shape of one number a key, from that of one number a row."""
+    if len(rows) == 1 or layout == "BHLD":
+        return (*rows[:-1], Lk)
+    return (*rows[:-2], Lk, rows[-1])
 
 
 def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool) -> None:
@@ -181,9 +223,9 @@ def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool)
 
 def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
     """The mask with as many axes as the scores, each of them full or 1; `rank` is that of the caller's query."""
-    mask = _ndarray("attn_mask", mask)
-    if mask.dtype.char not in "?fd":
-        raise TypeError(f"attn_mask must be bool, float32 or float64, got {mask.dtype}")
+    mask = checks.numpy_array("attn_mask", mask)
+    if mask.dtype.char not in "?fde" and not is_bfloat16(mask.dtype):
+        raise TypeError(f"attn_mask must be bool, float32, float64, float16 or bfloat16, got {mask.dtype}")
     expected = scores if rank > 2 else scores[1:]
     if mask.ndim > len(expected) or any(
         m not in (1, n) for m, n in zip(mask.shape[::-1], expected[::-1], strict=False)
@@ -194,63 +236,19 @@ def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
 
 def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be a NumPy array, got {_type_name(out)}")
+        raise TypeError(f"out must be a NumPy array, got {checks.type_name(out)}")
     if out.dtype != dtype or not out.dtype.isnative:
         raise TypeError(f"out must be {dtype}, as query is, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable")
-    if _overlaps_itself(out):
+    if checks.overlaps_itself(out):
         raise ValueError(f"out must not overlap itself, got strides {out.strides} for shape {out.shape}")
     return out
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _overlaps_itself(x: np.ndarray) -> bool:
-    """Whether two elements may be at one address (never a wrong no; a wrong yes only for very odd strides)."""
-    if x.flags.c_contiguous or x.size == 0:
-        return False
-    reach = x.itemsize
-    for stride, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += stride * (n - 1)
-    return False
-
-
 # Options --------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_options_to_come(**options: Any) -> None:
-    for name, x in options.items():
-        if x is not None:
-            raise NotImplementedError(f"{name} is not implemented yet")
-
-
-def _check_dropout(p: Any) -> None:
-    if type(p) is not float:
-        p = _number("dropout_p", p)
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {p!r}")
-    if p:
-        raise NotImplementedError("dropout_p other than 0 is not implemented yet")
-
-
-def _check_precision(precision: Any) -> None:
-    if precision is None:
-        return
-    if precision == "bfloat16":
-        raise NotImplementedError("precision='bfloat16' is not implemented yet")
-    raise ValueError(f"precision must be None or 'bfloat16', got {precision!r}")
 
 
 def _aux_names(names: Any) -> tuple[str, ...]:
@@ -261,28 +259,96 @@ def _aux_names(names: Any) -> tuple[str, ...]:
     for name in names:
         if name not in AUX_NAMES:
             raise ValueError(f"return_aux names must be among {AUX_NAMES}, got {name!r}")
-        if name != "lse":
-            raise NotImplementedError(f"return_aux={name!r} is not implemented yet")
     return tuple(names)
 
 
-def _flag(name: str, x: Any) -> bool:
-    if not isinstance(x, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {_type_name(x)}")
-    return bool(x)
+def _dropout(p: Any, seed: Any) -> Dropout | None:
+    if type(p) is not float:
+        p = checks.number("dropout_p", p)
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p!r}")
+    if seed is not None:
+        seed = checks.integer("dropout_seed", seed)
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"dropout_seed must be in [0, 2**64), got {seed}")
+    if p == 0:
+        return None
+    if seed is None:
+        # The global generator, so that np.random.seed makes a program repeatable.
+        seed = int.from_bytes(np.random.bytes(8), "little")  # noqa: NPY002
+    return Dropout(p, seed)
 
 
-def _number(name: str, x: Any) -> float:
-    if isinstance(x, bool | np.bool_ | str) or not hasattr(type(x), "__float__"):
-        raise TypeError(f"{name} must be a real number, got {_type_name(x)}")
-    return float(x)
+def _precision(precision: Any, dtype: np.dtype) -> bool:
+    """Whether products may be those of bfloat16 numbers."""
+    if precision is None:
+        return is_bfloat16(dtype)
+    if precision != "bfloat16":
+        raise ValueError(f"precision must be None or 'bfloat16', got {precision!r}")
+    if dtype.char != "f" and not is_bfloat16(dtype):
+        raise TypeError(f"precision='bfloat16' is for float32 input, got {dtype}")
+    return True
+
+
+def _softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    softcap = checks.number("softcap", softcap)
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap}")
+    return softcap
+
+
+def _numbers_per_head(name: str, x: Any, Hq: int, B: int | None) -> np.ndarray | None:
+    """Finite float64 numbers, (Hq,), or (1 or B, Hq) where there may be some for each sequence (`B` is not None)."""
+    if x is None:
+        return None
+    x = checks.numpy_array(name, x)
+    if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.shape != (Hq,) and (B is None or x.shape != (B, Hq)):
+        expected = f"({Hq},)" if B is None else f"({Hq},) or ({B}, {Hq})"
+        raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
+    return x if B is None else x.reshape(-1, Hq)
+
+
+def _function(name: str, function: Any) -> Callable[..., Any] | None:
+    if function is None:
+        return None
+    expected = MOD_PARAMETERS[name]
+    if not callable(function):
+        raise TypeError(f"{name} must be a function of ({', '.join(expected)}), got {checks.type_name(function)}")
+    python = getattr(function, "py_func", function)  # of a Numba dispatcher
+    code = getattr(python, "__code__", None)
+    if code is None:
+        raise TypeError(f"{name} must be a Python or @njit function, got {checks.type_name(function)}")
+    if code.co_argcount != len(expected) or code.co_kwonlyargcount or code.co_flags & 0x0C:
+        raise TypeError(
+            f"{name} must take {len(expected)} arguments ({', '.join(expected)}), "
+            f"got {code.co_name!r} with {code.co_argcount}"
+        )
+    return python  # type: ignore[no-any-return]
+
+
+def _block_mask(mask: Any, B: int, Hq: int, Lq: int, Lk: int) -> BlockMask | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {checks.type_name(mask)}")
+    masks = mask.shape
+    if masks[2:] != (Lq, Lk) or masks[0] not in (1, B) or masks[1] not in (1, Hq):
+        raise ValueError(f"block_mask was made for (B, Hq, Lq, Lk) = {masks}, got a problem of {(B, Hq, Lq, Lk)}")
+    return mask
 
 
 def _scale(scale: Any, D: int, dtype: np.dtype) -> float:
     if scale is None:
         return 1 / math.sqrt(D) if D else 1.0
-    scale = _number("scale", scale)
-    if not abs(scale) < float(np.finfo(dtype).max) / 2:  # room for a change of base
+    scale = checks.number("scale", scale)
+    if not abs(scale) < float(np.finfo(statistics_dtype(dtype)).max) / 2:  # room for a change of base
         raise ValueError(f"scale must be finite, in {dtype} too, got {scale}")
     return scale
 
@@ -298,18 +364,18 @@ def _intervals(
     kv_lengths: Any,
 ) -> KeyIntervals:
     if type(query_offset) is int and query_lengths is None and kv_lengths is None:
-        _integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
         table = _uniform_table(math.prod(batch), query_offset, Lq, Lk)
     else:
         table = np.empty((math.prod(batch), 3), np.int64)
-        table[:, 1] = Lq if query_lengths is None else _integers("query_lengths", query_lengths, batch, 0, Lq)
-        table[:, 2] = Lk if kv_lengths is None else _integers("kv_lengths", kv_lengths, batch, 0, Lk)
+        table[:, 1] = Lq if query_lengths is None else checks.integers("query_lengths", query_lengths, batch, 0, Lq)
+        table[:, 2] = Lk if kv_lengths is None else checks.integers("kv_lengths", kv_lengths, batch, 0, Lk)
         if isinstance(query_offset, str):
             if query_offset != "bottom_right":
                 raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
             table[:, 0] = table[:, 2] - table[:, 1]
         else:
-            table[:, 0] = _integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+            table[:, 0] = checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
     left, right = _window(window)
     return KeyIntervals(table, left, 0 if is_causal else right)
 
@@ -328,40 +394,7 @@ def _window(window: Any) -> tuple[int, int]:
         return UNBOUNDED, UNBOUNDED
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise TypeError(f"window must be a pair (left, right), got {window!r}")
-    left, right = (UNBOUNDED if side is None else _integer("window", side) for side in window)
+    left, right = (UNBOUNDED if side is None else checks.integer("window", side) for side in window)
     if left < 0 or right < 0:
         raise ValueError(f"window sides must be 0 or more, or None for unbounded, got {tuple(window)}")
     return min(left, UNBOUNDED), min(right, UNBOUNDED)
-
-
-def _integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> Any:
-    """An integer, or one for each sequence of the batch as a flat array, within [low, high]."""
-    if type(x) is int:
-        values: Any = x
-        smallest = largest = x
-    else:
-        values = np.asarray(x)
-        if values.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, got {_type_name(x)} of {values.dtype}")
-        if values.ndim and values.shape != batch and values.shape != (math.prod(batch),):
-            raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}, got shape {values.shape}")
-        if values.size == 0:
-            return values.reshape(-1)
-        smallest, largest = int(values.min()), int(values.max())
-        values = values.reshape(-1)
-    if smallest < low or largest > high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {smallest if smallest < low else largest}")
-    return values
-
-
-def _integer(name: str, x: Any) -> int:
-    if isinstance(x, bool | np.bool_):
-        raise TypeError(f"{name} must be integers, got {_type_name(x)}")
-    try:
-        return operator.index(x)
-    except TypeError:
-        raise TypeError(f"{name} must be integers, got {_type_name(x)}") from None
-
-
-def _type_name(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")

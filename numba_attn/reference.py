@@ -1,15 +1,31 @@
 """Attention in plain NumPy, in float64: the specification of this package and the oracle of its tests.
 
-    Attention(Q, K, V) = softmax(scale * Q K^T + mask) V
+    score = score_mod(cap(scale * Q K^T) - slope * |p - j| + mask)
+    Attention(Q, K, V) = dropout(softmax(score, where attended)) V
 
 Memory and time are those of the whole (Lq, Lk) matrix of scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import numpy as np
 
+from numba_attn import random
+from numba_attn.block_mask import FULL, PARTIAL, BlockMask
 from numba_attn.problem import Problem
+
+
+class Head(NamedTuple):
+    """What one head of one sequence gives."""
+
+    out: np.ndarray  # (Lq, Dv)
+    lse: np.ndarray  # (Lq,)
+    max_score: np.ndarray  # (Lq,)
+    entropy: np.ndarray  # (Lq,)
+    weight: np.ndarray  # (Lq, Lk), the probabilities before dropout
 
 
 def forward(problem: Problem, precision: type[np.floating] = np.float64) -> None:
@@ -17,73 +33,128 @@ def forward(problem: Problem, precision: type[np.floating] = np.float64) -> None
 
     Any other `precision` than float64 is for judging how accurate a computation in that precision can be.
     """
-    batch, (Hq, Lq, _) = problem.query.shape[:-3], problem.query.shape[-3:]
-    Hkv, Lk = problem.key.shape[-3:-1]
+    batch, Hq = problem.query.shape[:-3], problem.query.shape[-3]
     for b, index in enumerate(np.ndindex(batch)):
-        low, high = problem.intervals.bounds(b, Lq)
-        keys = np.arange(Lk)
-        inside = (low[:, None] <= keys) & (keys < high[:, None])
         for h in range(Hq):
-            shared = h // (Hq // Hkv)
-            bias = None
-            if problem.mask is not None:
-                at = tuple(i if n > 1 else 0 for i, n in zip((*index, h), problem.mask.shape[:-2], strict=True))
-                bias = problem.mask[at]
-            out, lse = attend(
-                problem.query[index][h],
-                problem.key[index][shared],
-                problem.value[index][shared],
-                inside,
-                bias,
-                problem.scale,
-                precision,
-            )
-            problem.out[index][h] = out
-            if problem.lse is not None:
-                problem.lse[index][h] = lse
+            head = attend(problem, b, index, h, precision)
+            problem.out[index][h] = head.out
+            for name in ("lse", "max_score", "entropy"):
+                if (written := getattr(problem, name)) is not None:
+                    written[index][h] = getattr(head, name)
+            if problem.key_weight is not None:
+                problem.key_weight[index][h] = head.weight.sum(axis=0)
 
 
-def attend(
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
-    inside: np.ndarray,
-    mask: np.ndarray | None,
-    scale: float,
-    precision: type[np.floating] = np.float64,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One head: query (Lq, D), key (Lk, D), value (Lk, Dv), inside (Lq, Lk) bool, mask broadcasting to (Lq, Lk).
-
-    Returns out (Lq, Dv) and lse (Lq,), in the precision of the computation.
-
-    >>> q = np.array([[1.0], [0.0]])
-    >>> out, lse = attend(q, q, q, np.ones((2, 2), bool), np.array([[True, False], [True, True]]), 1.0)
-    >>> out.ravel().tolist(), lse.tolist() == [1.0, np.log(2)]
-    ([1.0, 0.5], True)
-    """
-    attended = inside
+def attend(problem: Problem, b: int, index: tuple[int, ...], h: int, precision: type[np.floating] = np.float64) -> Head:
+    """Head h of sequence b, which has that index on the batch axes, in a precision."""
+    shared = h // (problem.query.shape[-3] // problem.key.shape[-3])
+    query, key, value = (
+        x.astype(precision) for x in (problem.query[index][h], problem.key[index][shared], problem.value[index][shared])
+    )
+    attended = _attended(problem, b, index, h)
     with np.errstate(all="ignore"):
-        score = precision(scale) * (query.astype(precision) @ key.astype(precision).T)
-        if mask is not None and mask.dtype == bool:
-            attended = attended & mask
-        elif mask is not None:
-            bias = mask.astype(query.dtype).astype(precision)
-            attended = attended & (bias != -np.inf)
-            score = score + bias
+        score = _scores(problem, b, index, h, query, key, precision)
         # What is masked is never used, whatever it holds: selected away, not multiplied by zero.
         score = np.where(attended, score, precision(-np.inf))
-        largest = score.max(axis=1, initial=-np.inf)
-        weight = np.exp(score - np.where(largest == -np.inf, precision(0), largest)[:, None])
-        total = weight.sum(axis=1)
-        weight = weight / np.where(total == 0, precision(1), total)[:, None]
+        sink = precision(-np.inf if problem.sinks is None else problem.sinks[h])
+        max_score = score.max(axis=1, initial=-np.inf)
+        largest = np.maximum(max_score, sink)
+        shift = np.where(largest == -np.inf, precision(0), largest)[:, None]
+        weight = np.exp(score - shift)
+        sink_weight = np.exp(sink - shift[:, 0])
+        total = weight.sum(axis=1) + sink_weight
+        whole = np.where(total == 0, precision(1), total)
+        weight, sink_weight = weight / whole[:, None], sink_weight / whole
         lse = np.where(total == 0, -np.inf, largest + np.log(total))
-        return _weighted_sum(weight, attended, value.astype(precision)), lse
+        entropy = -_p_log_p(weight, score - lse[:, None]).sum(axis=1) - _p_log_p(sink_weight, sink - lse)
+        dropped = weight
+        if problem.dropout is not None:
+            p, seed = problem.dropout
+            dropped = np.where(random.kept(b, h, score.shape, p, seed), weight / precision(1 - p), precision(0))
+        return Head(_weighted_sum(dropped, attended, value), lse, max_score, entropy, weight)
+
+
+def _scores(
+    problem: Problem,
+    b: int,
+    index: tuple[int, ...],
+    h: int,
+    query: np.ndarray,
+    key: np.ndarray,
+    precision: type[np.floating],
+) -> np.ndarray:
+    """(Lq, Lk) scores of one head, before anything is masked."""
+    score = precision(problem.scale) * (query @ key.T)
+    if problem.softcap is not None:
+        score = precision(problem.softcap) * np.tanh(score / precision(problem.softcap))
+    Lq, Lk = score.shape
+    if problem.slopes is not None:
+        position = np.arange(Lq)[:, None] + int(problem.intervals.table[b, 0])
+        slope = problem.slopes[b if len(problem.slopes) > 1 else 0, h]
+        score = score - precision(slope) * np.abs(position - np.arange(Lk)).astype(precision)
+    if problem.mask is not None and problem.mask.dtype != bool:
+        score = score + _mask_of(problem, index, h).astype(problem.query.dtype).astype(precision)
+    if problem.score_mod is not None:
+        score = _apply(problem.score_mod, precision, (Lq, Lk), b, h, score)
+    return score
+
+
+def _attended(problem: Problem, b: int, index: tuple[int, ...], h: int) -> np.ndarray:
+    """(Lq, Lk) bool: which keys each query of one head may attend to."""
+    Lq, Lk = problem.query.shape[-2], problem.key.shape[-2]
+    low, high = problem.intervals.bounds(b, Lq)
+    keys = np.arange(Lk)
+    attended: np.ndarray = (low[:, None] <= keys) & (keys < high[:, None])
+    if problem.mask is not None:
+        mask = _mask_of(problem, index, h)
+        with np.errstate(over="ignore"):
+            attended &= mask if mask.dtype == bool else mask.astype(problem.query.dtype) != -np.inf
+    if problem.mask_mod is not None:
+        attended &= _apply(problem.mask_mod, np.bool_, (Lq, Lk), b, h)
+    if problem.block_mask is not None:
+        attended &= dense(problem.block_mask, b, h)
+    return attended
+
+
+def _mask_of(problem: Problem, index: tuple[int, ...], h: int) -> np.ndarray:
+    assert problem.mask is not None
+    at = tuple(i if n > 1 else 0 for i, n in zip((*index, h), problem.mask.shape[:-2], strict=True))
+    one: np.ndarray = problem.mask[at]
+    return one
+
+
+def dense(mask: BlockMask, b: int, h: int) -> np.ndarray:
+    """(Lq, Lk) bool of a block mask: its function where tiles are partial."""
+    states = mask.states[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0]
+    Lq, Lk = mask.shape[2:]
+    rows, columns = (np.arange(n) // size for n, size in zip((Lq, Lk), mask.block_size, strict=True))
+    state = states[rows[:, None], columns] if states.size else np.empty((Lq, Lk), np.uint8)
+    return (state == FULL) | ((state == PARTIAL) & _apply(mask.mask_mod, np.bool_, (Lq, Lk), b, h))
+
+
+def _apply(
+    function: Callable[..., Any],
+    dtype: type[np.generic],
+    shape: tuple[int, int],
+    b: int,
+    h: int,
+    score: np.ndarray | None = None,
+) -> np.ndarray:
+    """A user's function of (b, h, i, j), or (score, b, h, i, j), at every element."""
+    result = np.empty(shape, dtype)
+    for i, j in np.ndindex(shape):
+        result[i, j] = function(b, h, i, j) if score is None else function(score[i, j], b, h, i, j)
+    return result
+
+
+def _p_log_p(p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+    return np.where(p == 0, 0, p * log_p)
 
 
 def _weighted_sum(weight: np.ndarray, attended: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Weight @ value, in which a value that is not finite reaches only the rows that attend to it."""
     finite = np.isfinite(value).all(axis=1)
-    out = weight[:, finite] @ value[finite]
+    out: np.ndarray = weight[:, finite] @ value[finite]
     for j in np.flatnonzero(~finite):
         out += np.where(attended[:, j, None], weight[:, j, None] * value[j], 0)
     return out

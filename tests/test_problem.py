@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from numba_attn import scaled_dot_product_attention
-from numba_attn.problem import _overlaps_itself
+from numba_attn.checks import overlaps_itself
 
 Q = np.zeros((2, 4, 5, 8), np.float32)
 K = np.zeros((2, 4, 7, 8), np.float32)
@@ -161,5 +161,5 @@ def test_memory_map(tmp_path: Any) -> None:
         (np.broadcast_to(np.empty(4), (1, 4)), False),
     ],
 )
-def test_overlaps_itself(array: np.ndarray, overlaps: bool) -> None:
-    assert _overlaps_itself(array) is overlaps
+def testoverlaps_itself(array: np.ndarray, overlaps: bool) -> None:
+    assert overlaps_itself(array) is overlaps

@@ -28,7 +28,7 @@ from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.simd import address, align_stack, fetch_add, moved, pointee_bytes, points_to_boolean
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
-from numba_attn.problem import Problem
+from numba_attn.problem import AUX_NAMES, Problem
 
 # A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
 Matrix = namedtuple("Matrix", "data row step")
@@ -323,6 +323,7 @@ def work_together(
 
 def forward(problem: Problem) -> None:
     """Compute `problem` and write its results."""
+    _refuse_options_to_come(problem)
     q, k, v, out = problem.query, problem.key, problem.value, problem.out
     batch, (Hq, Lq, D), (Lk, Dv) = q.shape[:-3], q.shape[-3:], v.shape[-2:]
     B = math.prod(batch)
@@ -350,6 +351,14 @@ def forward(problem: Problem) -> None:
                 return
     memory = _memory(1, _memory_size(cut, D, Dv, lanes), dtype)[0]
     _serial(dtype.char, mask.dtype.char).call(memory, 0, _counters(1), *arguments)
+
+
+def _refuse_options_to_come(problem: Problem) -> None:
+    for name in ("softcap", "slopes", "sinks", "score_mod", "mask_mod", "block_mask", "dropout", *AUX_NAMES[1:]):
+        if getattr(problem, name) is not None:
+            raise NotImplementedError(f"{name} is not implemented yet on backend 'cpu'")
+    if problem.bfloat16_products or problem.query.dtype.itemsize == 2:
+        raise NotImplementedError("16-bit types are not implemented yet on backend 'cpu'")
 
 
 _NO_MASK = np.empty((0, 0, 0), np.bool_)

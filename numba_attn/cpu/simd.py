@@ -181,8 +181,7 @@ class Vectors:
         """
         b = self.builder
         shift, lowest, degree = (23, -127.0, 6) if self.size == 4 else (52, -1023.0, 11)
-        coefficients = exp2_polynomial(degree)
-        in_memory = self._table([lowest, 1.5 * 2.0**shift, *coefficients])
+        in_memory = self._table([lowest, 1.5 * 2.0**shift, *exp2_polynomial(degree)])
         clamp, magic, *coefficients = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 3))
         low = clamp()
         clamped = [self.maximum(low, x) for x in xs]  # this operand order keeps NaN

@@ -1,0 +1,85 @@
+"""Checks of single arguments, each an error that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+
+def numpy_array(name: str, x: Any) -> np.ndarray:
+    if type(x) is not np.ndarray:
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array, got {type_name(x)}")
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} must not be a masked array: pass its data, and the mask as attn_mask")
+        x = np.asarray(x)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type_name(x)}")
+    return bool(x)
+
+
+def number(name: str, x: Any) -> float:
+    if isinstance(x, bool | np.bool_ | str) or not hasattr(type(x), "__float__"):
+        raise TypeError(f"{name} must be a real number, got {type_name(x)}")
+    return float(x)
+
+
+def integer(name: str, x: Any) -> int:
+    if isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be integers, got {type_name(x)}")
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be integers, got {type_name(x)}") from None
+
+
+def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> Any:
+    """An integer, or one for each sequence of the batch as a flat array, within [low, high]."""
+    if type(x) is int:
+        values: Any = x
+        smallest = largest = x
+    else:
+        values = np.asarray(x)
+        if values.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got {type_name(x)} of {values.dtype}")
+        if values.ndim and values.shape != batch and values.shape != (math.prod(batch),):
+            raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}, got shape {values.shape}")
+        if values.size == 0:
+            return values.reshape(-1)
+        smallest, largest = int(values.min()), int(values.max())
+        values = values.reshape(-1)
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {smallest if smallest < low else largest}")
+    return values
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(x: np.ndarray) -> bool:
+    """Whether two elements may be at one address (never a wrong no; a wrong yes only for very odd strides)."""
+    if x.flags.c_contiguous or x.size == 0:
+        return False
+    reach = x.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def type_name(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
