@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
     value : (B, Hkv, Lk, Dv)
         Any strides, read-only and memory-mapped included; nothing is copied.  Rank 3 is (H, L, D), rank 2 is (L, D).
     attn_mask : bool or floating point, broadcasting to (B, Hq, Lq, Lk), optional
-        True = attend; or numbers added to the scaled scores, rounded to query's dtype, where -inf masks.
+        True = attend; or numbers added to the scaled scores, rounded to the precision of the scores, where -inf masks.
     dropout_p : float in [0, 1)
         Probability of each attention probability to be dropped; what is kept is divided by 1 - dropout_p.
     is_causal : bool

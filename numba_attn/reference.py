@@ -15,7 +15,7 @@ import numpy as np
 
 from numba_attn import random
 from numba_attn.block_mask import FULL, PARTIAL, BlockMask
-from numba_attn.problem import Problem
+from numba_attn.problem import Problem, statistics_dtype
 
 
 class Head(NamedTuple):
@@ -64,7 +64,7 @@ def attend(problem: Problem, b: int, index: tuple[int, ...], h: int, precision: 
         sink_weight = np.exp(sink - shift[:, 0])
         total = weight.sum(axis=1) + sink_weight
         whole = np.where(total == 0, precision(1), total)
-        weight, sink_weight = weight / whole[:, None], sink_weight / whole
+        weight, sink_weight = np.where(attended, weight / whole[:, None], 0), sink_weight / whole
         lse = np.where(total == 0, -np.inf, largest + np.log(total))
         entropy = -_p_log_p(weight, score - lse[:, None]).sum(axis=1) - _p_log_p(sink_weight, sink - lse)
         dropped = weight
@@ -93,7 +93,7 @@ def _scores(
         slope = problem.slopes[b if len(problem.slopes) > 1 else 0, h]
         score = score - precision(slope) * np.abs(position - np.arange(Lk)).astype(precision)
     if problem.mask is not None and problem.mask.dtype != bool:
-        score = score + _mask_of(problem, index, h).astype(problem.query.dtype).astype(precision)
+        score = score + _rounded(problem, _mask_of(problem, index, h)).astype(precision)
     if problem.score_mod is not None:
         score = _apply(problem.score_mod, precision, (Lq, Lk), b, h, score)
     return score
@@ -107,8 +107,7 @@ def _attended(problem: Problem, b: int, index: tuple[int, ...], h: int) -> np.nd
     attended: np.ndarray = (low[:, None] <= keys) & (keys < high[:, None])
     if problem.mask is not None:
         mask = _mask_of(problem, index, h)
-        with np.errstate(over="ignore"):
-            attended &= mask if mask.dtype == bool else mask.astype(problem.query.dtype) != -np.inf
+        attended &= mask if mask.dtype == bool else _rounded(problem, mask) != -np.inf
     if problem.mask_mod is not None:
         attended &= _apply(problem.mask_mod, np.bool_, (Lq, Lk), b, h)
     if problem.block_mask is not None:
@@ -121,6 +120,12 @@ def _mask_of(problem: Problem, index: tuple[int, ...], h: int) -> np.ndarray:
     at = tuple(i if n > 1 else 0 for i, n in zip((*index, h), problem.mask.shape[:-2], strict=True))
     one: np.ndarray = problem.mask[at]
     return one
+
+
+def _rounded(problem: Problem, mask: np.ndarray) -> np.ndarray:
+    """An additive mask in the precision of the scores."""
+    with np.errstate(over="ignore"):
+        return mask.astype(statistics_dtype(problem.query.dtype))
 
 
 def dense(mask: BlockMask, b: int, h: int) -> np.ndarray:

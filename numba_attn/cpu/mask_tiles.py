@@ -8,7 +8,8 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from numba_attn.cpu.simd import I8, I64, Value, Vectors, emits
+from numba_attn.cpu import narrow
+from numba_attn.cpu.simd import BYTES, I8, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_vectors, lane_rows
 
 # What a mask leaves of a tile of scores.
@@ -20,6 +21,9 @@ TRIM = 16
 def _as_bias(v: Vectors, x: Value) -> Value:
     """A loaded mask value, or a vector of them, as what is added to base-2 scores: True is 0, False -inf."""
     b = v.builder
+    stored = v.pointees["mask"]
+    if BYTES[stored] == 2:
+        x = narrow.widen(b, x, stored)
     vector = isinstance(x.type, ir.VectorType)
     kind, element = (v.type, x.type.element) if vector else (v.element, x.type)
 
@@ -111,6 +115,26 @@ def _mask_outside(v, width, bias, source, source_row, n, low, high):
     for_vectors(v, width, vector)
 
 
+def _add_alibi(v, width, bias, source, source_row, n, slope, first):
+    """bias = source (rows `source_row` bytes apart) - slope * |distance|; query lane 0 is `first` keys after key 0."""
+    row = v.mul_index(width, v.bytes)
+    minus, one = v.splat(v.builder.fneg(slope)), v.constant(1.0)
+
+    def vector(w: Value) -> None:
+        here = v.mul_index(w, v.bytes)
+        start = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
+        lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
+
+        def key(j: Value, distance: list[Value]) -> list[Value]:
+            x = v.load(v.at(source, v.mul_index(j, source_row)), here)
+            v.store(v.fma(v.absolute(distance[0]), minus, x), v.at(bias, v.mul_index(j, row)), here)
+            return [v.sub(distance[0], one)]
+
+        v.loop(0, n, 1, [v.add(start, lanes)], key)
+
+    v.each(width, vector)
+
+
 def _classify(v, width, bias, n):
     """EMPTY if the bias (n, block) masks everything, FULL if it does nothing, PARTIAL otherwise."""
     b = v.builder
@@ -165,6 +189,7 @@ mask_rows = emits(_mask_rows)
 mask_keys = emits(_mask_keys)
 mask_elements = emits(_mask_elements)
 mask_outside = emits(_mask_outside)
+add_alibi = emits(_add_alibi)
 classify = emits(_classify, returns=types.int64)
 count_true = emits(_count_true, returns=types.int64)
 any_true = emits(_any_true, returns=types.boolean)

@@ -25,9 +25,9 @@ from numba.extending import intrinsic
 
 from numba_attn.cpu import target
 
-I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-BYTES = {types.boolean: 1, types.uint8: 1, types.float32: 4, types.float64: 8}
+BYTES = {types.boolean: 1, types.uint8: 1, types.int16: 2, types.uint16: 2, types.float32: 4, types.float64: 8}
 
 Value = Any  # an ir.Value; llvmlite ships no types
 
@@ -97,7 +97,7 @@ class Vectors:
     def pointee(self, name: str) -> tuple[ir.Type, int]:
         """The element type behind a pointer argument, and its bytes."""
         dtype = self.pointees[name]
-        return ELEMENTS.get(dtype, I8), BYTES[dtype]
+        return ELEMENTS.get(dtype, ir.IntType(8 * BYTES[dtype])), BYTES[dtype]
 
     def least(self, a: Value, b: Value) -> Value:
         """The smaller of two integers."""
@@ -154,6 +154,9 @@ class Vectors:
         """A * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
         return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
 
+    def absolute(self, a: Value) -> Value:
+        return self._call("llvm.fabs", a)
+
     def maximum(self, a: Value, b: Value) -> Value:
         """The larger of each lane; `b` where either is NaN.  One instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
@@ -197,6 +200,31 @@ class Vectors:
         shifts = ir.Constant(self.bits, [shift] * self.lanes)
         exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
         return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)]
+
+    def tanh(self, *ys: Value) -> list[Value]:
+        """Hyperbolic tangent of several vectors, to a few units in the last place, of tiny numbers too.
+
+        With expm1(2|y|) = e: e / (e + 2).  And with 2|y| log2(e) = n + f, where 2**f - 1 = f * q(f) loses nothing,
+        e = 2**n * (f * q(f)) + (2**n - 1).
+        """
+        b = self.builder
+        shift, largest, bias = (23, 40.0, 127) if self.size == 4 else (52, 80.0, 1023)
+        coefficients = [partial(self.constant, c) for c in exp2_polynomial(6 if self.size == 4 else 11)[1:]]
+        rounder, limit = self.constant(1.5 * 2.0**shift), self.constant(largest)
+        sign = ir.Constant(self.bits, [1 << (8 * self.size - 1)] * self.lanes)
+        signs = [b.and_(b.bitcast(y, self.bits), sign) for y in ys]
+        sizes = [b.bitcast(b.xor(b.bitcast(y, self.bits), s), self.type) for y, s in zip(ys, signs, strict=True)]
+        double = [self.mul(y, self.constant(2 / np.log(2))) for y in sizes]
+        # NaN stays: the comparison does not hold.
+        clamped = [self.select(self.less(limit, x), limit, x) for x in double]
+        shifted = [self.add(x, rounder) for x in clamped]
+        fraction = [self.sub(x, self.sub(n, rounder)) for x, n in zip(clamped, shifted, strict=True)]
+        growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients, fraction), strict=True)]
+        shifts, one = (ir.Constant(self.bits, [c] * self.lanes) for c in (shift, bias << shift))
+        powers = [b.bitcast(b.add(b.shl(b.bitcast(n, self.bits), shifts), one), self.type) for n in shifted]
+        e = [self.fma(p, g, self.sub(p, self.constant(1.0))) for p, g in zip(powers, growth, strict=True)]
+        results = [self.div(x, self.add(x, self.constant(2.0))) for x in e]
+        return [b.bitcast(b.or_(b.bitcast(r, self.bits), s), self.type) for r, s in zip(results, signs, strict=True)]
 
     def _horner(self, coefficients: Sequence[Callable[[], Value]], xs: Sequence[Value]) -> list[Value]:
         """A polynomial, constant first, of several vectors."""
@@ -338,9 +366,10 @@ class Vectors:
 def emits(build: Callable[..., Value | None], returns: types.Type = types.void) -> Any:
     """Make `build(vectors, *values)` callable from Numba-compiled code.
 
-    The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.
+    The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.  What is
+    decided while emitting are keywords, fixed by `partial`.
     """
-    first, *parameters = inspect.signature(build).parameters.values()
+    first, *parameters = (p for p in inspect.signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
 
     def typing(context: Any, *args: types.Type) -> Any:
         args = tuple(types.unliteral(a) for a in args)
@@ -355,8 +384,9 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void) 
 
         return returns(*args), codegen
 
-    typing.__name__ = typing.__qualname__ = build.__name__
-    typing.__doc__ = build.__doc__
+    function = build.func if isinstance(build, partial) else build
+    typing.__name__ = typing.__qualname__ = function.__name__
+    typing.__doc__ = function.__doc__
     typing.__signature__ = inspect.Signature([first.replace(name="context"), *parameters])  # type: ignore[attr-defined]
     return intrinsic(typing)
 
@@ -396,6 +426,16 @@ def moved(context: Any, pointer: types.CPointer, offset: types.Integer) -> Any:
         return offset_pointer(builder, *values)
 
     return pointer(pointer, types.int64), codegen
+
+
+@intrinsic
+def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any:
+    """The pointer as one to elements of the array's type."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(array.dtype)(pointer, array), codegen
 
 
 def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.Type], int]) -> Any:

@@ -19,6 +19,7 @@ def _has(feature: str) -> bool:
 
 # An empty feature string means "whatever this CPU name has", which only LLVM knows: the generic form is right anywhere.
 HAS_FMA = _has("fma") or _has("neon")
+HAS_F16C = _has("f16c")
 HAS_AVX512 = _has("avx512f") and HAS_FMA
 HAS_AVX2 = _has("avx2") and HAS_FMA
 

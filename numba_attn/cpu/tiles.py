@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu.plan import HEIGHTS
-from numba_attn.cpu.simd import I64, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I64, Value, Vectors, emits
 
 LOG2_E = math.log2(math.e)
 INFINITY = math.inf
@@ -99,28 +99,16 @@ def product(
 # Products -------------------------------------------------------------------------------------------------------------
 
 
-def _scores(v, width, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, s, top):
-    """s = k.qt, and top = the largest of scale * s + bias - reference of each query (0 where it has no reference).
-
-    A bias of -inf masks, whatever the product is.
-    """
+def _scores(v, width, k, k_row, k_step, n, D, qt, s):
+    """s = k.qt."""
     row = width * v.bytes
-    lowest, factor = v.constant(-INFINITY), v.splat(scale)
-    for w in range(width):
-        v.store(lowest, top, w * v.bytes)
 
     def tile(i: Value, height: int) -> None:
         acc = [v.constant(0.0)] * (height * width)
         acc = product(v, acc, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width)
-        s_i, bias_i = v.at(s, v.mul_index(i, row)), v.at(bias, v.mul_index(i, bias_row))
-        for w in range(width):
-            base, highest = _base(v, v.load(reference, w * v.bytes)), v.load(top, w * v.bytes)
-            for r in range(height):
-                extra = v.load(v.at(bias_i, v.mul_index(bias_row, r)), w * v.bytes)
-                x = v.fma(acc[r * width + w], factor, v.sub(extra, base))
-                highest = v.maximum(v.select(v.equal(extra, lowest), lowest, x), highest)
-                v.store(acc[r * width + w], s_i, r * row + w * v.bytes)
-            v.store(highest, top, w * v.bytes)
+        s_i = v.at(s, v.mul_index(i, row))
+        for x in range(height * width):
+            v.store(acc[x], s_i, x * v.bytes)
 
     for_rows(v, n, HEIGHTS[width], tile)
 
@@ -134,8 +122,8 @@ def _base(v: Vectors, reference: Value) -> Value:
 def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total, sums, top, p):
     """p = exp2(scale * k.qt - reference) and total += its column sums, without the scores ever being stored.
 
-    Returns whether no score exceeded the reference by more than the headroom; else total is as it was, and the tile is
-    to be done again by way of `scores`.  The arithmetic is that of `scores` with no bias followed by `exponentiate`.
+    top = the largest exponent of each query.  Returns whether none exceeds the headroom; else total is as it was, and
+    the tile is to be done again by way of `scores`.  The arithmetic is that of `scores` and `exponentiate`.
     """
     row, factor = width * v.bytes, v.splat(scale)
     for w in range(width):
@@ -161,14 +149,21 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
             v.store(total_p, sums, w * v.bytes)
 
     for_rows(v, n, HEIGHTS[width], tile)
-    exceeded = ir.Constant(ir.IntType(1), 0)
-    for w in range(width):
-        above = v.less(v.constant(HEADROOM), v.load(top, w * v.bytes))
-        exceeded = v.builder.or_(exceeded, v.any(above))
+    return _accept(v, v.index(width), top, [(total, sums)])
+
+
+def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Value]]) -> Value:
+    """Whether no `top` exceeds the headroom; if so, each total += its sum of the tile."""
+
+    def exceeds(here: Value, found: list[Value]) -> list[Value]:
+        return [v.builder.or_(found[0], v.any(v.less(v.constant(HEADROOM), v.load(top, here))))]
+
+    end = v.mul_index(width, v.bytes)
+    (exceeded,) = v.loop(0, end, v.bytes, [ir.Constant(I1, 0)], exceeds)
     accepted = v.builder.not_(exceeded)
     with v.builder.if_then(accepted):
-        for w in range(width):
-            v.store(v.add(v.load(total, w * v.bytes), v.load(sums, w * v.bytes)), total, w * v.bytes)
+        for total, tile_sum in sums:
+            for_vectors(v, width, lambda here: v.store(v.add(v.load(total, here), v.load(tile_sum, here)), total, here))
     return accepted
 
 
@@ -208,11 +203,60 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot):
 # Softmax --------------------------------------------------------------------------------------------------------------
 
 
-def _raise_reference(v, width, top, reference, total, correction):
+def _cap(v, width, s, n, scale, softcap):
+    """s = softcap * tanh(scale * s / softcap)."""
+    factor, cap = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap)
+
+    def vector(at: Value) -> None:
+        (y,) = v.tanh(v.mul(v.load(s, at), factor))
+        v.store(v.mul(y, cap), s, at)
+
+    for_vectors(v, v.mul_index(width, n), vector)
+
+
+def _settle(v, width, s, n, scale, bias, source, source_row):
+    """s = scale * s + the natural logarithm's form of what `source` adds; bias = what it masks, and 0 elsewhere."""
+    row = v.mul_index(width, v.bytes)
+    factor, lowest, natural = v.splat(scale), v.constant(-INFINITY), v.constant(math.log(2.0))
+
+    def vector(here: Value) -> None:
+        def key(j: Value) -> None:
+            at = v.add_index(v.mul_index(j, row), here)
+            extra = v.load(v.at(source, v.mul_index(j, source_row)), here)
+            v.store(v.fma(v.load(s, at), factor, v.mul(extra, natural)), s, at)
+            v.store(v.select(v.equal(extra, lowest), lowest, v.constant(0.0)), bias, at)
+
+        v.each(n, key)
+
+    for_vectors(v, width, vector)
+
+
+def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
+    """top = the largest of scale * s + bias - reference of each query (0 where it has no reference).
+
+    A bias of -inf masks, whatever the score is.
+    """
+    row = v.mul_index(width, v.bytes)
+    lowest, factor = v.constant(-INFINITY), v.splat(scale)
+
+    def vector(here: Value) -> None:
+        base = _base(v, v.load(reference, here))
+
+        def key(j: Value, highest: list[Value]) -> list[Value]:
+            extra = v.load(v.at(bias, v.mul_index(j, bias_row)), here)
+            x = v.fma(v.load(v.at(s, v.mul_index(j, row)), here), factor, v.sub(extra, base))
+            return [v.maximum(v.select(v.equal(extra, lowest), lowest, x), highest[0])]
+
+        v.store(v.loop(0, n, 1, [lowest], key)[0], top, here)
+
+    for_vectors(v, width, vector)
+
+
+def _raise_reference(v, width, top, reference, total, moment, correction):
     """Raise each query's reference by `top` where that is more than the headroom, or where it has none.
 
-    correction = the factor that takes old probabilities to the new reference, applied to total.  Returns bit 0: some
-    correction is not 1; bit 1: some query is still without a reference.
+    correction = the factor that takes old probabilities to the new reference, applied to total, and to the moment,
+    the sum of p * log2(p).  Returns bit 0: some correction is not 1; bit 1: some query is still without a reference.
     """
     b = v.builder
     lowest = v.constant(-INFINITY)
@@ -222,41 +266,109 @@ def _raise_reference(v, width, top, reference, total, correction):
         enough = v.select(v.equal(old, lowest), lowest, v.constant(HEADROOM))
         exceeds = v.less(enough, above)
         new = v.select(exceeds, v.add(_base(v, old), above), old)
+        sums, step = v.load(total, here), v.sub(_base(v, old), _base(v, new))
         (factor,) = v.exp2(v.sub(old, _base(v, new)))
         v.store(new, reference, here)
         v.store(factor, correction, here)
-        v.store(v.mul(v.load(total, here), factor), total, here)
+        v.store(v.mul(v.fma(step, sums, v.load(moment, here)), factor), moment, here)
+        v.store(v.mul(sums, factor), total, here)
         missing = b.shl(b.zext(v.any(v.equal(new, lowest)), I64), v.index(1))
         return [b.or_(flags[0], b.or_(b.zext(v.any(exceeds), I64), missing))]
 
     return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [v.index(0)], vector)[0]
 
 
-def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total):
-    """s = exp2(scale * s + bias - reference) in place, -0.0 where masked; total += its column sums."""
+def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total, sums, top, moment, moments, *, weighted):
+    """s = exp2(scale * s + bias - reference) in place, -0.0 where masked; total += its column sums.
+
+    If `weighted`, moment += the column sums of p * log2(p).  top and the result are as those of `probabilities`.
+    """
     row = v.mul_index(width, v.bytes)
-    lowest, masked, factor = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale)
+    lowest, masked, factor, zero = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale), v.constant(0.0)
 
     def vector(here: Value) -> None:
         base = _base(v, v.load(reference, here))
 
-        def keys(j: Value, height: int, sums: list[Value]) -> list[Value]:
+        def keys(j: Value, height: int, carried: list[Value]) -> list[Value]:
+            highest, *tile_sums = carried
             numbers = [v.add_index(j, r) for r in range(height)]
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
             xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
-            for e, power, to in zip(extra, v.exp2(*xs), at, strict=True):
+            for x, e, power, to in zip(xs, extra, v.exp2(*xs), at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
+                # Where masked, x is -inf or NaN, which is not the maximum.
+                highest = v.maximum(x, highest)
                 v.store(kept, to)
-                sums = [v.add(sums[0], kept)]
-            return sums
+                tile_sums[0] = v.add(tile_sums[0], kept)
+                if weighted:
+                    # A probability of 0 has an exponent of -inf, and no part in the moment.
+                    tile_sums[1] = v.add(tile_sums[1], v.select(v.equal(kept, zero), zero, v.mul(kept, x)))
+            return [highest, *tile_sums]
 
+        start = [lowest, zero, zero][: 3 if weighted else 2]
         whole = v.whole_steps(v.index(0), n, AT_ONCE)
-        sums = v.loop(0, whole, AT_ONCE, [v.constant(0.0)], lambda j, sums: keys(j, AT_ONCE, sums))
-        (tile_sum,) = v.loop(whole, n, 1, sums, lambda j, sums: keys(j, 1, sums))
-        v.store(v.add(v.load(total, here), tile_sum), total, here)
+        partly = v.loop(0, whole, AT_ONCE, start, lambda j, carried: keys(j, AT_ONCE, carried))
+        results = v.loop(whole, n, 1, partly, lambda j, carried: keys(j, 1, carried))
+        for result, to in zip(results, (top, sums, moments), strict=False):
+            v.store(result, to, here)
 
     for_vectors(v, width, vector)
+    return _accept(v, width, top, [(total, sums), (moment, moments)][: 2 if weighted else 1])
+
+
+def _follow(v, width, best, top, reference):
+    """best = the largest score so far, of a tile whose largest exponent against `reference` is `top`."""
+
+    def vector(here: Value) -> None:
+        above = v.add(_base(v, v.load(reference, here)), v.load(top, here))
+        v.store(v.maximum(above, v.load(best, here)), best, here)
+
+    for_vectors(v, width, vector)
+
+
+def _challenge(v, width, sink, reference, top):
+    """top = how far a sink is above each reference (0 where there is none): for `raise_reference`."""
+    x = v.splat(sink)
+    for_vectors(v, width, lambda here: v.store(v.sub(x, _base(v, v.load(reference, here))), top, here))
+
+
+def _add_sink(v, width, sink, reference, total, moment):
+    """Total and moment += those of the sink."""
+    logit = v.splat(sink)
+
+    def vector(here: Value) -> None:
+        x = v.sub(logit, v.load(reference, here))
+        (power,) = v.exp2(x)
+        v.store(v.add(v.load(total, here), power), total, here)
+        v.store(v.fma(power, x, v.load(moment, here)), moment, here)
+
+    for_vectors(v, width, vector)
+
+
+def _weigh(v, width, s, n, scale, bias, bias_row, lse, sums):
+    """sums (n vectors) += exp2(scale * s + bias - lse), the vectors of a key added up, 0 where masked."""
+    row = v.mul_index(width, v.bytes)
+    lowest, factor, zero = v.constant(-INFINITY), v.splat(scale), v.constant(0.0)
+
+    def keys(j: Value, height: int) -> None:
+        def vector(w: Value, added: list[Value]) -> list[Value]:
+            base = _base(v, v.load(lse, w))
+            numbers = [v.add_index(j, r) for r in range(height)]
+            extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
+            loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
+            powers = v.exp2(*(v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)))
+            return [
+                v.add(total, v.select(v.equal(e, lowest), zero, power))
+                for total, e, power in zip(added, extra, powers, strict=True)
+            ]
+
+        at = v.at(sums, v.mul_index(j, v.bytes))
+        start = [v.load(at, r * v.bytes) for r in range(height)]
+        for r, total in enumerate(v.loop(0, row, v.bytes, start, vector)):
+            v.store(total, at, r * v.bytes)
+
+    for_rows(v, n, (AT_ONCE, 1), keys)
 
 
 def _rescale(v, width, ot, Dv, correction):
@@ -275,14 +387,14 @@ def _rescale(v, width, ot, Dv, correction):
     for_vectors(v, width, vector)
 
 
-def _normalise(v, width, ot, Dv, total, finite):
-    """ot /= total, 0 for a query that attends to nothing; finite = 0, or NaN where a result is not finite."""
+def _normalise(v, width, ot, Dv, total, gain, finite):
+    """ot *= gain / total, 0 for a query that attends to nothing; finite = 0, or NaN where a result is not finite."""
     row = v.mul_index(width, v.bytes)
-    zero = v.constant(0.0)
+    zero, numerator = v.constant(0.0), v.splat(gain)
 
     def vector(here: Value) -> None:
         sums = v.load(total, here)
-        factor = v.select(v.equal(sums, zero), zero, v.div(v.constant(1.0), sums))
+        factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))
 
         def column(d: Value, check: list[Value]) -> list[Value]:
             at = v.at(v.at(ot, v.mul_index(d, row)), here)
@@ -299,7 +411,15 @@ scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 accumulate = emits(for_width(_accumulate))
 accumulate_carefully = emits(_accumulate_carefully)
+cap = emits(_cap)
+settle = emits(_settle)
+highest = emits(_highest)
 raise_reference = emits(_raise_reference, returns=types.int64)
-exponentiate = emits(_exponentiate)
+exponentiate = emits(partial(_exponentiate, weighted=False), returns=types.boolean)
+exponentiate_weighted = emits(partial(_exponentiate, weighted=True), returns=types.boolean)
+follow = emits(_follow)
+challenge = emits(_challenge)
+add_sink = emits(_add_sink)
+weigh = emits(_weigh)
 rescale = emits(_rescale)
 normalise = emits(_normalise)

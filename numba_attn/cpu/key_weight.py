@@ -1,0 +1,156 @@
+"""How much each key is attended to: its probabilities, summed over the query rows, in a second pass over the scores.
+
+    key_weight[j] = sum over rows i of exp(s[i, j] - lse[i])
+
+The probabilities need the lse of whole rows, so that this cannot be had while the keys stream past for the first time.
+A task is a part of the keys of one head, which every row block passes in order: who does it changes no bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import namedtuple
+
+from numba import prange, types
+
+from numba_attn.cpu import pack, tiles
+from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.mask_tiles import EMPTY
+from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.score import Sizes, call_types, element, head_of, is_narrow, keys_of, score, select
+from numba_attn.cpu.simd import align_stack, fetch_add, moved
+from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.tiles import LOG2_E
+
+# Where things are in a worker's memory, in elements: qt, the lse of a row block, and one vector of sums a key.
+Memory = namedtuple("Memory", "scores bias keys zero low high lse qt sums")
+# How the problem is cut: keys of a key tile and of a task, query rows of a row block, lanes of a vector.
+Cut = namedtuple("Cut", "keys task_keys block lanes")
+
+MOST_KEYS = 2048  # of a task: it packs the queries once
+
+
+@device
+def memory_map(sizes):
+    tile = sizes.keys * sizes.block
+    lanes = 2 * tile + sizes.keys * sizes.D
+    return Memory(
+        scores=0,
+        bias=tile,
+        keys=2 * tile,
+        zero=lanes,
+        low=lanes + sizes.block,
+        high=lanes + 2 * sizes.block,
+        lse=lanes + 3 * sizes.block,
+        qt=lanes + 4 * sizes.block,
+        sums=lanes + (4 + sizes.D) * sizes.block,
+    )
+
+
+@device
+def add_up(head, lse, valid, low, high, sizes, settings, memory):
+    """Sums, one vector a key of [low, high), of the probabilities in the rows [0, valid)."""
+    keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
+    at = memory_map(sizes)
+    scores, qt, sums = element(memory, at.scores), element(memory, at.qt), element(memory, at.sums)
+    widened = element(memory, at.keys)
+    nothing = memory.dtype.type(0)
+    pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
+    pack.fill_lanes(sums, nothing, high - low)
+    for row in range(0, valid, block):
+        rows = min(block, valid - row)
+        width = (rows + lanes - 1) // lanes
+        packed = False
+        for lane in range(width * lanes):
+            # Of lanes without a row, every probability is 0.
+            memory[at.lse + lane] = lse[row + lane] * LOG2_E if lane < rows else math.inf
+        for tile in range(low // keys * keys, high, keys):
+            here = select(head, settings, row, rows, max(tile, low), min(tile + keys, high), sizes, memory, at)
+            if here.kept == EMPTY:
+                continue
+            if not packed:
+                q = head.q
+                pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, qt)
+                packed = True
+            k, n = head.k, here.stop - here.start
+            if is_narrow(k):
+                pack.widen_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, widened)
+            k_tile = keys_of(k, here.start, here.start, widened, sizes.D, memory)
+            unit = score(k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
+            to = moved(sums, (here.start - low) * lanes * memory.itemsize)
+            tiles.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
+
+
+@kernel
+def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
+    """Do tasks until there are none; weights is (B, Hq, Lk), and arrays.lse that of the forward pass."""
+    align_stack()
+    (Hq, _, D), Lk = arrays.q.shape, arrays.k.shape[1]
+    sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
+    per_head = (Lk + cut.task_keys - 1) // cut.task_keys
+    tasks = sequences.offsets.shape[0] * Hq * per_head
+    task = fetch_add(next_task, 0)
+    while task < tasks:
+        b, h = task // per_head // Hq, task // per_head % Hq
+        low = task % per_head * cut.task_keys
+        high = min(low + cut.task_keys, Lk)
+        head = head_of(arrays, sequences, settings, b, h, memory.dtype.type(0))
+        add_up(head, arrays.lse[b, h], sequences.intervals[b, 1], low, high, sizes, settings, memory)
+        start = memory_map(sizes).sums
+        for key in range(high - low):
+            total = memory.dtype.type(0)
+            for lane in range(cut.lanes):
+                total += memory[start + key * cut.lanes + lane]
+            weights[b, h, low + key] = total
+        task = fetch_add(next_task, 0)
+
+
+weigh_through_pointer = through_pointer(weigh.py_func)
+
+
+@parallel_kernel
+def weigh_together(code, memory, next_task, weights, arrays, sequences, settings, cut):
+    """`weigh`, whose machine code is at `code`, by as many workers as there are rows of memory."""
+    for worker in prange(memory.shape[0]):
+        weigh_through_pointer(code, memory[worker], worker, next_task, weights, arrays, sequences, settings, cut)
+
+
+# From Python ----------------------------------------------------------------------------------------------------------
+
+
+def cut_keys(heads: int, Lk: int, keys: int, block: int, workers: int, itemsize: int) -> Cut:
+    """Tasks of whole key tiles, eight or more for each worker wherever the problem allows it."""
+    tiles_of_head = -(-Lk // keys)
+    wanted = max(1, heads * tiles_of_head // (8 * workers))
+    return Cut(keys, keys * min(wanted, max(1, MOST_KEYS // keys)), block, VECTOR_BYTES // itemsize)
+
+
+def memory_size(cut: Cut, D: int) -> int:
+    """Elements of a worker's memory, as `memory_map` divides it up."""
+    size = (2 * cut.keys + 4 + D) * cut.block + cut.keys * D + cut.task_keys * cut.lanes
+    return -(-size // 16) * 16
+
+
+def _signature(kind: str, mask: str) -> tuple[types.Type, ...]:
+    """Of `weigh`, for kinds of element, see `narrow`."""
+    return (
+        types.Array(COMPUTED[kind], 1, "C"),
+        types.int64,
+        types.Array(types.int64, 2, "C"),
+        types.Array(COMPUTED[kind], 3, "A"),
+        *call_types(kind, mask),
+        types.NamedUniTuple(types.int64, 4, Cut),
+    )
+
+
+@functools.cache
+def serial(kind: str, mask: str) -> Compiled:
+    return compiled(weigh, _signature(kind, mask))
+
+
+@functools.cache
+def parallel(kind: str, mask: str) -> Compiled:
+    memory, _, *rest = _signature(kind, mask)
+    code = types.Array(types.intp, 1, "C")
+    return compiled(weigh_together, (code, types.Array(memory.dtype, 2, "C"), *rest))

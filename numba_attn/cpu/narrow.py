@@ -1,0 +1,102 @@
+"""Numbers of 16 bits in memory, float16 and bfloat16, as the float32 numbers that kernels compute with.
+
+Numba has no arrays of them on a CPU.  In kernels they are arrays of their bits, told apart by the sign of the integer
+type: int16 for float16, uint16 for bfloat16.  Every operation takes scalars as well as vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from numba_attn.cpu import target
+from numba_attn.cpu.simd import BYTES, I16, I32, Value, Vectors
+from numba_attn.problem import is_bfloat16
+
+FLOAT16, BFLOAT16 = types.int16, types.uint16
+# Kinds of element, by name: how Numba sees them in memory, and what they are computed in.
+STORED = {
+    "?": types.boolean, "f": types.float32, "d": types.float64, "float16": FLOAT16, "bfloat16": BFLOAT16
+}  # fmt: skip
+COMPUTED = {"f": types.float32, "d": types.float64, "float16": types.float32, "bfloat16": types.float32}
+
+
+def kind_of(dtype: np.dtype) -> str:
+    if is_bfloat16(dtype):
+        return "bfloat16"
+    return "float16" if dtype.char == "e" else dtype.char
+
+
+def bits_of(x: np.ndarray) -> np.ndarray:
+    """An array as kernels take it."""
+    if x.dtype.itemsize != 2:
+        return x
+    return x.view(np.uint16 if is_bfloat16(x.dtype) else np.int16)
+
+
+def load(v: Vectors, pointer: Value, offset: int | Value, stored: types.Type, scalar: bool = False) -> Value:
+    """A vector of v's type, or one element, from elements of the `stored` type."""
+    if BYTES[stored] != 2:
+        return v.load_scalar(pointer, offset) if scalar else v.load(pointer, offset)
+    kind = I16 if scalar else ir.VectorType(I16, v.lanes)
+    return widen(v.builder, v.builder.load(v.at(pointer, offset), align=1, typ=kind), stored)
+
+
+def store(v: Vectors, value: Value, pointer: Value, offset: int | Value, stored: types.Type) -> None:
+    """A vector or an element of v's type, rounded to the nearest of the `stored` type, ties to even."""
+    v.store(value if BYTES[stored] != 2 else shorten(v.builder, value, stored), pointer, offset)
+
+
+def _like(x: Value, element: ir.Type) -> ir.Type:
+    return ir.VectorType(element, x.type.count) if isinstance(x.type, ir.VectorType) else element
+
+
+def _constant(kind: ir.Type, value: Any) -> Value:
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def widen(b: ir.IRBuilder, bits: Value, stored: types.Type) -> Value:
+    """Bits as float32."""
+    floats, words = _like(bits, ir.FloatType()), _like(bits, I32)
+    if stored == BFLOAT16:
+        return b.bitcast(b.shl(b.zext(bits, words), _constant(words, 16)), floats)
+    if target.HAS_F16C:
+        return b.fpext(b.bitcast(bits, _like(bits, ir.HalfType())), floats)
+    # The exponent and the mantissa in their places make a number 2**112 too small, whether normal or not.
+    word = b.zext(bits, words)
+    size = b.shl(b.and_(word, _constant(words, 0x7FFF)), _constant(words, 13))
+    number = b.bitcast(b.fmul(b.bitcast(size, floats), _constant(floats, 2.0**112)), words)
+    special = b.icmp_unsigned(">=", size, _constant(words, 0x7C00 << 13))
+    number = b.select(special, b.or_(size, _constant(words, 0x7F800000)), number)
+    sign = b.shl(b.and_(word, _constant(words, 0x8000)), _constant(words, 16))
+    return b.bitcast(b.or_(number, sign), floats)
+
+
+def shorten(b: ir.IRBuilder, value: Value, stored: types.Type) -> Value:
+    """The bits of float32 numbers, rounded."""
+    words, bits = _like(value, I32), _like(value, I16)
+    if stored == FLOAT16 and target.HAS_F16C:
+        return b.bitcast(b.fptrunc(value, _like(value, ir.HalfType())), bits)
+    word = b.bitcast(value, words)
+    size = b.and_(word, _constant(words, 0x7FFFFFFF))
+    nan = b.icmp_unsigned(">", size, _constant(words, 0x7F800000))
+    if stored == BFLOAT16:
+        odd = b.and_(b.lshr(word, _constant(words, 16)), _constant(words, 1))
+        rounded = b.add(word, b.add(odd, _constant(words, 0x7FFF)))
+        quiet = b.or_(word, _constant(words, 0x400000))
+        return b.trunc(b.lshr(b.select(nan, quiet, rounded), _constant(words, 16)), bits)
+    # Normal numbers: round the mantissa, which may carry into the exponent, up to infinity.
+    odd = b.and_(b.lshr(size, _constant(words, 13)), _constant(words, 1))
+    rounded = b.add(size, b.add(odd, _constant(words, 0xFFF - (112 << 23) & 0xFFFFFFFF)))
+    normal = b.lshr(rounded, _constant(words, 13))
+    # Below 2**-14, adding 1/2 leaves the rounded mantissa in the lowest bits.
+    half = _constant(_like(value, ir.FloatType()), 0.5)
+    sum_ = b.fadd(b.bitcast(size, half.type), half)
+    tiny = b.sub(b.bitcast(sum_, words), b.bitcast(half, words))
+    number = b.select(b.icmp_unsigned("<", size, _constant(words, 113 << 23)), tiny, normal)
+    number = b.select(b.icmp_unsigned(">=", size, _constant(words, 0x47800000)), _constant(words, 0x7C00), number)
+    number = b.select(nan, _constant(words, 0x7E00), number)
+    return b.trunc(b.or_(number, b.and_(b.lshr(word, _constant(words, 16)), _constant(words, 0x8000))), bits)

@@ -1,0 +1,170 @@
+"""The scores of one row block and one key tile: which are wanted, and what they are.
+
+What a mask, a block mask, ALiBi, causal, window and lengths do to a tile is gathered in one tile of numbers that are
+added to base-2 scores, -inf where masked; what changes scores otherwise is done to the tile of scores in place.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+from numba import types
+
+from numba_attn.cpu import mask_tiles, tiles
+from numba_attn.cpu.jit import device
+from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
+from numba_attn.cpu.narrow import COMPUTED, STORED
+from numba_attn.cpu.simd import address, as_element, moved, pointee_bytes
+from numba_attn.cpu.tiles import LOG2_E
+from numba_attn.cpu.visible import Matrix, Position, glance, mask_tile, none_true, shrink, visible
+
+# Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
+Sizes = namedtuple("Sizes", "D Dv keys block lanes")
+# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask.
+Head = namedtuple("Head", "q k v mask masked position b h slope states")
+# Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
+Tile = namedtuple("Tile", "start stop added row kept")
+
+# The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (B, Hq, Lq), or
+# empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
+Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states")
+# offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals.
+Sequences = namedtuple("Sequences", "offsets intervals")
+# Numbers of a call; softcap, threshold and tile_rows are 0 where there is no such thing.
+Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys")
+
+
+@device
+def element(memory, index):
+    return moved(address(memory), index * memory.itemsize)
+
+
+@device
+def matrix(array, b_offset, h):
+    """Head h of the sequence that starts `b_offset` bytes after an array's first element."""
+    return Matrix(moved(address(array), b_offset + h * array.strides[0]), array.strides[1], array.strides[2])
+
+
+@device
+def head_of(arrays, sequences, settings, b, h, zero):
+    """Everything about head h of sequence b; `zero` is 0 of the element type."""
+    offsets, intervals = sequences
+    mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
+    shared = h // (arrays.q.shape[0] // arrays.k.shape[0])
+    # An axis of length 1 is broadcast: the same element for every index.
+    mask_head = Matrix(
+        moved(address(mask), offsets[b, 3] + (h * mask.strides[0] if mask.shape[0] > 1 else 0)),
+        mask.strides[1] if mask.shape[1] > 1 else 0,
+        mask.strides[2] if mask.shape[2] > 1 else 0,
+    )
+    return Head(
+        q=matrix(arrays.q, offsets[b, 0], h),
+        k=matrix(arrays.k, offsets[b, 1], shared),
+        v=matrix(arrays.v, offsets[b, 2], shared),
+        mask=mask_head,
+        masked=mask.size > 0,
+        position=Position(intervals[b, 0], intervals[b, 2], settings.left, settings.right),
+        b=b,
+        h=h,
+        slope=slopes[b if slopes.shape[0] > 1 else 0, h] if slopes.size else zero,
+        states=states[b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
+    )
+
+
+@device
+def is_plain(head, settings):
+    """Whether scores are products and nothing else, so that they can be exponentiated where they are made."""
+    return settings.softcap == 0 and head.slope == 0
+
+
+@device
+def select(head, settings, row, rows, start, stop, sizes, memory, at):
+    """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile."""
+    lanes, mask, position = sizes.lanes, head.mask, head.position
+    bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
+    nothing = Tile(start, start, added, added_row, EMPTY)
+    some_low, some_high, every_low, every_high = visible(row, row + rows, position)
+    start, stop = max(start, some_low), min(stop, some_high)
+    if start >= stop:
+        return nothing
+    width = (rows + lanes - 1) // lanes
+    row_bytes = width * lanes * memory.itemsize
+    kept = FULL
+    if settings.tile_rows:
+        start, stop, kept = shrink(head.states, settings.tile_rows, settings.tile_keys, row, row + rows, start, stop)
+        if kept == EMPTY:
+            return nothing
+        kept = FULL
+    if head.masked:
+        here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
+        kept = glance(here, rows, n)
+        if kept == PARTIAL:
+            while n > TRIM and none_true(here, rows, n - TRIM):
+                n -= TRIM
+            while n > TRIM and none_true(here, rows, 0):
+                start, n = start + TRIM, n - TRIM
+                here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
+            stop = start + n
+            kept = mask_tile(here, rows, n, width, lanes, bias)
+        if kept == EMPTY:
+            return nothing
+        if kept == PARTIAL:
+            added, added_row = bias, row_bytes
+    if head.slope != 0:
+        distance = row + position.offset - start
+        mask_tiles.add_alibi(width, bias, added, added_row, stop - start, head.slope, distance)
+        added, added_row, kept = bias, row_bytes, PARTIAL
+    if start < every_low or stop > every_high:
+        for lane in range(width * lanes):
+            p = row + min(lane, rows - 1) + position.offset
+            memory[at.low + lane] = max(p - position.left, start) - start
+            memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
+        low, high = element(memory, at.low), element(memory, at.high)
+        mask_tiles.mask_outside(width, bias, added, added_row, stop - start, low, high)
+        added, added_row, kept = bias, row_bytes, PARTIAL
+    return Tile(start, stop, added, added_row, kept)
+
+
+@device
+def is_narrow(matrix):
+    """Whether a matrix holds 16-bit numbers, which are widened a tile at a time."""
+    return pointee_bytes(matrix.data) == 2
+
+
+@device
+def keys_of(k, start, first, widened, D, memory):
+    """The keys from `start` on: in place, or where those from `first` on have been widened to."""
+    if is_narrow(k):
+        size = memory.itemsize
+        return Matrix(moved(widened, (start - first) * D * size), D * size, size)
+    return Matrix(as_element(moved(k.data, start * k.row), memory), k.row, k.step)
+
+
+@device
+def score(k, settings, tile, row, rows, sizes, qt, scores, memory, at):
+    """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2."""
+    n = tile.stop - tile.start
+    width = (rows + sizes.lanes - 1) // sizes.lanes
+    tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
+    if settings.softcap == 0:
+        return settings.scale_2
+    tiles.cap(width, scores, n, settings.scale, settings.softcap)
+    return memory.dtype.type(LOG2_E)
+
+
+def call_types(kind: str, mask: str) -> tuple[types.Type, ...]:
+    """The types of Arrays, Sequences and Settings, for kinds of element, see `narrow`."""
+    element_type = COMPUTED[kind]
+    given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
+    given_mask = types.Array(STORED[mask], 3, "A", readonly=True, aligned=False)
+    written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 3, "A")
+    states = types.Array(types.uint8, 4, "A", readonly=True)
+    slopes, sinks = (types.Array(element_type, ndim, "C") for ndim in (2, 1))
+    arrays = [given, given, given, given_mask, written, rows, rows, rows, slopes, sinks, states]
+    table = types.Array(types.int64, 2, "C", readonly=True)
+    settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 4
+    return (
+        types.NamedTuple(arrays, Arrays),
+        types.NamedUniTuple(table, 2, Sequences),
+        types.NamedTuple(settings, Settings),
+    )

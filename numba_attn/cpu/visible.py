@@ -1,0 +1,81 @@
+"""Which keys the rows of a block may attend to: intervals, masks and block masks, on one tile."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+from numba_attn.cpu import mask_tiles
+from numba_attn.cpu.jit import device
+from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL
+from numba_attn.cpu.simd import moved, pointee_bytes, points_to_boolean
+
+# A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
+Matrix = namedtuple("Matrix", "data row step")
+# Where the rows of a sequence stand on its keys, see masks.KeyIntervals.
+Position = namedtuple("Position", "offset kv_length left right")
+
+
+@device
+def visible(first, end, position):
+    """The keys that some, and that every one, of the rows [first, end) may attend to."""
+    start, last = first + position.offset, end - 1 + position.offset
+    some_low = max(0, start - position.left)
+    some_high = min(position.kv_length, last + position.right + 1)
+    every_low = max(0, last - position.left)
+    every_high = min(position.kv_length, start + position.right + 1)
+    return some_low, some_high, every_low, every_high
+
+
+@device
+def glance(mask, rows, n):
+    """What a boolean mask with contiguous keys leaves of a tile; PARTIAL, which says nothing, for any other."""
+    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+        return PARTIAL
+    true, seen = 0, rows if mask.row != 0 else 1
+    for i in range(seen):
+        true += mask_tiles.count_true(moved(mask.data, i * mask.row), n)
+        if 0 < true < (i + 1) * n:
+            return PARTIAL
+    return FULL if true else EMPTY
+
+
+@device
+def none_true(mask, rows, first):
+    """Whether a boolean mask with contiguous keys, and no other, excludes the TRIM keys from `first` for all rows."""
+    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+        return False
+    return not mask_tiles.any_true(moved(mask.data, first), mask.row, rows if mask.row != 0 else 1)
+
+
+@device
+def mask_tile(mask, rows, n, width, lanes, bias):
+    """Write what the mask adds to a tile of scores to `bias`; what it leaves of the tile."""
+    if mask.row == 0:
+        mask_tiles.mask_keys(width, bias, mask.data, mask.step, n)
+    else:
+        whole = n // lanes * lanes if mask.step == pointee_bytes(mask.data) else 0
+        mask_tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
+        mask_tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
+    # One key tells most often: only where it does not, all are looked at.
+    kept = mask_tiles.classify(width, bias, 1)
+    return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
+
+
+@device
+def shrink(states, rows_of_tile, keys_of_tile, first, end, start, stop):
+    """The part of the keys [start, stop) that a block mask leaves to the rows [first, end), and how much of it."""
+    low, high, kept = stop, start, FULL
+    for column in range(start // keys_of_tile, (stop + keys_of_tile - 1) // keys_of_tile):
+        some, every = False, True
+        for row in range(first // rows_of_tile, (end + rows_of_tile - 1) // rows_of_tile):
+            some |= states[row, column] != EMPTY
+            every &= states[row, column] == FULL
+        if some:
+            # What is empty between two that are not will be masked.
+            if low < stop and column * keys_of_tile > high:
+                kept = PARTIAL
+            low = min(low, max(start, column * keys_of_tile))
+            high = min(stop, (column + 1) * keys_of_tile)
+            if not every:
+                kept = PARTIAL
+    return low, high, kept if low < high else EMPTY
