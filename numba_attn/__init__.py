@@ -5,6 +5,8 @@
 >>> query, key, value = rng.standard_normal((3, 8, 128, 64), dtype=np.float32)  # heads, length, head size
 >>> numba_attn.scaled_dot_product_attention(query, key, value, is_causal=True).shape
 (8, 128, 64)
+
+Mask functions that are ready to use are in `numba_attn.block_mask`, operators of ONNX in `numba_attn.onnx`.
 """
 
 from __future__ import annotations
@@ -13,20 +15,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numba_attn import block_mask as block_mask
+    from numba_attn import onnx as onnx
     from numba_attn.api import scaled_dot_product_attention
+    from numba_attn.block_mask import BlockMask, and_masks, create_block_mask, or_masks
     from numba_attn.problem import Aux
 
 __version__ = "0.1.0"
-__all__ = ["Aux", "scaled_dot_product_attention"]
+__all__ = ["Aux", "BlockMask", "and_masks", "create_block_mask", "or_masks", "scaled_dot_product_attention"]
 
-# Public name -> the module that has it, imported on first use: importing the package itself costs next to nothing.
-_HOMES = {"Aux": "problem", "scaled_dot_product_attention": "api"}
+# Public name -> the module that has it, or that it is, imported on first use: importing the package itself costs next
+# to nothing.
+_HOMES = {
+    "Aux": "problem",
+    "BlockMask": "block_mask",
+    "and_masks": "block_mask",
+    "block_mask": "block_mask",
+    "create_block_mask": "block_mask",
+    "onnx": "onnx",
+    "or_masks": "block_mask",
+    "scaled_dot_product_attention": "api",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = module if name == _HOMES[name] else getattr(module, name)
     globals()[name] = value
     return value
 

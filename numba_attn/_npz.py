@@ -24,7 +24,8 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz archive by name.
 
     What `numpy.savez` wrote comes as read-only memory maps, of which only what is used is ever read; compressed members
-    are read.  Raises ValueError for anything that is not such an archive.
+    are read.  Elements of two bytes without a type are bfloat16 numbers, which `numpy.savez` writes so.  Raises
+    ValueError for anything that is not such an archive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -35,11 +36,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     try:
-        mapped = _mapped(path, archive, info)
-        if mapped is not None:
-            return mapped
-        with archive.open(info) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+        array = _mapped(path, archive, info)
+        if array is None:
+            with archive.open(info) as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+        return array if array.dtype != "V2" else _bfloat16(array)
     except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot read {info.filename}: {error}") from error
 
@@ -65,6 +66,14 @@ def _mapped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
         name_size, extra_size = struct.unpack("<HH", raw.read(4))
     offset = info.header_offset + 30 + name_size + extra_size + header_size
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
+
+
+def _bfloat16(x: np.ndarray) -> np.ndarray:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ValueError("bfloat16 numbers need the package ml_dtypes") from None
+    return x.view(ml_dtypes.bfloat16)
 
 
 @contextlib.contextmanager

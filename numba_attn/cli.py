@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
-ARRAYS = ("query", "key", "value", "attn_mask", "kv_lengths", "query_lengths", "query_offset")
-REQUIRED = ARRAYS[:3]
+REQUIRED = ("query", "key", "value")
+ARRAYS = (*REQUIRED, "attn_mask", "kv_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks")
+AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
 NO_CACHE = "none: no directory is writable (NUMBA_CACHE_DIR names another), so each process compiles kernels anew"
 
 
@@ -39,6 +40,11 @@ class CommandError(Exception):
 
 # Instruction-set features that decide how fast attention is.
 FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "avx512fp16", "avx512vnni", "amx-bf16", "neon", "bf16", "sve")
+BFLOAT16_PRODUCTS = {
+    "amx": "products by AMX tiles",
+    "dot": "products by AVX-512 dot products",
+    "widened": "products as float32, no others are faster here",
+}
 BACKENDS = {
     "cpu": "numba and llvmlite",
     "cuda": "an NVIDIA GPU with its driver, and numba-cuda",
@@ -58,6 +64,7 @@ def _info(options: argparse.Namespace) -> int:
         tiles = ", ".join(f"{rows[0]} x {vectors}" for vectors, rows in kernels["register_tiles"].items())
         lines["cpu"] = f"{cpu['name']}, as Numba compiles for it: {' '.join(cpu['features']) or 'no vector features'}"
         lines["kernels"] = f"{kernels['isa']}, {kernels['vector_bytes']}-byte vectors, register tiles {tiles} vectors"
+        lines["bfloat16"] = BFLOAT16_PRODUCTS[kernels["bfloat16_products"]]
         lines["threads"] = f"{threads['count']}, threading layer {threads['layer']}"
         lines["cache"] = info["cache"] or NO_CACHE
     for name, backend in info["backends"].items():
@@ -74,7 +81,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "numba_attn": numba_attn.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("numba", "llvmlite", "numpy")},
+            **{name: _version(name) for name in ("numba", "llvmlite", "numpy", "ml_dtypes", "onnx")},
         },
         "platform": platform.platform(),
         "cpu": None,
@@ -96,6 +103,7 @@ def environment() -> dict[str, Any]:
         "vector_bytes": target.VECTOR_BYTES,
         "register_tiles": {str(vectors): list(rows) for vectors, rows in plan.HEIGHTS.items()},
         "widest": plan.WIDEST,
+        "bfloat16_products": target.BFLOAT16,
     }
     info["threads"] = {"count": threads.count(), "layer": threads.layer()}
     info["cache"] = None if directory is None else str(directory)
@@ -124,6 +132,7 @@ def _availability(backend: str) -> dict[str, Any]:
 # run ------------------------------------------------------------------------------------------------------------------
 
 PIECE_FLOP = 2e10  # a tenth of a second on a few cores: often enough for a bar, too rare to cost anything
+WHOLE = ("dropout", "score_mod", "mask_mod", "block_mask", "key_weight")  # what keeps a problem in one piece
 ROW_UNIT = 384  # a multiple of the query rows that any kernel takes at once, so that pieces leave no remainders
 
 
@@ -142,9 +151,13 @@ def _run(options: argparse.Namespace) -> int:
             scale=options.scale,
             enable_gqa=options.gqa,
             window=options.window,
+            softcap=options.softcap,
+            dropout_p=options.dropout_p,
+            dropout_seed=options.dropout_seed,
+            return_aux=tuple(options.aux),
             layout=options.layout,
             backend=options.backend,
-            return_aux=("lse",) if options.lse else (),
+            precision=options.precision,
         )
         call.apply_defaults()
         forward = dispatch.forward(call.arguments.pop("backend"))
@@ -164,7 +177,7 @@ def _run(options: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         results: dict[str, Any] = {"out": problem.result}
         if problem.aux is not None:
-            results["lse"] = problem.aux.lse
+            results |= {name: x for name, x in problem.aux._asdict().items() if x is not None}
         savez(file, **results)
 
     summary = {
@@ -176,6 +189,7 @@ def _run(options: argparse.Namespace) -> int:
         "seconds": seconds,
         "flop": flop,
         "gflops": flop / seconds / 1e9 if flop else 0.0,
+        "dropout_seed": None if problem.dropout is None else problem.dropout.seed,
     }
     if options.json:
         print(json.dumps(summary, indent=2))
@@ -210,8 +224,12 @@ def _pieces(problem: Problem, rows: bool) -> Iterator[Problem]:
     """Problems of at most PIECE_FLOP, as far as it can be cut, that write their parts of the results of `problem`.
 
     It is halved along the first axis that has two units: sequences, key-value heads with the query heads that share
-    them, query heads if they share one, and, if `rows`, blocks of query rows.
+    them, query heads if they share one, and, if `rows`, blocks of query rows.  What depends on which sequence, head or
+    row it is by number, or is a sum over rows, is not cut.
     """
+    if any(getattr(problem, name) is not None for name in WHOLE):
+        yield problem
+        return
     Hq, Hkv, rank = problem.query.shape[-3], problem.key.shape[-3], problem.query.ndim
     units = [1] * (rank - 3) + [Hq // Hkv if Hkv > 1 else 1] + [ROW_UNIT] * rows
     if _flop(problem) > PIECE_FLOP:
@@ -232,19 +250,24 @@ def _part(problem: Problem, axis: int, start: int, stop: int) -> Problem:
     def part(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
         return x if x.shape[axis] == 1 else x[(slice(None),) * axis + (slice(start, stop),)]
 
-    key, value, intervals = problem.key, problem.value, problem.intervals
+    key, value, intervals, slopes, sinks = problem.key, problem.value, problem.intervals, problem.slopes, problem.sinks
     if axis < heads:
+        batch = problem.query.shape[:heads]
         key, value = part(key), part(value)
-        table = part(intervals.table.reshape(*problem.query.shape[:heads], 3))
+        table = part(intervals.table.reshape(*batch, 3))
         intervals = replace(intervals, table=table.reshape(-1, 3))
+        if slopes is not None and len(slopes) > 1:
+            slopes = part(slopes.reshape(*batch, slopes.shape[1])).reshape(-1, slopes.shape[1])
     elif axis == heads:
         group = problem.query.shape[axis] // key.shape[axis]
         key, value = (part(x, start // group, stop // group) for x in (key, value))
+        slopes, sinks = (None if x is None else x[..., start:stop] for x in (slopes, sinks))
     else:
         table = intervals.table.copy()
         table[:, 0] += start
         table[:, 1] = (table[:, 1] - start).clip(0, stop - start)
         intervals = replace(intervals, table=table)
+    statistics: dict[str, Any] = {name: part(x) for name in AUX_NAMES if (x := getattr(problem, name)) is not None}
     return replace(
         problem,
         query=part(problem.query),
@@ -252,8 +275,10 @@ def _part(problem: Problem, axis: int, start: int, stop: int) -> Problem:
         value=value,
         mask=None if problem.mask is None else part(problem.mask),
         intervals=intervals,
+        slopes=slopes,
+        sinks=sinks,
         out=part(problem.out),
-        lse=None if problem.lse is None else part(problem.lse),
+        **statistics,
     )
 
 
@@ -357,7 +382,8 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         "compute attention of arrays in a file",
         f"IN.npz holds {', '.join(REQUIRED)} and optionally {', '.join(ARRAYS[3:])}. What numpy.savez wrote is mapped "
-        "into memory, not read. OUT.npz gets out, and appears only when it is complete.",
+        "into memory, not read. OUT.npz gets out, and appears only when it is complete. Arrays of bfloat16 need "
+        "ml_dtypes, and come back from numpy.load as two bytes an element.",
     )
     run.add_argument("input", type=Path, metavar="IN.npz")
     run.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.npz")
@@ -368,9 +394,16 @@ def _parser() -> argparse.ArgumentParser:
         "--window", type=_side, nargs=2, metavar=("LEFT", "RIGHT"), help="keys on either side; 'none' is unbounded"
     )
     run.add_argument("--query-offset", type=_offset, metavar="N|bottom_right", help="key position of query row 0")
+    run.add_argument("--softcap", type=float, metavar="C", help="scores s become C * tanh(s / C)")
+    run.add_argument("--dropout-p", type=float, default=0.0, metavar="P", help="drop probabilities; default 0")
+    run.add_argument("--dropout-seed", type=int, metavar="N", help="the same drops the same; default a fresh one")
     run.add_argument("--layout", choices=("BHLD", "BLHD"), default="BHLD", help="heads before or after rows")
     run.add_argument("--backend", choices=tuple(BACKENDS), default="cpu", help="default cpu")
-    run.add_argument("--lse", action="store_true", help="also write lse, log(sum(exp(scores))) of every row")
+    run.add_argument("--precision", choices=("bfloat16",), help="of the products, where the processor has these")
+    run.add_argument(
+        "--aux", choices=AUX_NAMES, action="append", default=[], help="also write this statistic; more by --aux again"
+    )
+    run.add_argument("--lse", action="append_const", dest="aux", const="lse", help="the same as --aux lse")
 
     bench = command(
         "bench",

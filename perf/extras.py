@@ -10,17 +10,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cases import PERF, Case
-from peers import Prepared
+from peer import Prepared
 
 TINY = next(case for case in PERF if case.name == "tiny, 1 x 64, D 64")
 SMALL = next(case for case in PERF if case.name == "12 x 128, D 64")  # large enough for all threads
 MODERATE = next(case for case in PERF if case.name == "8 x 2048, D 64")
+DOCUMENTS = next(case for case in PERF if case.documents)
 # Its matrix of scores would have 8.6 GB.
 LONG = Case("8 x 16384, D 64", 8, 16384, 16384, 64)
 WARM_STARTS = 5
@@ -61,6 +63,26 @@ def fixed_cost() -> dict[str, float]:
         "launch": functools.partial(launch, problem),
     }
     return {name: 1e6 * min(timeit.repeat(part, number=100, repeat=200)) / 100 for name, part in parts.items()}
+
+
+def block_mask_cost() -> dict[str, float]:
+    """Seconds of making a block mask, the first time and after that, and of a call with it, medians of several."""
+    from numba_attn import scaled_dot_product_attention
+    from numba_attn.block_mask import create_block_mask, documents
+
+    def make() -> Any:
+        return create_block_mask(documents(DOCUMENTS.document_ids()), Lq=DOCUMENTS.Lq, Lk=DOCUMENTS.Lk)
+
+    start = time.perf_counter()
+    mask = make()
+    first = time.perf_counter() - start
+    call = functools.partial(scaled_dot_product_attention, *DOCUMENTS.arrays(), block_mask=mask)
+    call()
+    return {"first": first, **{name: _median_seconds(do) for name, do in (("again", make), ("call", call))}}
+
+
+def _median_seconds(do: Callable[[], Any]) -> float:
+    return statistics.median(timeit.repeat(do, number=1, repeat=11))
 
 
 def memory_growth(prepared: Prepared) -> int:

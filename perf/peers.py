@@ -1,123 +1,25 @@
-"""How each library is asked for a case: the arrays in its own natural form, made outside of what is timed.
-
-A peer is made once per process, with the number of threads; `prepare` then gives the call to be timed.  What a library
-has no argument for is given to it as an explicit mask, as its users would; what it cannot do at all is `Unsupported`.
-"""
+"""How each library is asked for a case: the arrays in its own natural form, made outside of what is timed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from cases import Case
-
-MOST_MEMORY = 4e9  # bytes that a peer may take for its matrices of scores
-
-
-class Unsupported(Exception):
-    """What a library cannot do, in a few words."""
-
-
-class Prepared(NamedTuple):
-    """A call on arrays that are ready."""
-
-    call: Callable[[], Any]
-    array: Callable[[Any], np.ndarray]
-    """Makes (B, Hq, Lq, Dv) of what the call returns."""
-
-
-class Peer:
-    """A library in its own process."""
-
-    packages: tuple[str, ...]
-
-    def __init__(self, threads: int) -> None:
-        """Most libraries take their number of threads from the environment."""
-
-    def prepare(self, case: Case) -> Prepared:
-        """Raises Unsupported."""
-        raise NotImplementedError
-
-
-def versions(peer: Peer) -> dict[str, str]:
-    """Of the packages that the peer consists of."""
-    return {name: metadata.version(name) for name in peer.packages}
-
-
-# What a case asks for -------------------------------------------------------------------------------------------------
-
-
-def only_causal(case: Case) -> bool:
-    """Whether causal, in its plain top-left form, is all that restricts the keys."""
-    return case.causal and case.options.keys() <= {"is_causal"} and case.mask is None
-
-
-def explicit_mask(case: Case) -> np.ndarray | None:
-    """The mask, causal, window and lengths as one array that broadcasts to (B, Hq, Lq, Lk); None if there is none.
-
-    It is bool, True = attend, or additive if the case's own mask is.
-    """
-    allowed, mask = _allowed(case), _own_mask(case)
-    if allowed is None or mask is None:
-        return mask if allowed is None else allowed
-    return mask & allowed if mask.dtype == bool else np.where(allowed, mask, mask.dtype.type(-np.inf))
-
-
-def _own_mask(case: Case) -> np.ndarray | None:
-    """The case's mask with four axes."""
-    mask = case.keywords().get("attn_mask")
-    return None if mask is None else np.asarray(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-
-
-def _allowed(case: Case) -> np.ndarray | None:
-    """The keys that causal, window and lengths leave; axes on which nothing depends have length 1."""
-    _refuse_options(case, {"is_causal", "window", "query_offset", "kv_lengths"})
-    query = np.arange(case.Lq)[:, None] + _offset(case)
-    key = np.arange(case.Lk)
-    left, right = case.options.get("window") or (None, None)
-    if case.causal:
-        right = 0
-    parts = []
-    if left is not None:
-        parts.append((query - left <= key)[None, None])
-    if right is not None:
-        parts.append((key <= query + right)[None, None])
-    if "kv_lengths" in case.options:
-        lengths = np.broadcast_to(case.options["kv_lengths"], case.B)
-        parts.append(key < lengths[:, None, None, None])
-    return np.asarray(functools.reduce(np.logical_and, parts)) if parts else None
-
-
-def _offset(case: Case) -> int:
-    offset = case.options.get("query_offset", 0)
-    if offset == "bottom_right":
-        return case.Lk - case.Lq
-    if not isinstance(offset, int):
-        raise Unsupported("an offset for each sequence")
-    return offset
-
-
-def _refuse_options(case: Case, known: set[str]) -> None:
-    if unknown := case.options.keys() - known:
-        raise Unsupported(", ".join(sorted(unknown)))
-
-
-def _refuse_size(case: Case, copies: int) -> None:
-    """Of a library that forms the whole matrix of scores, and so many of its size at the same time."""
-    needed = copies * case.B * case.Hq * case.Lq * case.Lk * np.dtype(case.dtype).itemsize
-    if needed > MOST_MEMORY:
-        raise Unsupported(f"{needed / 1e9:.1f} GB for the scores")
-
-
-def _rows_first(x: np.ndarray) -> np.ndarray:
-    """A copy (B, L, H, D) of (B, H, L, D)."""
-    return np.ascontiguousarray(x.swapaxes(1, 2))
-
-
-# The libraries --------------------------------------------------------------------------------------------------------
+from cases import SIXTEEN_BITS, Case
+from peer import (
+    Peer,
+    Prepared,
+    Unsupported,
+    explicit_mask,
+    only_causal,
+    own_mask,
+    refuse_options,
+    refuse_size,
+    rows_first,
+)
+from torch_peers import FlexAttention, Torch
 
 
 class Ours(Peer):
@@ -128,34 +30,8 @@ class Ours(Peer):
     def prepare(self, case: Case) -> Prepared:
         from numba_attn import scaled_dot_product_attention
 
-        return Prepared(functools.partial(scaled_dot_product_attention, *case.arrays(), **case.keywords()), np.asarray)
-
-
-class Torch(Peer):
-    """`torch.nn.functional.scaled_dot_product_attention`."""
-
-    packages = ("torch",)
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-
-    def prepare(self, case: Case) -> Prepared:
-        import torch
-
-        causal = only_causal(case)
-        mask = None if causal else explicit_mask(case)
-        arrays = [torch.from_numpy(x) for x in case.arrays()]
-        call = functools.partial(
-            torch.nn.functional.scaled_dot_product_attention,
-            *arrays,
-            attn_mask=None if mask is None else torch.from_numpy(mask),
-            is_causal=causal,
-            enable_gqa=case.Hkv is not None,
-        )
-        return Prepared(call, lambda result: np.asarray(result.numpy()))
+        call = functools.partial(scaled_dot_product_attention, *case.arrays(), **case.keywords())
+        return Prepared(call, lambda result: result[0] if isinstance(result, tuple) else result)
 
 
 class OnnxMultiHeadAttention(Peer):
@@ -174,8 +50,8 @@ class OnnxMultiHeadAttention(Peer):
         causal = only_causal(case)
         mask = None if causal else explicit_mask(case)
         if causal or mask is not None:  # only the plain case has a kernel without the matrix
-            _refuse_size(case, copies=2)
-        query, key, value = (_rows_first(x).reshape(case.B, -1, x.shape[1] * x.shape[3]) for x in case.arrays())
+            refuse_size(case, copies=2)
+        query, key, value = (rows_first(x).reshape(case.B, -1, x.shape[1] * x.shape[3]) for x in case.arrays())
         inputs = {"query": query, "key": key, "value": value, **self._masks(case, mask)}
         names = ("query", "key", "value", "bias", "key_padding_mask", "attention_bias")
         call = _onnx_session(
@@ -210,9 +86,11 @@ class OnnxAttention(Peer):
         self._threads = threads
 
     def prepare(self, case: Case) -> Prepared:
+        if case.dtype == "bfloat16":
+            raise Unsupported(case.dtype)
         causal = only_causal(case)
         mask = None if causal else explicit_mask(case)
-        _refuse_size(case, copies=2)
+        refuse_size(case, copies=2)
         inputs = dict(zip(("Q", "K", "V"), case.arrays(), strict=True))
         if mask is not None:  # the last two axes must be whole
             whole = np.broadcast_to(mask, (*mask.shape[:2], case.Lq, case.Lk))
@@ -264,9 +142,9 @@ class Jax(Peer):
     def prepare(self, case: Case) -> Prepared:
         import jax
 
-        _refuse_options(case, {"is_causal", "window", "kv_lengths"})
-        _refuse_size(case, copies=2)
-        arrays = [jax.numpy.asarray(_rows_first(x)) for x in case.arrays()]
+        refuse_options(case, {"is_causal", "window", "kv_lengths", "alibi_slopes"})
+        refuse_size(case, copies=2)
+        arrays = [jax.numpy.asarray(rows_first(x)) for x in case.arrays()]
         attention = functools.partial(jax.nn.dot_product_attention, is_causal=case.causal, **self._window(case))
         given = self._arrays(case)
         compiled = jax.jit(attention).lower(*arrays, **given).compile()
@@ -288,7 +166,7 @@ class Jax(Peer):
         given = {}
         if "kv_lengths" in case.options:
             given["key_value_seq_lengths"] = np.broadcast_to(case.options["kv_lengths"], case.B).astype(np.int32)
-        mask = _own_mask(case)
+        mask = own_mask(case)
         if mask is not None:
             given["mask" if mask.dtype == bool else "bias"] = mask
         return {name: jax.numpy.asarray(x) for name, x in given.items()}
@@ -300,7 +178,9 @@ class NumPy(Peer):
     packages = ("numpy",)
 
     def prepare(self, case: Case) -> Prepared:
-        _refuse_size(case, copies=2)
+        if case.dtype in SIXTEEN_BITS:  # of which there are no products in BLAS
+            raise Unsupported(case.dtype)
+        refuse_size(case, copies=2)
         mask = explicit_mask(case)
         if mask is not None and mask.dtype == bool:
             mask = np.where(mask, 0, -np.inf).astype(case.dtype)
@@ -332,6 +212,7 @@ def naive_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask:
 PEERS: dict[str, type[Peer]] = {
     "ours": Ours,
     "torch": Torch,
+    "flex": FlexAttention,
     "onnx_mha": OnnxMultiHeadAttention,
     "onnx_attention": OnnxAttention,
     "jax": Jax,

@@ -33,13 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import extras
-from cases import PERF, Case
+from cases import PERF, SIXTEEN_BITS, Case
 from peers import PEERS
 from workers import OURS, PeerError, Team, Worker, thread_environment, worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3  # on results of order 1: enough to tell that all compute the same thing
+ROUNDING = {"float16": 2**-8, "bfloat16": 2**-5}  # in addition, of the largest result: four units in its last place
 MOST_SCORES = 4e7  # for which a float64 reference is computed
+MOST_CALLS = 1e6  # of a user's function, in Python, for the same
 QUICK_FLOP = 2.5e9
 UNDISTURBED = 0.85  # of the best peak, for a case to be taken seriously
 FEATURES = (
@@ -118,7 +120,7 @@ def measure(team: Team, case: Case, repeats: int, folder: Path, progress: Callab
 def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
     """What each peer can say of a case before the timings; our own failure is everyone's."""
     reference = None
-    if case.B * case.Hq * case.Lq * case.Lk <= MOST_SCORES:
+    if case.B * case.Hq * case.Lq * case.Lk <= (MOST_CALLS if "score_mod" in case.options else MOST_SCORES):
         team.ask(OURS, "reference", case=case.name, output=str(folder / "reference.npy"))
         reference = np.load(folder / "reference.npy")
     peers: dict[str, Result] = {}
@@ -135,6 +137,7 @@ def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
         out = np.load(output)
         ours = out if name == OURS else ours
         peers[name] = {"calls": calls, "seconds": [], "difference": float(np.abs(out - ours).max(initial=0))}
+        peers[name]["largest"] = float(np.abs(out).max(initial=0))
         if reference is not None:
             error_of_out = out - reference
             peers[name]["error"] = {
@@ -160,13 +163,19 @@ def summary(case: Case, peers: dict[str, Result], peaks: list[float]) -> Result:
         "shape": {name: getattr(case, name) for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv")},
         "dtype": case.dtype,
         "mask": case.mask,
-        "options": {name: np.asarray(x).tolist() for name, x in case.options.items()},
+        "options": described_options(case),
         "flop": case.flop,
         "peaks_gflops": peaks,
         "peak_gflops": peak,
         "fraction_of_peak": peers[OURS]["gflops"] / peak,
         "peers": peers,
     }
+
+
+def described_options(case: Case) -> Result:
+    """As JSON can hold them."""
+    found = {name: x.__name__ if callable(x) else np.asarray(x).tolist() for name, x in case.options.items()}
+    return {**found, **({"documents": case.documents} if case.documents else {})}
 
 
 def text_line(result: Result) -> str:
@@ -205,10 +214,11 @@ def problems(results: list[Result]) -> list[str]:
     """Peers that failed, and results that are not ours."""
     found = []
     for result in results:
+        allowed = TOLERANCE + ROUNDING.get(result["dtype"], 0) * result["peers"][OURS]["largest"]
         for name, peer in result["peers"].items():
             if "failed" in peer:
                 found.append(f"{result['name']}: {name} failed: {peer['failed']}")
-            elif "difference" in peer and not peer["difference"] < TOLERANCE:
+            elif "difference" in peer and not peer["difference"] < allowed:
                 found.append(f"{result['name']}: {name} differs from ours by {peer['difference']:.2g}")
     return found
 
@@ -221,6 +231,8 @@ def measure_extras(names: Sequence[str], threads: int, progress: Progress) -> Re
     progress.note("fixed cost of a call")
     with worker(OURS, threads) as ours:
         fixed = ours.ask("fixed_cost")
+        progress.note("making of a block mask")
+        block_mask = ours.ask("block_mask_cost")
     progress.note("start of a process")
     start = extras.start_times(thread_environment(threads))
     memory: dict[str, Result] = {}
@@ -231,7 +243,7 @@ def measure_extras(names: Sequence[str], threads: int, progress: Progress) -> Re
             with worker(name, threads) as fresh:
                 memory[case.name][name] = _value_or_reason(fresh, "memory", case=case.name)
     progress.clear()
-    return {"fixed_cost_us": fixed, "start_seconds": start, "memory_bytes": memory}
+    return {"fixed_cost_us": fixed, "start_seconds": start, "memory_bytes": memory, "block_mask_seconds": block_mask}
 
 
 def _value_or_reason(one: Worker, do: str, **arguments: Any) -> Any:
@@ -246,7 +258,7 @@ def environment() -> Result:
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpu.splitlines())}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    changed = git("status", "--porcelain", "--", "numba_attn", "tests/cases.py", *(f"perf/{f}" for f in SOURCES))
+    changed = git("status", "--porcelain", "--", "numba_attn", "tests/cases.py", "tests/mods.py", *(f"perf/{f}" for f in SOURCES))
     return {
         "cpu": fields.get("model name") or platform.machine(),
         "family": " ".join(fields[key] for key in ("vendor_id", "cpu family", "model") if key in fields),
@@ -262,7 +274,7 @@ def environment() -> Result:
     }
 
 
-SOURCES = ("run.py", "session.py", "workers.py", "peers.py", "peak.py", "extras.py")
+SOURCES = ("run.py", "session.py", "workers.py", "peer.py", "peers.py", "torch_peers.py", "peak.py", "extras.py")
 
 
 def git(*arguments: str) -> str | None:
@@ -336,7 +348,8 @@ def run(names: Sequence[str], cases: Sequence[Case], repeats: int, threads: int,
             progress.clear()
             print(f"{name} is left out: {reason}", file=sys.stderr)
         measured = measure_all(team, cases, repeats, progress, sys.stdout)
-        peak = {dtype: peak_of(team, dtype, measured, repeats) for dtype in ("float32", "float64")}
+        peak = {dtype: peak_of(team, dtype, measured, repeats) for dtype in ("float32", "float64", *SIXTEEN_BITS)}
+        peak["bfloat16 dot product"] = team.ask(OURS, "dot_peak")
         bandwidth = team.ask(OURS, "bandwidth")
         machine = team.ask(OURS, "machine")
     finally:

@@ -17,7 +17,8 @@ from typing import Any
 import extras
 import numpy as np
 from cases import PERF
-from peers import PEERS, Prepared, Unsupported, versions
+from peer import Prepared, Unsupported, versions
+from peers import PEERS
 
 TURN = 0.02  # seconds that a timing takes at least
 PR_SET_PDEATHSIG = 1
@@ -29,7 +30,7 @@ class Session:
     def __init__(self, name: str, threads: int) -> None:
         self._peer = PEERS[name](threads)
         self._cases = {case.name: case for case in (*PERF, extras.LONG)}
-        self._peaks: dict[str, Any] = {}
+        self._peaks: dict[str, list[Any]] = {}
 
     def versions(self) -> dict[str, str]:
         return versions(self._peer)
@@ -38,7 +39,7 @@ class Session:
         """Make the arrays and whatever else the library needs, save the first result; returns the calls of a timing."""
         self._call: Callable[[], Any] | None = None  # the arrays of the case before are free from here
         prepared = self._peer.prepare(self._cases[case])
-        np.save(output, prepared.array(prepared.call()))
+        save(output, prepared.array(prepared.call()))
         self._call, self._calls = prepared.call, 1
         while (seconds := self._calls * self._mean()) < TURN:
             self._calls = math.ceil(self._calls * min(10, 1.2 * TURN / seconds))
@@ -69,12 +70,19 @@ class Session:
 
     def peak(self, dtype: str) -> float:
         """GFLOP/s of multiply-adds, now."""
-        from peak import MultiplyAdd
+        from peak import measures
 
         if dtype not in self._peaks:
-            self._peaks[dtype] = MultiplyAdd(dtype)
-        gflops: float = self._peaks[dtype].gflops()
-        return gflops
+            self._peaks[dtype] = measures(dtype)
+        return max(one.gflops() for one in self._peaks[dtype])
+
+    def dot_peak(self) -> float | None:
+        """GFLOP/s of dot products of bfloat16 numbers, None if there are no instructions for them."""
+        from peak import MultiplyAdd
+
+        from numba_attn.cpu import target
+
+        return MultiplyAdd("bfloat16").gflops() if target.HAS_BFLOAT16_DOT else None
 
     def bandwidth(self) -> float:
         from peak import read_bandwidth
@@ -88,10 +96,13 @@ class Session:
         problem = self._cases[case]
         query, key, value = (x.astype(np.float64) for x in problem.arrays())
         out = scaled_dot_product_attention(query, key, value, backend="reference", **problem.keywords())
-        np.save(output, np.asarray(out))
+        save(output, out[0] if isinstance(out, tuple) else out)
 
     def fixed_cost(self) -> dict[str, float]:
         return extras.fixed_cost()
+
+    def block_mask_cost(self) -> dict[str, float]:
+        return extras.block_mask_cost()
 
     def machine(self) -> dict[str, Any]:
         """What our kernels are compiled for, and run on."""
@@ -104,6 +115,11 @@ class Session:
             "threads": threads.count(),
             "threading_layer": threads.layer(),
         }
+
+
+def save(path: str, x: np.ndarray) -> None:
+    """Numbers of 16 bits as float32: files know nothing of bfloat16."""
+    np.save(path, x if x.dtype.itemsize > 2 else x.astype(np.float32))
 
 
 def serve(name: str, threads: int) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import numba_attn
+from numba_attn import cli, problem
 
 PACKAGE = Path(numba_attn.__file__).parent
 MODULES = {
@@ -15,37 +20,47 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# Module -> what of this package it may import when it is loaded.  What is not named here may import nothing.
+# Module -> what of this package it may import.  What is not named here may import nothing.
 MAY_IMPORT = {
-    "__init__": {"api", "problem"},  # for type checkers; at run time on first use
+    "__init__": {"api", "block_mask", "onnx", "problem"},  # for type checkers; at run time on first use
     "__main__": {"cli"},
+    "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
     "problem": {"block_mask", "checks", "masks"},
     "reference": {"block_mask", "problem", "random"},
     "dispatch": {"problem"},
     "api": {"dispatch", "problem"},
+    "onnx": {"api", "masks", "problem"},
     "_bench": {"api"},
     "cli": {
-        "_npz",
-        "_bench",
-        "api",
-        "dispatch",
-        "problem",
-        "threads",
-        "cpu",
-        "cpu.forward",
-        "cpu.jit",
-        "cpu.plan",
-        "cpu.target",
+        *("_npz", "_bench", "api", "dispatch", "problem", "threads"),
+        *("cpu", "cpu.forward", "cpu.jit", "cpu.plan", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
     "cpu.jit": {"cpu.target"},
-    "cpu.tiles": {"cpu.plan", "cpu.simd"},
-    "cpu.mask_tiles": {"cpu.simd", "cpu.tiles"},
-    "cpu.pack": {"cpu.simd", "cpu.tiles"},
+    "cpu.amx": {"cpu.simd"},
+    "cpu.narrow": {"cpu.simd", "cpu.target", "problem"},
+    "cpu.tiles": {"cpu.amx", "cpu.plan", "cpu.simd", "cpu.target"},
+    "cpu.mask_tiles": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.pack": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.dropout": {"cpu.simd", "cpu.tiles", "random"},
+    "cpu.captures": {"checks", "cpu.jit"},
+    "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.simd"},
+    "cpu.launch": {"cpu.jit", "threads"},
+    "cpu.tile_states": {"block_mask", "cpu.jit", "cpu.launch", "cpu.simd", "cpu.user_functions", "threads"},
+    "cpu.visible": {"cpu.jit", "cpu.mask_tiles", "cpu.simd"},
+    "cpu.score": {
+        *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"),
+        *("cpu.user_functions", "cpu.visible"),
+    },
+    "cpu.key_weight": {
+        *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
+        "cpu.tiles",
+    },
     "cpu.forward": {
-        *("cpu.jit", "cpu.mask_tiles", "cpu.pack", "cpu.plan", "cpu.simd", "cpu.target", "cpu.tiles"),
-        *("problem", "threads"),
+        *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.key_weight", "cpu.launch", "cpu.mask_tiles", "cpu.narrow"),
+        *("cpu.pack", "cpu.plan", "cpu.score", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.user_functions"),
+        *("cpu.visible", "problem", "random", "threads"),
     },
 }
 WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name != "threads"}
@@ -77,6 +92,7 @@ def _loaded(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def test_import_direction() -> None:
+    assert set(MAY_IMPORT) <= set(MODULES)
     for name, path in MODULES.items():
         ours = {
             module.removeprefix("numba_attn.")
@@ -99,9 +115,11 @@ def test_import_is_light(python: Callable[..., str]) -> None:
         "before = set(sys.modules)\n"
         "x = np.ones((2, 3))\n"
         "numba_attn.scaled_dot_product_attention(x, x, x, backend='reference')\n"
+        "numba_attn.and_masks(numba_attn.block_mask.causal), numba_attn.onnx\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
-    assert not {"numba", "llvmlite", "torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib"} & set(loaded)
+    optional = {"torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib", "ml_dtypes"}
+    assert not {"numba", "llvmlite", *optional} & set(loaded)
 
 
 def test_import_time(python: Callable[..., str]) -> None:
@@ -110,6 +128,33 @@ def test_import_time(python: Callable[..., str]) -> None:
         "import sys, numpy; before = set(sys.modules); import numba_attn; print(*(set(sys.modules) - before))"
     ).split()
     assert set(added) <= {"__future__", "numba_attn"}
+
+
+def test_public_names() -> None:
+    """What is public comes on first use, and nothing else does."""
+    assert all(getattr(numba_attn, name).__module__.startswith("numba_attn.") for name in numba_attn.__all__)
+    assert {*numba_attn.__all__, "block_mask", "onnx"} <= set(dir(numba_attn))
+    with pytest.raises(AttributeError, match="no attribute 'attention'"):
+        _ = numba_attn.attention
+
+
+def test_importing_the_command_line_is_cheap(python: Callable[..., str]) -> None:
+    loaded = python("import sys, numba_attn.cli; print({'numpy', 'numba'} & set(sys.modules))")
+    assert loaded.strip() == "set()"
+
+
+def test_info_without_numba(python: Callable[..., str]) -> None:
+    code = "import sys; sys.modules['numba'] = None; from numba_attn.cli import main; main(['info', '--json'])"
+    info = json.loads(python(code))
+    assert info["kernels"] is None
+    assert not info["backends"]["cpu"]["available"] and "numba" in info["backends"]["cpu"]["reason"]
+    assert info["backends"]["reference"]["available"]
+
+
+def test_names_of_the_command_line_are_those_of_the_interface() -> None:
+    call = inspect.signature(numba_attn.scaled_dot_product_attention).parameters
+    assert set(cli.ARRAYS) <= set(call)
+    assert cli.AUX_NAMES == problem.AUX_NAMES == problem.Aux._fields
 
 
 def test_numba_options_are_in_one_place() -> None:
@@ -138,8 +183,9 @@ def test_compilation_policy() -> None:
 def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) -> None:
     """No allocation, no exception, no address made from an integer, no scalar exponential in what workers run."""
     code = python(
+        "from numba import types\n"
         "from numba_attn.cpu import forward\n"
-        "forward.work.compile(forward._signature('f', '?'))\n"
+        "forward.work.compile(forward._signature('f', '?', types.float32))\n"
         "(result,) = forward.work.overloads.values()\n"
         "for function in result.library.get_llvm_str().split('\\ndefine ')[1:]:\n"
         "    name = function.split('(', 2)[1 if function.startswith('range') else 0]\n"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 
 import numba_attn
-from numba_attn import _bench, _npz, cli
+from numba_attn import _bench, cli
 
 
 @pytest.fixture
@@ -38,119 +36,50 @@ def one_error_line(capsys):
     return captured.err
 
 
-def on_terminal(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-
-
-def python(*arguments):
-    """What a new Python process prints."""
-    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-# Archives -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
-        np.asfortranarray(np.arange(24.0).reshape(4, 6)),
-        np.arange(5, dtype=">i4"),
-        np.array(7),
-        np.array([True, False]),
-    ],
-    ids=["C", "Fortran", "big-endian", "scalar", "bool"],
-)
-def test_stored_members_are_mapped_read_only(tmp_path, x):
-    np.savez(tmp_path / "a.npz", before=np.ones(3), x=x)
-    mapped = _npz.load(tmp_path / "a.npz")["x"]
-    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
-    assert mapped.dtype == x.dtype and mapped.shape == x.shape
-    assert mapped.flags.f_contiguous == x.flags.f_contiguous
-    np.testing.assert_array_equal(mapped, x)
-
-
-def test_a_local_header_may_differ_from_the_central_directory(tmp_path):
-    np.save(tmp_path / "x.npy", np.arange(10.0))
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        info = zipfile.ZipInfo("x.npy")
-        info.extra = b"\x99\x99\x04\x00abcd"
-        archive.writestr(info, (tmp_path / "x.npy").read_bytes())
-        info.extra = b""
-    mapped = _npz.load(tmp_path / "a.npz")["x"]
-    assert isinstance(mapped, np.memmap)
-    np.testing.assert_array_equal(mapped, np.arange(10.0))
-
-
-def test_what_cannot_be_mapped_is_read(tmp_path, arrays):
-    np.savez_compressed(tmp_path / "packed.npz", **arrays)
-    packed = _npz.load(tmp_path / "packed.npz")
-    assert not isinstance(packed["query"], np.memmap)
-    np.testing.assert_array_equal(packed["query"], arrays["query"])
-    np.savez(tmp_path / "empty.npz", x=np.empty((0, 3)))
-    assert _npz.load(tmp_path / "empty.npz")["x"].shape == (0, 3)
-
-
-def test_objects_are_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", x=np.array([{}], object))
-    with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy: Object arrays"):
-        _npz.load(tmp_path / "a.npz")
-
-
-def test_a_header_that_promises_more_than_there_is(tmp_path):
-    np.save(tmp_path / "x.npy", np.arange(10.0))
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-8])
-    with pytest.raises(ValueError, match="72 bytes of data, its header says 80"):
-        _npz.load(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("keep", [0.2, 0.9])
-def test_a_truncated_archive(archive, keep):
-    content = archive.read_bytes()
-    archive.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"is not an \.npz archive"):
-        _npz.load(archive)
-
-
-def test_damaged_compressed_data(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez_compressed(path, x=np.random.default_rng(0).standard_normal(1000))
-    content = bytearray(path.read_bytes())
-    content[2000:2100] = bytes(100)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read x\.npy"):
-        _npz.load(path)
-
-
 # run ------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_is_the_call(tmp_path, arrays, capsys):
+CALLS = {
+    "masks": (
+        ["--causal", "--scale", "0.3", "--window", "3", "none", "--query-offset", "-1", "--lse"],
+        {"attn_mask": np.random.default_rng(1).random((5, 5)) < 0.8, "kv_lengths": np.array([5, 3])},
+        {"is_causal": True, "scale": 0.3, "window": (3, None), "query_offset": -1, "return_aux": ("lse",)},
+    ),
+    "variants": (
+        ["--softcap", "2", "--dropout-p", "0.3", "--dropout-seed", "7", "--precision", "bfloat16",
+         "--aux", "entropy", "--aux", "key_weight"],
+        {"alibi_slopes": np.array([0.5, 0.25, 0, -1]), "sinks": np.linspace(-1, 2, 4)},
+        {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 7, "precision": "bfloat16",
+         "return_aux": ("entropy", "key_weight")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_run_is_the_call(tmp_path, arrays, capsys, name):
+    arguments, more, options = CALLS[name]
     # In the layout BLHD these are 2 sequences of 5 rows and 5 keys in 4 heads.
-    arrays = {name: x.swapaxes(1, 2) for name, x in arrays.items()}
-    arrays["attn_mask"] = np.random.default_rng(1).random((5, 5)) < 0.8
-    arrays["kv_lengths"] = np.array([5, 3])
+    arrays = {name: x.swapaxes(1, 2) for name, x in arrays.items()} | more
     np.savez(tmp_path / "in.npz", **arrays)
-    options = ["--causal", "--scale", "0.3", "--window", "3", "none", "--query-offset", "-1", "--layout", "BLHD"]
-    options.append("--lse")
-    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", *options) == 0
-    out, aux = numba_attn.scaled_dot_product_attention(
-        **arrays,
-        is_causal=True,
-        scale=0.3,
-        window=(3, None),
-        query_offset=-1,
-        layout="BLHD",
-        return_aux=("lse",),
-        backend="reference",
-    )
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", "--layout", "BLHD", *arguments) == 0
+    out, aux = numba_attn.scaled_dot_product_attention(**arrays, **options, layout="BLHD", backend="reference")
     with np.load(tmp_path / "out.npz") as written:
-        assert sorted(written) == ["lse", "out"]
+        assert sorted(written) == sorted(["out", *options["return_aux"]])
         np.testing.assert_array_equal(written["out"], out)
-        np.testing.assert_array_equal(written["lse"], aux.lse)
+        for name in options["return_aux"]:
+            np.testing.assert_array_equal(written[name], getattr(aux, name))
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_run_on_16_bits(tmp_path, arrays, name):
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name == "bfloat16" else name)
+    arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+    np.savez(tmp_path / "in.npz", **arrays)
+    assert run(tmp_path / "in.npz", "-o", tmp_path / "out.npz", "--causal") == 0
+    out = numba_attn.scaled_dot_product_attention(**arrays, is_causal=True, backend="reference")
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["out"].view(dtype), out)
 
 
 def test_run_grouped_queries_and_bottom_right(tmp_path, arrays):
@@ -168,7 +97,7 @@ def test_run_json(archive, tmp_path, capsys):
     assert run(archive, "-o", tmp_path / "out.npz", "--json", "--causal") == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["shapes"] == {name: [2, 4, 5, 8] for name in ("query", "key", "value", "out")}
-    assert summary["dtype"] == "float32" and summary["backend"] == "reference"
+    assert summary["dtype"] == "float32" and summary["backend"] == "reference" and summary["dropout_seed"] is None
     assert summary["flop"] == 2 * 2 * 4 * 15 * 8 * 2  # products, multiply and add, heads, pairs, head size, sequences
     assert summary["gflops"] == pytest.approx(summary["flop"] / summary["seconds"] / 1e9)
 
@@ -193,6 +122,10 @@ def test_run_on_nothing(tmp_path):
         ({}, ["--window", "1", "all"], "--window"),
         ({}, ["--query-offset", "top"], "--query-offset"),
         ({}, ["--layout", "LBHD"], "--layout"),
+        ({}, ["--aux", "weights"], "--aux"),
+        ({}, ["--softcap", "0"], "softcap must be positive"),
+        ({}, ["--dropout-p", "1"], "dropout_p must be in"),
+        ({"sinks": np.ones(3)}, [], "sinks must have shape (4,)"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, arrays, capsys, change, arguments, message):
@@ -224,18 +157,14 @@ def test_an_absent_backend_says_so(tmp_path, archive, capsys, monkeypatch):
     assert "backend 'cuda' is not for today" in one_error_line(capsys)
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate"), KeyboardInterrupt()], ids=["memory", "interrupt"])
-def test_output_is_complete_or_as_it_was(tmp_path, archive, monkeypatch, error):
+@pytest.mark.parametrize(("error", "status"), [(MemoryError("Unable to allocate"), 2), (KeyboardInterrupt(), 130)])
+def test_output_is_complete_or_not_there(tmp_path, archive, monkeypatch, error, status):
     def fail(problem):
-        problem.out[...] = 1
         raise error
 
-    output = tmp_path / "out.npz"
-    output.write_bytes(b"what was there before")
     monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: fail)
-    assert run(archive, "-o", output) == (2 if isinstance(error, MemoryError) else 130)
-    assert output.read_bytes() == b"what was there before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+    assert run(archive, "-o", tmp_path / "out.npz") == status
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -248,7 +177,7 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path, archive, monkeypatch, capsy
     forward = numba_attn.dispatch.forward("reference")
     monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: lambda x: (pieces.append(x), forward(x)))
     monkeypatch.setattr(cli, "PIECE_FLOP", 1)
-    on_terminal(monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(*arguments, "-o", tmp_path / "pieces.npz") == 0
     assert len(pieces) == 8
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "pieces.npz") as several:
@@ -264,7 +193,11 @@ SPLITS = {
     "lengths": ((2, 1), (2, 1), {"query_lengths": [2, 17], "kv_lengths": [20, 9], "query_offset": "bottom_right"}),
     "one matrix": ((), (), {"is_causal": True}),
     "rows first": ((2, 2), (2, 2), {"layout": "BLHD", "is_causal": True}),
-}
+    "per head": ((2, 1, 6), (2, 1, 3), {"enable_gqa": True, "alibi_slopes": np.linspace(-0.5, 1, 12).reshape(2, 6),
+                                        "sinks": np.linspace(-2, 3, 6), "query_offset": [2, -5], "softcap": 1.5}),
+    "slopes of all": ((2, 4), (2, 1), {"enable_gqa": True, "alibi_slopes": np.array([1.0, 0.1, 0, 0.5])}),
+}  # fmt: skip
+STATISTICS = ("lse", "max_score", "entropy")
 
 
 def problem_to_cut(name, dtype="float64"):
@@ -285,10 +218,15 @@ def problem_to_cut(name, dtype="float64"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("numba_attn.dispatch.forward", record)
         for _ in range(2):
-            result = numba_attn.scaled_dot_product_attention(*arrays, mask, return_aux=("lse",), **options)
-            for x in (result[0], result[1].lse):
+            out, aux = numba_attn.scaled_dot_product_attention(*arrays, mask, return_aux=STATISTICS, **options)
+            for x in (out, *aux[:3]):
                 x.fill(np.nan)
     return calls
+
+
+def compare_results(compare, got, expected):
+    for x, y in zip((got.result, *got.aux[:3]), (expected.result, *expected.aux[:3]), strict=True):
+        compare(x, y)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -307,9 +245,7 @@ def test_pieces_write_the_results_of_the_whole(name, rows, monkeypatch):
     for piece in pieces:
         forward(piece)
     # NumPy's products of fewer rows may differ in the last bit; those of fewer heads do not.
-    compare = np.testing.assert_allclose if rows else np.testing.assert_array_equal
-    compare(cut.result, whole.result)
-    compare(cut.aux.lse, whole.aux.lse)
+    compare_results(np.testing.assert_allclose if rows else np.testing.assert_array_equal, cut, whole)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -321,34 +257,35 @@ def test_pieces_give_the_bits_of_the_whole_in_the_kernels(name, monkeypatch):
     forward(whole)
     for piece in cli._pieces(cut, rows=True):
         forward(piece)
-    np.testing.assert_array_equal(cut.result, whole.result)
-    np.testing.assert_array_equal(cut.aux.lse, whole.aux.lse)
+    compare_results(np.testing.assert_array_equal, cut, whole)
+
+
+@pytest.mark.parametrize("option", [{"dropout_p": 0.5}, {"return_aux": ("key_weight",)},
+                                    {"score_mod": lambda score, b, h, i, j: score}])  # fmt: skip
+def test_what_goes_by_number_or_sums_rows_is_not_cut(arrays, monkeypatch, option):
+    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    problems = []
+    monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: problems.append)
+    numba_attn.scaled_dot_product_attention(**arrays, **option)
+    assert list(cli._pieces(problems[0], rows=True)) == problems
 
 
 # Progress -------------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_drawn_on_a_terminal_after_a_second(monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_drawn_on_a_terminal_after_a_second(monkeypatch, capsys, terminal):
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    on_terminal(monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with cli._Progress("work") as progress:
         now[0] = 0.5
         progress(0.25)
         assert capsys.readouterr().err == ""
         now[0] = 2.0
         progress(0.5)
-        assert capsys.readouterr().err == f"\rwork [{'#' * 15:<30}]  50%, 2 s left"
+        assert capsys.readouterr().err == (f"\rwork [{'#' * 15:<30}]  50%, 2 s left" if terminal else "")
     assert capsys.readouterr().err.strip() == ""
-
-
-def test_progress_is_silent_elsewhere(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    with cli._Progress("work") as progress:
-        now[0] = 2.0
-        progress(0.5)
-    assert capsys.readouterr().err == ""
 
 
 # bench ----------------------------------------------------------------------------------------------------------------
@@ -453,10 +390,11 @@ def test_bench_plot_without_matplotlib(small_bench, tmp_path, capsys, monkeypatc
 # info and warmup ------------------------------------------------------------------------------------------------------
 
 
-def test_info_json_in_a_process():
-    info = json.loads(python("-m", "numba_attn", "info", "--json"))
+def test_info_json_in_a_process(python):
+    info = json.loads(python("import runpy; runpy.run_module('numba_attn', run_name='__main__')", "info", "--json"))
     assert info["versions"]["numba_attn"] == numba_attn.__version__
     assert info["versions"]["numpy"] == np.__version__
+    assert {"ml_dtypes", "onnx"} <= set(info["versions"])
     assert info["kernels"]["vector_bytes"] in (16, 32, 64) and info["kernels"]["register_tiles"]
     assert info["threads"]["count"] >= 1
     assert set(info["backends"]) == {"cpu", "cuda", "reference"}
@@ -472,15 +410,7 @@ def test_info_text(capsys, monkeypatch):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "NUMBA_CACHE_DIR" in out and "threading layer" in out and "register tiles" in out
-    assert "backend cpu       available" in out
-
-
-def test_info_without_numba():
-    code = "import sys; sys.modules['numba'] = None; from numba_attn.cli import main; main(['info', '--json'])"
-    info = json.loads(python("-c", code))
-    assert info["kernels"] is None
-    assert not info["backends"]["cpu"]["available"] and "numba" in info["backends"]["cpu"]["reason"]
-    assert info["backends"]["reference"]["available"]
+    assert "backend cpu       available" in out and "bfloat16 " in out
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -514,8 +444,3 @@ def test_version_and_help(capsys):
 def test_usage_errors_are_one_line(arguments, capsys):
     assert cli.main(arguments) == 2
     assert "--help" in one_error_line(capsys)
-
-
-def test_importing_the_command_line_is_cheap():
-    code = "import sys, numba_attn.cli; print({'numpy', 'numba'} & set(sys.modules))"
-    assert python("-c", code).strip() == "set()"

@@ -72,11 +72,14 @@ def test_avx512_code_keeps_its_accumulators_in_registers(python: Callable[..., s
     """Compiled for a processor with AVX-512, though not run: the product loops use 512-bit registers and spill none."""
     script = """
 import re
-from numba_attn.cpu import forward, jit
-forward.work.compile(forward._signature("f", "?"))
+from numba import types
+from numba_attn.cpu import forward
+forward.work.compile(forward._signature("f", "?", types.float32))
 text = "".join(forward.work.inspect_asm().values())
 loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
-products = [body for _, body in loops if body.count("vbroadcastss") >= 4 and len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24]
+products = [
+    body for _, body in loops if body.count("vbroadcastss") >= 4 and len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24
+]
 assert products, "no product loop"
 assert not any(re.search(r"zmm.*rsp|rsp.*zmm", body) for body in products), "an accumulator in memory"
 print(len(products))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import mods
 import numpy as np
 from contract import Contract
 
-from numba_attn import scaled_dot_product_attention
+from numba_attn import random, scaled_dot_product_attention
+from numba_attn.problem import AUX_NAMES
 
 
 class TestReference(Contract):
@@ -33,3 +37,63 @@ def test_causal_by_hand() -> None:
     np.testing.assert_allclose(out[:, 0], [1, 1.5])
     out = scaled_dot_product_attention(zeros, zeros, value, window=(1, 0), backend="reference")
     np.testing.assert_allclose(out[:, 0], [0, 0.5, 1.5, 2.5])
+
+
+def test_every_option_by_hand() -> None:
+    """One number after the other, from the words of the interface."""
+    rng = np.random.default_rng(1)
+    B, Hq, Hkv, Lq, Lk, D, Dv = 2, 4, 2, 7, 10, 3, 2
+    query, key, value = (rng.standard_normal(s) for s in ((B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)))
+    mask = rng.standard_normal((Hq, Lq, Lk))
+    mask[rng.random(mask.shape) < 0.1] = -np.inf
+    slopes, sinks = rng.random((B, Hq)), rng.standard_normal(Hq)
+    offset, kv_lengths, query_lengths = [2, 0], [10, 8], [7, 5]
+    out, aux = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        0.25,
+        True,
+        0.9,
+        True,
+        query_offset=offset,
+        window=(5, 3),
+        query_lengths=query_lengths,
+        kv_lengths=kv_lengths,
+        softcap=1.5,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        score_mod=mods.by_place,
+        mask_mod=mods.prefix,
+        block_mask=mods.blocky(mods.scattered, (B, Hq, Lq, Lk), (2, 3)),
+        dropout_seed=77,
+        return_aux=AUX_NAMES,
+        backend="reference",
+    )
+    weights = np.zeros((B, Hq, Lk))
+    empty = 0
+    for b, h, i in np.ndindex(B, Hq, Lq):
+        score = {}
+        for j in range(kv_lengths[b]):
+            position = i + offset[b]
+            seen = i < query_lengths[b] and position - 5 <= j <= position and mask[h, i, j] > -np.inf
+            if seen and mods.prefix(b, h, i, j) and mods.scattered(b, h, i, j):
+                s = 0.9 * float(query[b, h, i] @ key[b, h // 2, j])
+                s = 1.5 * math.tanh(s / 1.5) - slopes[b, h] * abs(position - j) + mask[h, i, j]
+                score[j] = float(mods.by_place(s, b, h, i, j))
+        empty += not score
+        total = math.fsum(math.exp(s) for s in [*score.values(), sinks[h]])
+        p = {j: math.exp(s) / total for j, s in score.items()}
+        sink = math.exp(sinks[h]) / total
+        kept = random.kept(b, h, (Lq, Lk), 0.25, 77)[i]
+        expected = sum((p[j] / 0.75 * value[b, h // 2, j] for j in p if kept[j]), np.zeros(Dv))
+        np.testing.assert_allclose(out[b, h, i], expected, atol=1e-14)
+        np.testing.assert_allclose(aux.lse[b, h, i], math.log(total), atol=1e-14)
+        assert math.isclose(aux.max_score[b, h, i], max(score.values(), default=-math.inf), abs_tol=1e-14)
+        entropy = -math.fsum(x * math.log(x) for x in [*p.values(), sink])
+        np.testing.assert_allclose(aux.entropy[b, h, i], entropy, atol=1e-14)
+        for j in p:
+            weights[b, h, j] += p[j]
+    np.testing.assert_allclose(aux.key_weight, weights, atol=1e-14)
+    assert 0 < empty < B * Hq * Lq / 2

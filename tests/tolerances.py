@@ -4,6 +4,9 @@ A result is as accurate as its precision allows if its largest error against flo
 computation in plain NumPy at that precision, plus a floor; and never above a cap.  The floor is what single roundings
 come to: of the results themselves, and of the scores, where one unit in the last place of a score s moves a probability
 by |s| units in its last place.
+
+The precision is float32 for problems of 16 bits, of which only the output is rounded to its own type.  Where products
+are those of bfloat16 numbers, the probabilities may be rounded to that type, and float32 input may have been.
 """
 
 from __future__ import annotations
@@ -12,60 +15,124 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import reference
-from numba_attn.problem import Problem
+from numba_attn import Aux, reference
+from numba_attn.problem import AUX_NAMES, Problem, is_bfloat16, statistics_dtype
 
 CAPS = {np.dtype(np.float32): 3e-5, np.dtype(np.float64): 1e-12}
+BFLOAT16_EPS = 2.0**-7
 DEFAULTS: dict[str, Any] = {
     "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
     "query_offset": 0, "window": None, "query_lengths": None, "kv_lengths": None, "softcap": None, "alibi_slopes": None,
     "sinks": None, "score_mod": None, "mask_mod": None, "block_mask": None, "dropout_seed": None,
-    "return_aux": ("lse",), "out": None, "layout": "BHLD", "precision": None,
+    "return_aux": AUX_NAMES, "out": None, "layout": "BHLD", "precision": None,
 }  # fmt: skip
 
 
-def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Out and lse in float64, computed in more than that for float64 problems (where NumPy has more).
-
-    An additive mask is first rounded to query's dtype, as the interface says.
-    """
-    more = np.longdouble if query.dtype == np.float64 else np.float64
-    mask = options.get("attn_mask")
-    if mask is not None and mask.dtype != bool:
-        with np.errstate(over="ignore"):
-            options = {**options, "attn_mask": mask.astype(query.dtype).astype(np.float64)}
-    return compute(*(x.astype(np.float64) for x in (query, key, value)), more, **options)
+def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, **options: Any) -> dict[str, np.ndarray]:
+    """Every result in float64, computed in more than that for float64 problems (where NumPy has more)."""
+    return compute(query, key, value, np.longdouble if query.dtype == np.float64 else np.float64, **options)
 
 
 def compute(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, precision: type[np.floating], **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Out and lse by plain NumPy in a precision."""
-    problem = Problem.from_call(query, key, value, **{**DEFAULTS, **options})
-    reference.forward(problem, precision)
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, arithmetic: type[np.floating], **options: Any
+) -> dict[str, np.ndarray]:
+    """Every result, "out" and the names of `Aux`, by plain NumPy in a precision, none of them rounded to 16 bits.
+
+    An additive mask is first rounded to the precision of the scores, as the interface says.
+    """
+    held = np.promote_types(statistics_dtype(query.dtype), np.float64 if arithmetic is np.longdouble else arithmetic)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype != bool:
+        with np.errstate(over="ignore"):
+            options = {**options, "attn_mask": mask.astype(statistics_dtype(query.dtype)).astype(held)}
+    options = {**DEFAULTS, **options, "return_aux": AUX_NAMES, "precision": None}
+    problem = Problem.from_call(*(x.astype(held) for x in (query, key, value)), **options)
+    reference.forward(problem, arithmetic)
     assert problem.aux is not None
-    return problem.result, problem.aux.lse
+    return {"out": problem.result, **problem.aux._asdict()}
 
 
 def assert_accurate(
-    out: np.ndarray, lse: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, **options: Any
+    out: np.ndarray, aux: Aux | None, query: np.ndarray, key: np.ndarray, value: np.ndarray, **options: Any
 ) -> None:
-    """Hold a result against float64, in the sense above; NaN and infinities must be the same."""
-    precise = exact(query, key, value, **options)
-    plain = compute(query, key, value, query.dtype.type, **options)
-    largest_score = float(np.abs(precise[1][np.isfinite(precise[1])]).max(initial=0))
-    for name, got, truth, rough in zip(("out", "lse"), (out, lse), precise, plain, strict=True):
-        assert got.shape == truth.shape and got.dtype == query.dtype, name
+    """Hold a result and its statistics against float64, in the sense above; NaN and infinities must be the same."""
+    results = {"out": out, **({} if aux is None else {k: x for k, x in aux._asdict().items() if x is not None})}
+    working = statistics_dtype(query.dtype)
+    for name, got in results.items():
+        assert got.dtype == (query.dtype if name == "out" else working), f"{name} is {got.dtype}"
+    arrays = query, key, value
+    complaints = _complaints(results, arrays, options)
+    if complaints and options.get("precision") == "bfloat16" and query.dtype == np.float32:
+        complaints = _complaints(results, tuple(bfloat16(x) for x in arrays), options, products_slack=True)
+    assert not complaints, "; ".join(complaints)
+
+
+def _complaints(
+    results: dict[str, np.ndarray],
+    arrays: tuple[np.ndarray, ...],
+    options: dict[str, Any],
+    products_slack: bool = False,
+) -> list[str]:
+    """What is wrong with these results of a problem, in words."""
+    dtype, rows, found = arrays[0].dtype, arrays[0].shape[-2], []
+    working = statistics_dtype(dtype)
+    truths = exact(*arrays, **options)
+    roughs = compute(*arrays, working.type, **options)
+    score = max(_largest(truths["lse"]), _largest(truths["max_score"]))
+    largest_value = max(1.0, _largest(arrays[2])) / (1 - options.get("dropout_p", 0.0))
+    for name in results:
+        truth, rough, got = (x[name].astype(np.float64) for x in (truths, roughs, results))
         finite = np.isfinite(truth)
-        assert np.array_equal(got[~finite], truth[~finite].astype(got.dtype), equal_nan=True), name
+        if got.shape != truth.shape or not np.array_equal(got[~finite], truth[~finite], equal_nan=True):
+            found.append(f"{name}: shape {got.shape}, or what is not finite, differs from {truth.shape}")
+            continue
+        truth, rough, got = truth[finite], rough[finite], got[finite]
         if not finite.any():
             continue
-        scale = max(1.0, float(np.abs(truth[finite]).max()))
-        floor = (4 + largest_score) * float(np.finfo(query.dtype).eps) * scale
-        error = float(np.abs(got[finite] - truth[finite]).max())
-        rough_error = float(np.nanmax(np.abs(rough[finite] - truth[finite])))
-        allowed = 2 * rough_error + floor
-        assert error <= allowed, f"{name}: error {error:.2e}, plain NumPy in {query.dtype} {rough_error:.2e}"
-        assert error <= max(CAPS[query.dtype] * scale, allowed * (rough_error > CAPS[query.dtype])), (
-            f"{name}: {error:.2e}"
-        )
+        scale = max(1.0, float(np.abs(truth).max()))
+        roundings = 4 + score
+        if name == "entropy":
+            roundings *= 2  # a difference of terms as large as scores
+        elif name == "key_weight":
+            roundings += rows  # a sum over rows
+        rough_error = float(np.nanmax(np.abs(rough - truth)))
+        allowed = 2 * rough_error + roundings * float(np.finfo(working).eps) * scale
+        if rough_error <= CAPS[working]:
+            allowed = min(allowed, CAPS[working] * scale * (1 if name == "out" else max(1, score)))
+        slack: Any = 0.0
+        if name == "out" and working != dtype:
+            slack = largest_value * 2.0**-8 if is_bfloat16(dtype) else 0.0
+            slack = slack + np.abs(truth) * (BFLOAT16_EPS if is_bfloat16(dtype) else float(np.finfo(dtype).eps))
+        if products_slack:
+            slack = BFLOAT16_EPS * (1 + score / 8) * (largest_value if name == "out" else scale)
+        excess = np.abs(got - truth) - (allowed + slack)
+        if not (excess <= 0).all():
+            worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
+            found.append(
+                f"{name}: error {abs(got[worst] - truth[worst]):.2e} of {truth[worst]:.3g}, allowed {allowed:.2e}, "
+                f"plain NumPy in {working} has {rough_error:.2e}"
+            )
+    return found
+
+
+def _largest(x: np.ndarray) -> float:
+    """Of the finite numbers."""
+    x = x.astype(np.float64)
+    return float(np.abs(x[np.isfinite(x)]).max(initial=0))
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Finite float32 numbers rounded to those that bfloat16 has, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two arrays, or two `Aux`, have the same numbers and types; NaN is like NaN."""
+    if isinstance(a, tuple):
+        return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype:
+        return False
+    return np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)  # exact, of 16 bits too

@@ -19,17 +19,20 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn import random, threads
-from numba_attn.cpu import dropout, key_weight, launch, pack, tiles
+from numba_attn.cpu import amx, dropout, key_weight, launch, narrow, pack, tiles
 from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.mask_tiles import EMPTY, FULL
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.score import (
+    ON_TILES,
     Arrays,
     Sequences,
     Settings,
     Sizes,
     call_types,
+    columns_of,
+    copies_keys,
     element,
     head_of,
     is_narrow,
@@ -39,14 +42,16 @@ from numba_attn.cpu.score import (
     score,
     select,
 )
-from numba_attn.cpu.simd import align_stack, as_element, fetch_add, moved
+from numba_attn.cpu.simd import PAIRS, address, align_stack, as_bfloat16, as_element, fetch_add, holds_pairs, moved
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import Matrix, visible
 from numba_attn.problem import Problem, statistics_dtype
 
 # Where things are in a worker's memory, in elements.
-Memory = namedtuple("Memory", "scores bias keys values zero top sums moments correction low high state state_size")
+Memory = namedtuple(
+    "Memory", "scores bias keys values clean zero top sums moments correction low high state qt_rows ot_rows state_size"
+)
 # The state of a row block, in memory: what it is made of, and what has come of it so far.
 State = namedtuple("State", "qt ot reference total moment best")
 
@@ -65,15 +70,19 @@ SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are
 
 @device
 def memory_map(sizes):
-    block, tile = sizes.block, sizes.keys * sizes.block
-    rounded = (sizes.keys + sizes.lanes - 1) // sizes.lanes * sizes.lanes
-    values = 2 * tile + rounded * sizes.D
-    lanes = values + rounded * sizes.Dv
+    # Rows and columns filled up to what tile registers hold, and room for a tile that begins anywhere.
+    block, keys = sizes.block, (sizes.keys + 31) // 32 * 32
+    qt_rows, ot_rows = (sizes.D + 15) // 16 * 16, (sizes.Dv + 15) // 16 * 16
+    copied = 2 * keys * block
+    values = copied + (keys + 32) * qt_rows
+    clean = values + keys * ot_rows + 32
+    lanes = clean + keys * ot_rows // 2 + 32
     return Memory(
         scores=0,
-        bias=tile,
-        keys=2 * tile,
+        bias=keys * block,
+        keys=copied,
         values=values,
+        clean=clean,
         zero=lanes,
         top=lanes + block,
         sums=lanes + 2 * block,
@@ -82,19 +91,21 @@ def memory_map(sizes):
         low=lanes + 5 * block,
         high=lanes + 6 * block,
         state=lanes + LANE_VECTORS * block,
-        state_size=(sizes.D + sizes.Dv + STATE_VECTORS) * block,
+        qt_rows=qt_rows,
+        ot_rows=ot_rows,
+        state_size=(qt_rows + ot_rows + STATE_VECTORS) * block,
     )
 
 
 @device
-def state_of(memory, at, sizes, i):
+def state_of(memory, at, sizes, operands, i):
     """The state of row block i of a task."""
     block = sizes.block
     start = at.state + i * at.state_size
-    lanes = start + (sizes.D + sizes.Dv) * block
+    lanes = start + (at.qt_rows + at.ot_rows) * block
     return State(
-        qt=element(memory, start),
-        ot=element(memory, start + sizes.D * block),
+        qt=as_element(element(memory, start), operands),
+        ot=element(memory, start + at.qt_rows * block),
         reference=element(memory, lanes),
         total=element(memory, lanes + block),
         moment=element(memory, lanes + 2 * block),
@@ -103,7 +114,7 @@ def state_of(memory, at, sizes, i):
 
 
 @device
-def attend(head, first, end, sizes, settings, weighted, memory, careful):
+def attend(head, first, end, sizes, settings, operands, weighted, memory, careful):
     """Stream the keys past the rows [first, end): leaves the state of each row block in memory.
 
     `weighted` is whether the moment, for the entropy, is wanted.
@@ -111,12 +122,16 @@ def attend(head, first, end, sizes, settings, weighted, memory, careful):
     D, Dv, keys, block, lanes = sizes
     q, k, v = head.q, head.k, head.v
     at = memory_map(sizes)
-    scores, widened, values = element(memory, at.scores), element(memory, at.keys), element(memory, at.values)
-    packing = end - first >= PACKED_ROWS or is_narrow(v)
+    scores = element(memory, at.scores)
+    copied = as_element(element(memory, at.keys), operands)
+    values = as_element(element(memory, at.values), operands)
+    clean = as_element(element(memory, at.clean), operands)
+    pairs, copying = holds_pairs(address(operands)), copies_keys(k, D, operands)
+    packing = end - first >= PACKED_ROWS or is_narrow(v) or pairs
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     correction = element(memory, at.correction)
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
-    plain = is_plain(head, settings) and not weighted
+    plain = is_plain(head, settings) and not weighted and not (pairs and settings.threshold != 0)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
@@ -124,7 +139,9 @@ def attend(head, first, end, sizes, settings, weighted, memory, careful):
         row = first + i * block
         rows = min(block, end - row)
         width = (rows + lanes - 1) // lanes
-        state = state_of(memory, at, sizes, i)
+        state = state_of(memory, at, sizes, operands, i)
+        if pairs:
+            pack.fill_lanes(state.qt, nothing, columns_of(D, operands) // 2 * width)
         pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, state.qt)
         pack.fill_lanes(state.ot, nothing, Dv * width)
         pack.fill_lanes(state.reference, lowest, width)
@@ -136,34 +153,46 @@ def attend(head, first, end, sizes, settings, weighted, memory, careful):
     task_low, task_high, _, _ = visible(first, end, head.position)
     for tile in range(task_low // keys * keys, task_high, keys):
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
-        vectors, packed = (tile_high - tile_low + lanes - 1) // lanes, False
+        if pairs:
+            tile_low -= (tile_low - tile) % 2
+        vectors, packed = (tile_high - tile_low + 31) // 32 * 32 // lanes, False
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
-            here = select(head, settings, row, rows, tile, tile + keys, sizes, memory, at)
+            here = select(head, settings, row, rows, tile, tile + keys, pairs, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             start, n = here.start, here.stop - here.start
             width = (rows + lanes - 1) // lanes
-            state = state_of(memory, at, sizes, i)
+            state = state_of(memory, at, sizes, operands, i)
 
             if not packed:
-                if is_narrow(k):
+                if copying:
                     k_low = moved(k.data, tile_low * k.row)
-                    pack.widen_rows(k_low, k.row, k.step, tile_high - tile_low, D, widened)
-                if packing:
-                    v_low = moved(v.data, tile_low * v.row)
+                    pack.copy_rows(k_low, k.row, k.step, tile_high - tile_low, D, columns_of(D, operands), copied)
+                v_low = moved(v.data, tile_low * v.row)
+                if pairs and ON_TILES:
+                    columns = as_bfloat16(values)
+                    pack.transpose(vectors, v_low, v.row, v.step, tile_high - tile_low, Dv, columns)
+                elif pairs:
+                    pack.pair_rows(v_low, v.row, v.step, tile_high - tile_low, Dv, values)
+                elif packing:
                     pack.transpose(vectors, v_low, v.row, v.step, tile_high - tile_low, Dv, values)
                 packed = True
-            k_tile = keys_of(k, start, tile_low, widened, D, memory)
-            v_tile = Matrix(as_element(moved(v.data, start * v.row), memory), v.row, v.step)
-            if packing:
-                size = memory.itemsize
+            k_tile = keys_of(k, start, tile_low, copied, D, operands)
+            v_tile = Matrix(as_element(moved(v.data, start * v.row), operands), v.row, v.step)
+            if pairs and ON_TILES:
+                v_tile = Matrix(moved(values, (start - tile_low) * 2), 2, vectors * lanes * 2)
+            elif pairs:
+                size = operands.itemsize
+                v_tile = Matrix(moved(values, (start - tile_low) // 2 * Dv * size), Dv * size, size)
+            elif packing:
+                size = operands.itemsize
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
-            done = False
+            done = fused = False
             if plain and here.kept == FULL and ready >> i & 1:
-                done = tiles.probabilities(
+                done = fused = tiles.probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.total, sums, top, scores,
                 )  # fmt: skip
@@ -191,21 +220,23 @@ def attend(head, first, end, sizes, settings, weighted, memory, careful):
             tiles.follow(width, state.best, top, state.reference)
             if settings.threshold != 0:
                 dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)
+            if not fused:
+                tiles.pair_up(width, scores, n, k_tile.data)
             if careful:
-                tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
+                tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
             else:
                 tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
 
 
 @device
-def include_sink(sink, first, end, sizes, memory):
+def include_sink(sink, first, end, sizes, operands, memory):
     """Add a sink, a logit in base 2, to the states of the rows [first, end)."""
     at = memory_map(sizes)
     top, correction = element(memory, at.top), element(memory, at.correction)
     for i in range((end - first + sizes.block - 1) // sizes.block):
         rows = min(sizes.block, end - first - i * sizes.block)
         width = (rows + sizes.lanes - 1) // sizes.lanes
-        state = state_of(memory, at, sizes, i)
+        state = state_of(memory, at, sizes, operands, i)
         tiles.challenge(width, sink, state.reference, top)
         if tiles.raise_reference(width, top, state.reference, state.total, state.moment, correction) & 1:
             tiles.rescale(width, state.ot, sizes.Dv, correction)
@@ -213,7 +244,7 @@ def include_sink(sink, first, end, sizes, memory):
 
 
 @device
-def finish(out, lse, max_score, entropy, first, end, sizes, gain, memory):
+def finish(out, lse, max_score, entropy, first, end, sizes, operands, gain, memory):
     """Normalise and write the rows [first, end), and of (Lq,) lse, max_score and entropy what is not empty.
 
     Returns whether every result is finite.
@@ -225,10 +256,10 @@ def finish(out, lse, max_score, entropy, first, end, sizes, gain, memory):
         row = first + i * block
         rows = min(block, end - row)
         width = (rows + lanes - 1) // lanes
-        state = state_of(memory, at, sizes, i)
+        state = state_of(memory, at, sizes, operands, i)
         tiles.normalise(width, state.ot, Dv, state.total, gain, element(memory, at.top))
         pack.write_rows(width, state.ot, Dv, moved(out.data, row * out.row), out.row, out.step, rows)
-        lane_0 = at.state + i * at.state_size + (D + Dv) * block
+        lane_0 = at.state + i * at.state_size + (at.qt_rows + at.ot_rows) * block
         for lane in range(rows):
             if memory[at.top + lane] != 0:
                 finite = False
@@ -261,6 +292,9 @@ def fill_rows(rows, first, end, value):
 def work(memory, worker, next_task, arrays, sequences, settings, cut):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do."""
     align_stack()
+    on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
+    if on_tiles:
+        amx.configure(address(memory))
     (Hq, Lq, D), Dv = arrays.q.shape, arrays.v.shape[2]
     sizes = Sizes(D, Dv, cut.keys, cut.block, cut.lanes)
     per_task = cut.blocks * cut.block
@@ -287,10 +321,12 @@ def work(memory, worker, next_task, arrays, sequences, settings, cut):
         )
         careful = False
         while valid > first:
-            attend(head, first, valid, sizes, settings, entropy.size > 0, memory, careful)
+            attend(head, first, valid, sizes, settings, arrays.operands, entropy.size > 0, memory, careful)
             if arrays.sinks.size:
-                include_sink(arrays.sinks[h], first, valid, sizes, memory)
-            finite = finish(out_head, lse, max_score, entropy, first, valid, sizes, settings.gain, memory)
+                include_sink(arrays.sinks[h], first, valid, sizes, arrays.operands, memory)
+            finite = finish(
+                out_head, lse, max_score, entropy, first, valid, sizes, arrays.operands, settings.gain, memory
+            )
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
@@ -302,6 +338,8 @@ def work(memory, worker, next_task, arrays, sequences, settings, cut):
             fill_rows(lse, valid, end, arrays.sinks[h] * LN_2 if arrays.sinks.size else -math.inf)
             fill_rows(max_score, valid, end, -math.inf)
             fill_rows(entropy, valid, end, 0.0)
+    if on_tiles:
+        amx.release(address(memory))
 
 
 work_through_pointer = through_pointer(work.py_func)
@@ -327,7 +365,8 @@ def forward(problem: Problem) -> None:
         problem.key_weight[...] = 0
     if B * Hq * Lq == 0:
         return
-    dtype = statistics_dtype(q.dtype)
+    dtype, kind = statistics_dtype(q.dtype), kind_of(q.dtype)
+    operand = narrow.operand(kind, problem.bfloat16_products)
     first = (0,) * len(batch)
     mask = _NO_MASK if problem.mask is None else problem.mask[first]
     workers = threads.count() if B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK else 1
@@ -339,6 +378,7 @@ def forward(problem: Problem) -> None:
         lse, _rows(problem.max_score, (B, Hq, Lq), dtype), _rows(problem.entropy, (B, Hq, Lq), dtype),
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
+        _nothing(1, np.dtype(np.uint32 if operand == PAIRS else dtype)),
     )  # fmt: skip
     strides = q.strides, k.strides, v.strides, launch.mask_strides(problem.mask, batch), out.strides
     sequences = Sequences(launch.batch_offsets(batch, *strides), problem.intervals.table)
@@ -347,7 +387,7 @@ def forward(problem: Problem) -> None:
     whole, lanes = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers), VECTOR_BYTES // dtype.itemsize
     cut = Cut(whole.keys, whole.block, whole.blocks, lanes)
     size = _memory_size(whole, D, Dv, lanes)
-    kinds = kind_of(q.dtype), kind_of(mask.dtype)
+    kinds = kind, kind_of(mask.dtype), operand
     launch.run(_serial, _parallel, kinds, min(workers, B * Hq * whole.tasks), size, dtype, *call, cut)
     if problem.key_weight is not None and Lk:
         keys = key_weight.cut_keys(B * Hq, Lk, whole.keys, whole.block, workers, dtype.itemsize)
@@ -401,31 +441,30 @@ def _base_2(x: np.ndarray | None, ndim: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
-    """Elements of a worker's memory, as `memory_map` divides it up."""
-    values = -(-cut.keys // lanes) * lanes * (D + Dv)
-    size = (2 * cut.keys + LANE_VECTORS + cut.blocks * (D + Dv + STATE_VECTORS)) * cut.block + values
-    return -(-size // 16) * 16  # whole cache lines, so that workers do not share one
+    """Elements of a worker's memory."""
+    at = memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, lanes))
+    return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
 
 
-def _signature(kind: str, mask: str) -> tuple[types.Type, ...]:
+def _signature(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `work`, for kinds of element, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
-        *call_types(kind, mask),
+        *call_types(kind, mask, operand),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 
 
 @functools.cache
-def _serial(kind: str, mask: str) -> Compiled:
-    return compiled(work, _signature(kind, mask))
+def _serial(kind: str, mask: str, operand: types.Type) -> Compiled:
+    return compiled(work, _signature(kind, mask, operand))
 
 
 @functools.cache
-def _parallel(kind: str, mask: str) -> Compiled:
-    memory, _, *rest = _signature(kind, mask)
+def _parallel(kind: str, mask: str, operand: types.Type) -> Compiled:
+    memory, _, *rest = _signature(kind, mask, operand)
     code = types.Array(types.intp, 1, "C")
     return compiled(work_together, (code, types.Array(memory.dtype, 2, "C"), *rest))
 

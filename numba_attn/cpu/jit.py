@@ -129,7 +129,7 @@ def fingerprint() -> str:
 
     Numba itself looks only at the file that defines the entry point, not at the helpers that are compiled into it.
     """
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {target.ISA}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {target.ISA} {target.BFLOAT16}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
@@ -152,7 +152,7 @@ class _Locator:
         return fingerprint()
 
     def get_disambiguator(self) -> str:
-        return target.ISA
+        return f"{target.ISA}-{target.BFLOAT16}"
 
 
 class _PackageCache(FunctionCache):

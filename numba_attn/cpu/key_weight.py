@@ -14,12 +14,23 @@ from collections import namedtuple
 
 from numba import prange, types
 
-from numba_attn.cpu import pack, tiles
+from numba_attn.cpu import amx, pack, tiles
 from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.mask_tiles import EMPTY
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.score import Sizes, call_types, element, head_of, is_narrow, keys_of, score, select
-from numba_attn.cpu.simd import align_stack, fetch_add, moved
+from numba_attn.cpu.score import (
+    ON_TILES,
+    Sizes,
+    call_types,
+    columns_of,
+    copies_keys,
+    element,
+    head_of,
+    keys_of,
+    score,
+    select,
+)
+from numba_attn.cpu.simd import address, align_stack, as_element, fetch_add, holds_pairs, moved
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 
@@ -33,29 +44,32 @@ MOST_KEYS = 2048  # of a task: it packs the queries once
 
 @device
 def memory_map(sizes):
-    tile = sizes.keys * sizes.block
-    lanes = 2 * tile + sizes.keys * sizes.D
+    # Rows and columns filled up to what tile registers hold.
+    keys, qt_rows = (sizes.keys + 31) // 32 * 32, (sizes.D + 15) // 16 * 16
+    copied = 2 * keys * sizes.block
+    lanes = copied + keys * qt_rows
     return Memory(
         scores=0,
-        bias=tile,
-        keys=2 * tile,
+        bias=keys * sizes.block,
+        keys=copied,
         zero=lanes,
         low=lanes + sizes.block,
         high=lanes + 2 * sizes.block,
         lse=lanes + 3 * sizes.block,
         qt=lanes + 4 * sizes.block,
-        sums=lanes + (4 + sizes.D) * sizes.block,
+        sums=lanes + (4 + qt_rows) * sizes.block,
     )
 
 
 @device
-def add_up(head, lse, valid, low, high, sizes, settings, memory):
+def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
     """Sums, one vector a key of [low, high), of the probabilities in the rows [0, valid)."""
     keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
     at = memory_map(sizes)
-    scores, qt, sums = element(memory, at.scores), element(memory, at.qt), element(memory, at.sums)
-    widened = element(memory, at.keys)
-    nothing = memory.dtype.type(0)
+    scores, sums = element(memory, at.scores), element(memory, at.sums)
+    qt = as_element(element(memory, at.qt), operands)
+    copied = as_element(element(memory, at.keys), operands)
+    nothing, columns = memory.dtype.type(0), columns_of(sizes.D, operands)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
     pack.fill_lanes(sums, nothing, high - low)
     for row in range(0, valid, block):
@@ -66,17 +80,18 @@ def add_up(head, lse, valid, low, high, sizes, settings, memory):
             # Of lanes without a row, every probability is 0.
             memory[at.lse + lane] = lse[row + lane] * LOG2_E if lane < rows else math.inf
         for tile in range(low // keys * keys, high, keys):
-            here = select(head, settings, row, rows, max(tile, low), min(tile + keys, high), sizes, memory, at)
+            here = select(head, settings, row, rows, max(tile, low), min(tile + keys, high), False, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             if not packed:
                 q = head.q
+                pack.fill_lanes(qt, nothing, (sizes.D + 15) // 16 * 16 * width)
                 pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, qt)
                 packed = True
             k, n = head.k, here.stop - here.start
-            if is_narrow(k):
-                pack.widen_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, widened)
-            k_tile = keys_of(k, here.start, here.start, widened, sizes.D, memory)
+            if copies_keys(k, sizes.D, operands):
+                pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
+            k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
             unit = score(k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
             tiles.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
@@ -86,6 +101,9 @@ def add_up(head, lse, valid, low, high, sizes, settings, memory):
 def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
     """Do tasks until there are none; weights is (B, Hq, Lk), and arrays.lse that of the forward pass."""
     align_stack()
+    on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
+    if on_tiles:
+        amx.configure(address(memory))
     (Hq, _, D), Lk = arrays.q.shape, arrays.k.shape[1]
     sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
     per_head = (Lk + cut.task_keys - 1) // cut.task_keys
@@ -96,7 +114,7 @@ def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
         low = task % per_head * cut.task_keys
         high = min(low + cut.task_keys, Lk)
         head = head_of(arrays, sequences, settings, b, h, memory.dtype.type(0))
-        add_up(head, arrays.lse[b, h], sequences.intervals[b, 1], low, high, sizes, settings, memory)
+        add_up(head, arrays.lse[b, h], sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
         start = memory_map(sizes).sums
         for key in range(high - low):
             total = memory.dtype.type(0)
@@ -104,6 +122,8 @@ def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
                 total += memory[start + key * cut.lanes + lane]
             weights[b, h, low + key] = total
         task = fetch_add(next_task, 0)
+    if on_tiles:
+        amx.release(address(memory))
 
 
 weigh_through_pointer = through_pointer(weigh.py_func)
@@ -127,30 +147,30 @@ def cut_keys(heads: int, Lk: int, keys: int, block: int, workers: int, itemsize:
 
 
 def memory_size(cut: Cut, D: int) -> int:
-    """Elements of a worker's memory, as `memory_map` divides it up."""
-    size = (2 * cut.keys + 4 + D) * cut.block + cut.keys * D + cut.task_keys * cut.lanes
-    return -(-size // 16) * 16
+    """Elements of a worker's memory."""
+    at = memory_map.py_func(Sizes(D, 0, cut.keys, cut.block, cut.lanes))
+    return -(-(at.sums + cut.task_keys * cut.lanes) // 16) * 16
 
 
-def _signature(kind: str, mask: str) -> tuple[types.Type, ...]:
+def _signature(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `weigh`, for kinds of element, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
         types.Array(COMPUTED[kind], 3, "A"),
-        *call_types(kind, mask),
+        *call_types(kind, mask, operand),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 
 
 @functools.cache
-def serial(kind: str, mask: str) -> Compiled:
-    return compiled(weigh, _signature(kind, mask))
+def serial(kind: str, mask: str, operand: types.Type) -> Compiled:
+    return compiled(weigh, _signature(kind, mask, operand))
 
 
 @functools.cache
-def parallel(kind: str, mask: str) -> Compiled:
-    memory, _, *rest = _signature(kind, mask)
+def parallel(kind: str, mask: str, operand: types.Type) -> Compiled:
+    memory, _, *rest = _signature(kind, mask, operand)
     code = types.Array(types.intp, 1, "C")
     return compiled(weigh_together, (code, types.Array(memory.dtype, 2, "C"), *rest))

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import target
-from numba_attn.cpu.simd import BYTES, I16, I32, Value, Vectors
+from numba_attn.cpu.simd import BYTES, I16, I32, PAIRS, Value, Vectors
 from numba_attn.problem import is_bfloat16
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
@@ -22,6 +22,11 @@ STORED = {
     "?": types.boolean, "f": types.float32, "d": types.float64, "float16": FLOAT16, "bfloat16": BFLOAT16
 }  # fmt: skip
 COMPUTED = {"f": types.float32, "d": types.float64, "float16": types.float32, "bfloat16": types.float32}
+
+
+def operand(kind: str, bfloat16_products: bool) -> types.Type:
+    """What the products of elements of a kind are made of."""
+    return PAIRS if bfloat16_products and target.HAS_BFLOAT16_PAIRS else COMPUTED[kind]
 
 
 def kind_of(dtype: np.dtype) -> str:
@@ -48,6 +53,21 @@ def load(v: Vectors, pointer: Value, offset: int | Value, stored: types.Type, sc
 def store(v: Vectors, value: Value, pointer: Value, offset: int | Value, stored: types.Type) -> None:
     """A vector or an element of v's type, rounded to the nearest of the `stored` type, ties to even."""
     v.store(value if BYTES[stored] != 2 else shorten(v.builder, value, stored), pointer, offset)
+
+
+def pair(v: Vectors, low: Value, high: Value) -> Value:
+    """Pairs of bfloat16 numbers, see `simd.PAIRS`, of two vectors or two elements."""
+    words = _like(low, I32)
+    first, second = (v.builder.zext(shorten(v.builder, x, BFLOAT16), words) for x in (low, high))
+    return v.builder.or_(first, v.builder.shl(second, _constant(words, 16)))
+
+
+def load_pair(v: Vectors, row: Value, d: Value, step: Value, D: Value, stored: types.Type) -> Value:
+    """The pair of elements d and d + 1 of a row of D; the second is 0 if there is none."""
+    exists = v.builder.icmp_signed("<", v.add_index(d, 1), D)
+    second = v.add_index(d, v.builder.select(exists, v.index(1), v.index(0)))
+    low, high = (load(v, row, v.mul_index(n, step), stored, scalar=True) for n in (d, second))
+    return pair(v, low, v.builder.select(exists, high, ir.Constant(high.type, 0.0)))
 
 
 def _like(x: Value, element: ir.Type) -> ir.Type:

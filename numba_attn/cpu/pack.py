@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from llvmlite import ir
+
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.tiles import lane_rows
 
 
@@ -14,8 +18,10 @@ def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
 
 
 def _transpose(v, width, q, q_row, q_step, rows, D, qt):
-    """qt (D, width vectors) = q.T; the last row again in lanes beyond `rows`."""
-    row, stored = v.mul_index(width, v.bytes), v.pointees["q"]
+    """qt (D, width x lanes) = q.T, or pairs of it along D; the last row again in lanes beyond `rows`."""
+    stored, kept = v.pointees["q"], v.pointees["qt"]
+    pairs, kept_size = kept == PAIRS, BYTES[kept]
+    row = v.mul_index(width, v.lanes * kept_size)
     size = BYTES[stored]
     whole = _whole_vectors(v, q_step, size, D)
 
@@ -24,8 +30,13 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
 
         def square(d: Value, _: list[Value]) -> list[Value]:
             columns = v.transpose([narrow.load(v, lane, v.mul_index(d, size), stored) for lane in lanes])
+            at = v.mul_index(w, v.lanes * kept_size)
+            if pairs:
+                for r, (low, high) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
+                    v.store(narrow.pair(v, low, high), v.at(qt, v.mul_index(v.add_index(v.half(d), r), row)), at)
+                return []
             for r, column in enumerate(columns):
-                v.store(column, v.at(qt, v.mul_index(v.add_index(d, r), row)), v.mul_index(w, v.bytes))
+                narrow.store(v, column, v.at(qt, v.mul_index(v.add_index(d, r), row)), at, kept)
             return []
 
         v.loop(0, whole, v.lanes, [], square)
@@ -33,37 +44,71 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
     def line(d: Value, _: list[Value]) -> list[Value]:
         def lane(i: Value) -> None:
             source = v.at(q, v.mul_index(q_row, v.least(i, v.add_index(rows, -1))))
+            if pairs:
+                x = narrow.load_pair(v, source, d, q_step, D, stored)
+                v.store(x, v.at(qt, v.mul_index(v.half(d), row)), v.mul_index(i, v.size))
+                return
             x = narrow.load(v, source, v.mul_index(d, q_step), stored, scalar=True)
-            v.store(x, v.at(qt, v.mul_index(d, row)), v.mul_index(i, v.size))
+            narrow.store(v, x, v.at(qt, v.mul_index(d, row)), v.mul_index(i, kept_size), kept)
 
         v.each(v.mul_index(width, v.lanes), lane)
         return []
 
     v.each(width, squares)
-    v.loop(whole, D, 1, [], line)
+    v.loop(whole, D, 2 if pairs else 1, [], line)
 
 
-def _widen_rows(v, k, k_row, k_step, rows, D, out):
-    """out (rows, D), contiguous, = k."""
+def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
+    """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type computed with, or bfloat16 for pairs."""
     stored = v.pointees["k"]
-    size = BYTES[stored]
+    kept = narrow.BFLOAT16 if v.pointees["out"] == PAIRS else v.dtype
+    size, kept_size = BYTES[stored], BYTES[kept]
     whole = _whole_vectors(v, k_step, size, D)
 
     def row(i: Value) -> None:
-        source, to = v.at(k, v.mul_index(i, k_row)), v.at(out, v.mul_index(v.mul_index(i, D), v.size))
+        source = v.at(k, v.mul_index(i, k_row))
+        to = v.at(out, v.mul_index(v.mul_index(i, columns), kept_size))
 
-        def vector(d: Value, _: list[Value]) -> list[Value]:
-            v.store(narrow.load(v, source, v.mul_index(d, size), stored), to, v.mul_index(d, v.size))
+        def move(d: Value, _: list[Value], scalar: bool) -> list[Value]:
+            x = narrow.load(v, source, v.mul_index(d, k_step if scalar else size), stored, scalar)
+            narrow.store(v, x, to, v.mul_index(d, kept_size), kept)
             return []
 
-        def one(d: Value, _: list[Value]) -> list[Value]:
-            v.store(narrow.load(v, source, v.mul_index(d, k_step), stored, scalar=True), to, v.mul_index(d, v.size))
+        def zero(d: Value, _: list[Value]) -> list[Value]:
+            narrow.store(v, ir.Constant(v.element, 0.0), to, v.mul_index(d, kept_size), kept)
             return []
 
-        v.loop(0, whole, v.lanes, [], vector)
-        v.loop(whole, D, 1, [], one)
+        v.loop(0, whole, v.lanes, [], partial(move, scalar=False))
+        v.loop(whole, D, 1, [], partial(move, scalar=True))
+        v.loop(D, columns, 1, [], zero)
 
     v.each(rows, row)
+
+
+def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
+    """out (half of the rows, Dv) = pairs of rows; a last one with zeros."""
+    stored = v.pointees["value"]
+    size = BYTES[stored]
+    whole = _whole_vectors(v, value_step, size, Dv)
+
+    def pair(j: Value) -> None:
+        first = v.at(value, v.mul_index(v.mul_index(j, 2), value_row))
+        to = v.at(out, v.mul_index(v.mul_index(j, Dv), v.size))
+        exists = v.builder.icmp_signed("<", v.add_index(v.mul_index(j, 2), 1), rows)
+        # Where there is no second row, the first one is read again, and not used.
+        second = v.at(first, v.builder.select(exists, value_row, v.index(0)))
+
+        def columns(d: Value, _: list[Value], scalar: bool) -> list[Value]:
+            at = v.mul_index(d, value_step)
+            low, high = (narrow.load(v, source, at, stored, scalar) for source in (first, second))
+            high = v.builder.select(exists, high, ir.Constant(high.type, None))
+            v.store(narrow.pair(v, low, high), to, v.mul_index(d, v.size))
+            return []
+
+        v.loop(0, whole, v.lanes, [], partial(columns, scalar=False))
+        v.loop(whole, Dv, 1, [], partial(columns, scalar=True))
+
+    v.each(v.half(rows), pair)
 
 
 def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
@@ -114,7 +159,8 @@ def _fill(v, array, row, step, rows, columns, value):
 
 
 transpose = emits(_transpose)
-widen_rows = emits(_widen_rows)
+copy_rows = emits(_copy_rows)
+pair_rows = emits(_pair_rows)
 write_rows = emits(_write_rows)
 fill = emits(_fill)
 fill_lanes = emits(_fill_lanes)

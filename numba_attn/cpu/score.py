@@ -10,11 +10,11 @@ from collections import namedtuple
 
 from numba import types
 
-from numba_attn.cpu import mask_tiles, tiles
+from numba_attn.cpu import amx, mask_tiles, target, tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.simd import address, as_element, moved, pointee_bytes
+from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
@@ -27,11 +27,15 @@ Tile = namedtuple("Tile", "start stop added row kept")
 
 # The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (B, Hq, Lq), or
 # empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
-Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states")
+# operands is empty: its type is that of what products are made of, the element type or PAIRS.
+Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
 # offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals.
 Sequences = namedtuple("Sequences", "offsets intervals")
 # Numbers of a call; softcap, threshold and tile_rows are 0 where there is no such thing.
 Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys")
+
+ON_TILES = target.BFLOAT16 == "amx"
+PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
 
 
 @device
@@ -78,15 +82,20 @@ def is_plain(head, settings):
 
 
 @device
-def select(head, settings, row, rows, start, stop, sizes, memory, at):
-    """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile."""
+def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
+    """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile.
+
+    It begins at an `even` number of keys from start if so wanted: at a pair of keys.
+    """
     lanes, mask, position = sizes.lanes, head.mask, head.position
     bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
     nothing = Tile(start, start, added, added_row, EMPTY)
     some_low, some_high, every_low, every_high = visible(row, row + rows, position)
-    start, stop = max(start, some_low), min(stop, some_high)
+    origin, start, stop = start, max(start, some_low), min(stop, some_high)
     if start >= stop:
         return nothing
+    if even:
+        start -= (start - origin) % 2
     width = (rows + lanes - 1) // lanes
     row_bytes = width * lanes * memory.itemsize
     kept = FULL
@@ -94,6 +103,9 @@ def select(head, settings, row, rows, start, stop, sizes, memory, at):
         start, stop, kept = shrink(head.states, settings.tile_rows, settings.tile_keys, row, row + rows, start, stop)
         if kept == EMPTY:
             return nothing
+        if even and (start - origin) % 2:
+            start -= 1
+            kept = PARTIAL
         kept = FULL
     if head.masked:
         here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
@@ -132,12 +144,30 @@ def is_narrow(matrix):
 
 
 @device
-def keys_of(k, start, first, widened, D, memory):
-    """The keys from `start` on: in place, or where those from `first` on have been widened to."""
-    if is_narrow(k):
-        size = memory.itemsize
-        return Matrix(moved(widened, (start - first) * D * size), D * size, size)
-    return Matrix(as_element(moved(k.data, start * k.row), memory), k.row, k.step)
+def columns_of(D, operands):
+    """Columns of keys that are copied: D, filled up with zeros to whole pairs or rows of tile registers."""
+    if not holds_pairs(address(operands)):
+        return D
+    return (D + PAIRED_COLUMNS - 1) // PAIRED_COLUMNS * PAIRED_COLUMNS
+
+
+@device
+def copies_keys(k, D, operands):
+    """Whether keys are to be copied, a tile at a time, for the products."""
+    if holds_pairs(address(operands)):
+        return ON_TILES or not is_narrow(k) or k.step != 2 or D % 2 != 0
+    return is_narrow(k)
+
+
+@device
+def keys_of(k, start, first, copied, D, operands):
+    """The keys from `start` on: in place, or where those from `first` on have been copied to."""
+    if copies_keys(k, D, operands):
+        size = 2 if holds_pairs(address(operands)) else operands.itemsize
+        row = columns_of(D, operands) * size
+        return Matrix(moved(copied, (start - first) * row), row, operands.itemsize)
+    step = 4 if holds_pairs(address(operands)) else k.step
+    return Matrix(as_element(moved(k.data, start * k.row), operands), k.row, step)
 
 
 @device
@@ -152,15 +182,15 @@ def score(k, settings, tile, row, rows, sizes, qt, scores, memory, at):
     return memory.dtype.type(LOG2_E)
 
 
-def call_types(kind: str, mask: str) -> tuple[types.Type, ...]:
-    """The types of Arrays, Sequences and Settings, for kinds of element, see `narrow`."""
+def call_types(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """The types of Arrays, Sequences and Settings, for kinds of element and an operand of products, see `narrow`."""
     element_type = COMPUTED[kind]
     given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
     given_mask = types.Array(STORED[mask], 3, "A", readonly=True, aligned=False)
     written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 3, "A")
-    states = types.Array(types.uint8, 4, "A", readonly=True)
+    states, operands = types.Array(types.uint8, 4, "A", readonly=True), types.Array(operand, 1, "C")
     slopes, sinks = (types.Array(element_type, ndim, "C") for ndim in (2, 1))
-    arrays = [given, given, given, given_mask, written, rows, rows, rows, slopes, sinks, states]
+    arrays = [given, given, given, given_mask, written, rows, rows, rows, slopes, sinks, states, operands]
     table = types.Array(types.int64, 2, "C", readonly=True)
     settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 4
     return (

@@ -27,7 +27,33 @@ from numba_attn.cpu import target
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-BYTES = {types.boolean: 1, types.uint8: 1, types.int16: 2, types.uint16: 2, types.float32: 4, types.float64: 8}
+PAIRS = types.uint32  # two bfloat16 numbers, the first in the low half: how Numba sees the operands of `dot`
+BYTES = {
+    types.boolean: 1,
+    types.uint8: 1,
+    types.int16: 2,
+    types.uint16: 2,
+    types.uint32: 4,
+    types.float32: 4,
+    types.float64: 8,
+}
+
+
+class BFloat(ir.Type):
+    """A type of LLVM's that llvmlite lacks."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
 
 Value = Any  # an ir.Value; llvmlite ships no types
 
@@ -83,6 +109,10 @@ class Vectors:
     def mul_index(self, a: int | Value, b: int | Value) -> Value:
         return self.builder.mul(self.index(a), self.index(b))
 
+    def half(self, a: Value) -> Value:
+        """Half of a whole number, rounded up."""
+        return self.builder.lshr(self.add_index(a, 1), self.index(1))
+
     def constant(self, value: float) -> Value:
         return ir.Constant(self.type, [self.rounded(value)] * self.lanes)
 
@@ -123,8 +153,8 @@ class Vectors:
     def load(self, pointer: Value, offset: int | Value = 0) -> Value:
         return self.builder.load(self.at(pointer, offset), align=1, typ=self.type)
 
-    def load_scalar(self, pointer: Value, offset: int | Value = 0) -> Value:
-        return self.builder.load(self.at(pointer, offset), align=1, typ=self.element)
+    def load_scalar(self, pointer: Value, offset: int | Value = 0, element: ir.Type | None = None) -> Value:
+        return self.builder.load(self.at(pointer, offset), align=1, typ=element or self.element)
 
     def store(self, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         # llvmlite still remembers what a pointer points to, and insists on it in stores.
@@ -153,6 +183,23 @@ class Vectors:
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """A * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
         return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
+
+    def dot(self, a: Value, b: Value, c: Value) -> Value:
+        """a . b + c for pairs of bfloat16 numbers a and b in each lane, which need `target.HAS_BFLOAT16_PAIRS`."""
+        halves = ir.VectorType(BFloat(), 2 * self.lanes)
+        kind = ir.FunctionType(self.type, [self.type, halves, halves])
+        function = self._function("llvm.x86.avx512bf16.dpbf16ps.512", kind)
+        return self.builder.call(function, [c, self.builder.bitcast(a, halves), self.builder.bitcast(b, halves)])
+
+    def pair(self, low: Value, high: Value) -> Value:
+        """Pairs of bfloat16 of two vectors of numbers that are not negative, rounded to nearest; -0.0 stays."""
+        b = self.builder
+        half, upper, shift = (ir.Constant(self.bits, [c] * self.lanes) for c in (0x8000, 0xFFFF0000, 16))
+        low, high = (b.add(b.bitcast(x, self.bits), half) for x in (low, high))
+        return b.or_(b.lshr(low, shift), b.and_(high, upper))
+
+    def load_pairs(self, pointer: Value, offset: int | Value = 0) -> Value:
+        return self.builder.load(self.at(pointer, offset), align=1, typ=self.bits)
 
     def absolute(self, a: Value) -> Value:
         return self._call("llvm.fabs", a)
@@ -438,6 +485,16 @@ def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any
     return types.CPointer(array.dtype)(pointer, array), codegen
 
 
+@intrinsic
+def as_bfloat16(context: Any, pointer: types.CPointer) -> Any:
+    """The pointer as one to single bfloat16 numbers, see `narrow`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(pointer), codegen
+
+
 def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.Type], int]) -> Any:
     """An intrinsic that answers a question about what a pointer points to while compiling."""
 
@@ -451,6 +508,7 @@ def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.T
     return intrinsic(typing)
 
 
+holds_pairs = _constant_of_pointee("holds_pairs", types.boolean, lambda dtype: dtype == PAIRS)
 pointee_bytes = _constant_of_pointee("pointee_bytes", types.int64, lambda dtype: BYTES[dtype])
 points_to_boolean = _constant_of_pointee("points_to_boolean", types.boolean, lambda dtype: dtype == types.boolean)
 

@@ -6,8 +6,11 @@ test could contain instructions that the compiler may not use.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
+from llvmlite import binding
 from numba.core.registry import cpu_target
 
 TRIPLE, NAME, FEATURES = cpu_target.target_context.codegen().magic_tuple()
@@ -29,3 +32,26 @@ ISA = os.environ.get("NUMBA_ATTN_ISA") or (
     "avx512" if HAS_AVX512 else "avx2" if HAS_AVX2 else "neon" if _has("neon") else "generic"
 )
 VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "generic": 16}[ISA]
+
+
+def _tiles_permitted() -> bool:
+    """Ask Linux, once a process, for the use of AMX's tile registers: threads and children have it too."""
+    if not (_has("amx-tile") and _has("amx-bf16") and sys.platform == "linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
+# What products of bfloat16 numbers are made by: "amx" tiles; the "dot" product of pairs, of AVX-512, which on AMD's
+# processors has twice the rate of float32 and on others half of it; or float32 products of the "widened" numbers.
+# `NUMBA_ATTN_BFLOAT16` forces one, for tests.
+BFLOAT16 = os.environ.get("NUMBA_ATTN_BFLOAT16") or (
+    "widened" if ISA != "avx512"
+    else "amx" if _tiles_permitted()
+    else "dot" if _has("avx512bf16") and NAME.startswith("znver")
+    else "widened"
+)  # fmt: skip
+HAS_BFLOAT16_PAIRS = BFLOAT16 != "widened"
+if BFLOAT16 == "amx":
+    _tiles_permitted()
+    binding.initialize_native_asmparser()  # for instructions that LLVM has no portable form of

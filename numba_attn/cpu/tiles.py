@@ -18,8 +18,9 @@ from functools import partial, wraps
 from llvmlite import ir
 from numba import types
 
+from numba_attn.cpu import amx, target
 from numba_attn.cpu.plan import HEIGHTS
-from numba_attn.cpu.simd import I1, I64, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
 
 LOG2_E = math.log2(math.e)
 INFINITY = math.inf
@@ -71,12 +72,23 @@ def lane_rows(v: Vectors, w: Value, rows: Value) -> list[Value]:
 
 
 def product(
-    v: Vectors, acc: list[Value], a: Value, a_row: Value, a_step: Value, b: Value, count: Value, height: int, width: int
+    v: Vectors,
+    a: Value,
+    a_row: Value,
+    a_step: Value,
+    b: Value,
+    count: Value,
+    height: int,
+    width: int,
+    pairs: bool,
 ) -> list[Value]:
-    """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc in registers.
+    """acc[i, :] = sum over k < count of a[i, k] * b[k, :], with all of acc in registers.
 
-    a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), contiguous.
+    a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), contiguous.  Of `pairs`
+    of bfloat16 numbers, an element holds two, and `count` numbers make half as many elements.
     """
+    if pairs:
+        count = v.half(count)
     # Four rows share a pointer: x86 addresses them as p, p + r, p + 2r and p + 3r.  From what it knows of the distance
     # between pointers, LLVM would walk from each row to the next, in a chain of additions that takes longer than the
     # products; and unrolling the loop, it would run out of registers for addresses.
@@ -86,14 +98,24 @@ def product(
 
     def body(_: Value, carried: list[Value]) -> list[Value]:
         (b, *starts), acc = carried[:pointers], carried[pointers:]
-        columns = [v.load(b, w * v.bytes) for w in range(width)]
+        columns = [(v.load_pairs if pairs else v.load)(b, w * v.bytes) for w in range(width)]
         for i in range(height):
-            factor = v.splat(v.load_scalar(v.at(starts[i // 4], reach[i % 4])))
+            at = v.at(starts[i // 4], reach[i % 4])
+            factor = v.splat(v.load_scalar(at, element=I32 if pairs else None))
             for w in range(width):
-                acc[i * width + w] = v.fma(factor, columns[w], acc[i * width + w])
+                acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
         return [v.at(b, width * v.bytes), *(v.at(p, a_step) for p in starts), *acc]
 
-    return v.loop(0, count, 1, [b, *starts, *acc], body, rolled=True)[pointers:]
+    zero = [v.constant(0.0)] * (height * width)
+    return v.loop(0, count, 1, [b, *starts, *zero], body, rolled=True)[pointers:]
+
+
+def are_pairs(v: Vectors, operand: str) -> bool:
+    """Whether the products of a stage are those of pairs, as one of its pointers tells."""
+    pairs = v.pointees[operand] == PAIRS
+    if pairs and not target.HAS_BFLOAT16_PAIRS:
+        raise NotImplementedError("products of bfloat16 pairs need AVX512-BF16")
+    return pairs
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -101,11 +123,13 @@ def product(
 
 def _scores(v, width, k, k_row, k_step, n, D, qt, s):
     """s = k.qt."""
-    row = width * v.bytes
+    row, pairs = width * v.bytes, are_pairs(v, "k")
+    if pairs and target.BFLOAT16 == "amx":
+        amx.product(v, k, k_row, qt, width, n, D, s, adding=False)
+        return
 
     def tile(i: Value, height: int) -> None:
-        acc = [v.constant(0.0)] * (height * width)
-        acc = product(v, acc, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width)
+        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         s_i = v.at(s, v.mul_index(i, row))
         for x in range(height * width):
             v.store(acc[x], s_i, x * v.bytes)
@@ -125,15 +149,22 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
     top = the largest exponent of each query.  Returns whether none exceeds the headroom; else total is as it was, and
     the tile is to be done again by way of `scores`.  The arithmetic is that of `scores` and `exponentiate`.
     """
-    row, factor = width * v.bytes, v.splat(scale)
+    row, factor, pairs = width * v.bytes, v.splat(scale), are_pairs(v, "k")
+    on_tiles = pairs and target.BFLOAT16 == "amx"
+    # Pairs of keys are side by side in p.
+    heights = [AT_ONCE, 2, 1] if on_tiles else [*HEIGHTS[width][:-1], 2, 1] if pairs else HEIGHTS[width]
+    if on_tiles:
+        amx.product(v, k, k_row, qt, width, n, D, p, adding=False)
     for w in range(width):
         v.store(v.constant(-INFINITY), top, w * v.bytes)
         v.store(v.constant(0.0), sums, w * v.bytes)
 
     def tile(i: Value, height: int) -> None:
-        acc = [v.constant(0.0)] * (height * width)
-        acc = product(v, acc, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width)
-        p_i = v.at(p, v.mul_index(i, row))
+        if on_tiles:
+            acc = [v.load(v.at(p, v.mul_index(i, row)), x * v.bytes) for x in range(height * width)]
+        else:
+            acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
+        p_i = v.at(p, v.mul_index(i, row // 2 if pairs else row))
         for w in range(width):
             base = v.sub(v.constant(0.0), v.load(reference, w * v.bytes))
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
@@ -142,14 +173,41 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
                 exponents = [v.fma(acc[r * width + w], factor, base) for r in rows]
                 for x in exponents:
                     highest = v.maximum(x, highest)
-                for r, power in zip(rows, v.exp2(*exponents), strict=True):
-                    v.store(power, p_i, r * row + w * v.bytes)
+                powers = v.exp2(*exponents)
+                for power in powers:
                     total_p = v.add(total_p, power)
+                if pairs:
+                    powers = paired(v, powers)
+                for r, power in enumerate(powers, first // 2 if pairs else first):
+                    v.store(power, p_i, r * row + w * v.bytes)
             v.store(highest, top, w * v.bytes)
             v.store(total_p, sums, w * v.bytes)
 
-    for_rows(v, n, HEIGHTS[width], tile)
+    for_rows(v, n, heights, tile)
     return _accept(v, v.index(width), top, [(total, sums)])
+
+
+def paired(v: Vectors, rows: list[Value]) -> list[Value]:
+    """Rows of probabilities, two and two; a last one with zeros."""
+    rows = [*rows, v.constant(0.0)] if len(rows) % 2 else rows
+    return [v.pair(low, high) for low, high in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def _pair_up(v, width, p, n, k):
+    """Rows of p two and two, in place, if the products of keys k are those of pairs."""
+    if not are_pairs(v, "k"):
+        return
+    row = v.mul_index(width, v.bytes)
+
+    def vector(here: Value) -> None:
+        def rows(j: Value, height: int) -> None:
+            at = v.at(v.at(p, v.mul_index(j, row)), here)
+            (pair,) = paired(v, [v.load(at, v.mul_index(row, r)) for r in range(height)])
+            v.store(pair, v.at(p, v.mul_index(v.half(j), row)), here)
+
+        for_rows(v, n, (2, 1), rows)
+
+    for_vectors(v, width, vector)
 
 
 def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Value]]) -> Value:
@@ -169,33 +227,71 @@ def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Va
 
 def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot):
     """ot += value.T @ p."""
-    row = width * v.bytes
+    row, pairs = width * v.bytes, are_pairs(v, "value")
+    if pairs and target.BFLOAT16 == "amx":
+        _mask_rest(v, width, n, p)
+        amx.product(v, value, value_step, p, width, Dv, n, ot, adding=True)
+        return
 
     def tile(i: Value, height: int) -> None:
         o = v.at(ot, v.mul_index(i, row))
-        acc = [v.constant(0.0)] * (height * width)
-        acc = product(v, acc, v.at(value, v.mul_index(i, value_step)), value_step, value_row, p, n, height, width)
+        acc = product(v, v.at(value, v.mul_index(i, value_step)), value_step, value_row, p, n, height, width, pairs)
         for x in range(height * width):
             v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
 
     for_rows(v, Dv, HEIGHTS[width], tile)
 
 
-def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot):
-    """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
-    row = v.mul_index(width, v.bytes)
-    masked = v.builder.bitcast(v.constant(-0.0), v.bits)
+def _mask_rest(v: Vectors, width: int, n: Value, p: Value) -> None:
+    """Pairs of p after those of n keys, to the end of a tile register's: masked, -0.0."""
+    row, masked = width * v.bytes, ir.Constant(v.bits, [0x80008000] * v.lanes)
+    last = v.mul_index(v.builder.lshr(v.add_index(n, amx.NUMBERS - 1), v.index(5)), amx.ROWS)
+
+    def pair(j: Value, _: list[Value]) -> list[Value]:
+        for w in range(width):
+            v.store(masked, v.at(p, v.mul_index(j, row)), w * v.bytes)
+        return []
+
+    v.loop(v.half(n), last, 1, [], pair)
+
+
+def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, clean):
+    """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite.
+
+    `clean` is memory for the values without those.
+    """
+    row, pairs = v.mul_index(width, v.bytes), are_pairs(v, "value")
+    if pairs and target.BFLOAT16 == "amx":
+        amx.add_what_is_not_finite(v, width, value, value_step, Dv, n, p, ot)
+        amx.copy_what_is_finite(v, value, value_step, Dv, n, clean)
+        v.choose(width, {w: partial(_accumulate, v, w, clean, value_row, value_step, Dv, n, p, ot) for w in HEIGHTS})
+        return
+    b = v.builder
+
+    def word(x: int) -> Value:
+        return ir.Constant(v.bits, [x] * v.lanes)
+
+    def attended(x: Value, weight: Value) -> Value:
+        """The splat value or pair of values x, with 0 where the weight is that of a masked key."""
+        if not pairs:
+            is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), b.bitcast(v.constant(-0.0), v.bits))
+            return v.select(is_masked, v.constant(0.0), x)
+        for half in (0xFFFF, 0xFFFF0000):
+            is_masked = b.icmp_signed("==", b.and_(weight, word(half)), word(half & 0x80008000))
+            x = v.select(is_masked, b.and_(x, word(half ^ 0xFFFFFFFF)), x)
+        return x
 
     def outputs(d: Value, here: Value) -> None:
         o = v.at(v.at(ot, v.mul_index(d, row)), here)
 
         def key(j: Value, acc: list[Value]) -> list[Value]:
-            x = v.splat(v.load_scalar(v.at(value, v.mul_index(d, value_step)), v.mul_index(j, value_row)))
-            weight = v.load(v.at(p, v.mul_index(j, row)), here)
-            is_masked = v.builder.icmp_signed("==", v.builder.bitcast(weight, v.bits), masked)
-            return [v.fma(v.select(is_masked, v.constant(0.0), x), weight, acc[0])]
+            at = v.at(v.at(value, v.mul_index(d, value_step)), v.mul_index(j, value_row))
+            x = v.splat(v.load_scalar(at, element=I32 if pairs else None))
+            weight = (v.load_pairs if pairs else v.load)(v.at(p, v.mul_index(j, row)), here)
+            return [(v.dot if pairs else v.fma)(attended(x, weight), weight, acc[0])]
 
-        v.store(v.add(v.load(o), v.loop(0, n, 1, [v.constant(0.0)], key)[0]), o)
+        count = v.half(n) if pairs else n
+        v.store(v.add(v.load(o), v.loop(0, count, 1, [v.constant(0.0)], key)[0]), o)
 
     for_vectors(v, width, lambda here: v.each(Dv, lambda d: outputs(d, here)))
 
@@ -409,6 +505,7 @@ def _normalise(v, width, ot, Dv, total, gain, finite):
 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
+pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
 accumulate_carefully = emits(_accumulate_carefully)
 cap = emits(_cap)

@@ -1,0 +1,105 @@
+"""PyTorch's two functions: the fused one, and the one that compiles what it is asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cases import Case, dtype_of
+from peer import Peer, Prepared, Unsupported, explicit_mask, only_causal
+
+BFLOAT16 = "bfloat16"
+
+
+class Torch(Peer):
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+
+    packages = ("torch",)
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+
+    def prepare(self, case: Case) -> Prepared:
+        import torch
+
+        causal = only_causal(case)
+        mask = None if causal else explicit_mask(case)
+        call = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            *(tensor(x) for x in case.arrays()),
+            attn_mask=None if mask is None else tensor(mask),
+            is_causal=causal,
+            enable_gqa=case.Hkv is not None,
+        )
+        return Prepared(call, array)
+
+
+class FlexAttention(Torch):
+    """`flex_attention`, compiled: for what changes single scores, and for masks of which it knows the tiles."""
+
+    def prepare(self, case: Case) -> Prepared:
+        import torch
+        from torch.nn.attention.flex_attention import flex_attention
+
+        mods = self._mods(case)
+        torch._dynamo.reset()  # or it would compile one function for the shapes of all cases
+        compiled = torch.compile(flex_attention, dynamic=False)
+        call = functools.partial(compiled, *(tensor(x) for x in case.arrays()), **mods)
+        try:
+            call()
+        except torch._dynamo.exc.TorchDynamoException as error:  # it needs a C++ compiler
+            raise Unsupported(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
+        return Prepared(call, array)
+
+    def _mods(self, case: Case) -> dict[str, Any]:
+        """The case's one peculiarity as `flex_attention` wants it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if case.mask is not None or case.Hkv is not None:
+            raise Unsupported("left to scaled_dot_product_attention")
+        if case.documents and not case.options:
+            ids = tensor(case.document_ids())
+            size = {"Q_LEN": case.Lq, "KV_LEN": case.Lk, "device": "cpu"}
+            return {"block_mask": create_block_mask(lambda b, h, i, j: ids[i] == ids[j], None, None, **size)}
+        if case.documents or case.options.keys() not in ({"softcap"}, {"alibi_slopes"}, {"score_mod"}):
+            raise Unsupported(", ".join(sorted(case.options)) or "left to scaled_dot_product_attention")
+        return {"score_mod": self._score_mod(**case.options)}
+
+    @staticmethod
+    def _score_mod(
+        softcap: float | None = None,
+        alibi_slopes: np.ndarray | None = None,
+        score_mod: Callable[..., Any] | None = None,
+    ) -> Callable[..., Any]:
+        import torch
+
+        if softcap is not None:
+            return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
+        if alibi_slopes is not None:
+            slopes = tensor(alibi_slopes)
+            return lambda score, b, h, i, j: score - slopes[h] * (i - j).abs()
+        assert score_mod is not None
+        return score_mod
+
+
+def tensor(x: np.ndarray) -> Any:
+    """An array as PyTorch's, which for bfloat16 takes no more than the bits."""
+    import torch
+
+    if x.dtype.name == BFLOAT16:
+        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def array(x: Any) -> np.ndarray:
+    """The reverse."""
+    import torch
+
+    if x.dtype == torch.bfloat16:
+        return np.asarray(x.view(torch.uint16).numpy()).view(dtype_of(BFLOAT16))
+    return np.asarray(x.numpy())

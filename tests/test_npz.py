@@ -1,0 +1,124 @@
+"""The reader of .npz archives."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from numba_attn import _npz
+
+
+@pytest.fixture
+def arrays():
+    return {"x": np.random.default_rng(0).standard_normal((2, 4, 5, 8)), "y": np.arange(3)}
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(24.0).reshape(4, 6)),
+        np.arange(5, dtype=">i4"),
+        np.array(7),
+        np.array([True, False]),
+    ],
+    ids=["C", "Fortran", "big-endian", "scalar", "bool"],
+)
+def test_stored_members_are_mapped_read_only(tmp_path, x):
+    np.savez(tmp_path / "a.npz", before=np.ones(3), x=x)
+    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+    assert mapped.dtype == x.dtype and mapped.shape == x.shape
+    assert mapped.flags.f_contiguous == x.flags.f_contiguous
+    np.testing.assert_array_equal(mapped, x)
+
+
+def test_a_local_header_may_differ_from_the_central_directory(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10.0))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        info = zipfile.ZipInfo("x.npy")
+        info.extra = b"\x99\x99\x04\x00abcd"
+        archive.writestr(info, (tmp_path / "x.npy").read_bytes())
+        info.extra = b""
+    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, np.arange(10.0))
+
+
+def test_what_cannot_be_mapped_is_read(tmp_path, arrays):
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    packed = _npz.load(tmp_path / "packed.npz")
+    assert not isinstance(packed["x"], np.memmap)
+    np.testing.assert_array_equal(packed["x"], arrays["x"])
+    np.savez(tmp_path / "empty.npz", x=np.empty((0, 3)))
+    assert _npz.load(tmp_path / "empty.npz")["x"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_bfloat16_is_two_bytes_without_a_type(tmp_path, monkeypatch, save):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.linspace(-3, 3, 12).reshape(3, 4).astype(ml_dtypes.bfloat16)
+    save(tmp_path / "a.npz", x=x, y=np.zeros(2, "V3"))
+    loaded = _npz.load(tmp_path / "a.npz")
+    assert loaded["x"].dtype == x.dtype and loaded["y"].dtype == "V3"
+    assert isinstance(loaded["x"], np.memmap) == (save is np.savez)
+    np.testing.assert_array_equal(loaded["x"], x)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ValueError, match=r"cannot read x\.npy: bfloat16 numbers need the package ml_dtypes"):
+        _npz.load(tmp_path / "a.npz")
+
+
+def test_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{}], object))
+    with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy: Object arrays"):
+        _npz.load(tmp_path / "a.npz")
+
+
+def test_a_header_that_promises_more_than_there_is(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10.0))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="72 bytes of data, its header says 80"):
+        _npz.load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.9])
+def test_a_truncated_archive(tmp_path, arrays, keep):
+    archive = tmp_path / "a.npz"
+    np.savez(archive, **arrays)
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"is not an \.npz archive"):
+        _npz.load(archive)
+
+
+def test_damaged_compressed_data(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).standard_normal(1000))
+    content = bytearray(path.read_bytes())
+    content[2000:2100] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read x\.npy"):
+        _npz.load(path)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_file_is_replaced_by_a_complete_one_or_not_at_all(tmp_path, error):
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"before")
+
+    def fail():
+        with _npz.replacing(path) as file:
+            file.write(b"part")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_bytes() == b"before"
+    with _npz.replacing(path) as file:
+        file.write(b"all")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"all" and list(tmp_path.iterdir()) == [path]
