@@ -19,6 +19,7 @@ OURS = "ours"
 # Column -> the peers of which the fastest counts.
 RIVALS = {
     "PyTorch": ("torch",),
+    "flex_attention": ("flex",),
     "ONNX Runtime": ("onnx_mha", "onnx_attention"),
     "JAX": ("jax",),
     "NumPy": ("numpy",),
@@ -26,6 +27,7 @@ RIVALS = {
 NAMES = {
     "ours": "numba_attn",
     "torch": "PyTorch",
+    "flex": "PyTorch `flex_attention`",
     "onnx_mha": "ONNX Runtime `MultiHeadAttention`",
     "onnx_attention": "ONNX Runtime `Attention`",
     "jax": "JAX",
@@ -88,20 +90,44 @@ def plain_twin(case: Result, cases: Iterable[Result]) -> Result | None:
     return None
 
 
+def float32_twin(case: Result, cases: Iterable[Result]) -> Result | None:
+    """The same case of float32; None if there is none, or it is the case."""
+
+    def problem(one: Result) -> tuple[Any, ...]:
+        return one["shape"], one["mask"], one["options"]
+
+    if case["dtype"] == "float32":
+        return None
+    return next((one for one in cases if one["dtype"] == "float32" and problem(one) == problem(case)), None)
+
+
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
 def section(results: Result) -> str:
     """All of the README's section, without its markers."""
     cases = results["cases"]
-    parts = [main_table([case for case in cases if "table" in case["tags"]])]
-    others = [case for case in cases if "table" not in case["tags"]]
-    if others:
-        parts.append(masks_table(others, cases))
-    lines = accuracy_lines(cases) + (extra_lines(results["extras"]) if results["extras"] else [])
+    parts = [
+        main_table("heads x length, head size", tagged(cases, "table")),
+        overhead_table("other forms", untagged(cases), cases),
+        main_table("16-bit types", tagged(cases, "narrow"), cases),
+        overhead_table("variants", tagged(cases, "variant"), cases),
+    ]
+    lines = accuracy_lines(cases) + documents_lines(cases, results["extras"])
+    lines += extra_lines(results["extras"]) if results["extras"] else []
     parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(environment_sentence(results))
     return "\n\n".join(part for part in parts if part)
+
+
+def tagged(cases: Iterable[Result], tag: str) -> list[Result]:
+    """The rows of one table."""
+    return [case for case in cases if tag in case["tags"]]
+
+
+def untagged(cases: Iterable[Result]) -> list[Result]:
+    """The rows of no other table."""
+    return [case for case in cases if not {"table", "narrow", "variant"} & set(case["tags"])]
 
 
 def table(head: Row, rows: Iterable[Row]) -> str:
@@ -110,18 +136,22 @@ def table(head: Row, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
 
 
-def main_table(cases: Sequence[Result]) -> str:
-    """Our time and speed, and the time of others divided by ours; in bold what we lose."""
+def main_table(title: str, cases: Sequence[Result], of_float32: Sequence[Result] = ()) -> str:
+    """Our time and speed, and the time of others divided by ours; in bold what we lose.
+
+    Another column has the time of the same problem in float32, where that is among `of_float32`, divided likewise.
+    """
     if not cases:
         return ""
     columns = rivals(cases)
-    head = ["heads x length, head size", "ms", "GFLOP/s", "of peak", *(f"{rival} / ours" for rival in columns)]
+    head = ["ms", "GFLOP/s", "of peak", *(f"{name} / ours" for name in (*(["float32"] * bool(of_float32)), *columns))]
     rows = [
         [
-            bold(case["name"], any((ratio(case, rival) or 1) < 1 for rival in columns)),
+            name_of(case, columns),
             milliseconds(case["peers"][OURS]["median"]),
             f"{case['peers'][OURS]['gflops']:.0f}",
             f"{100 * case['fraction_of_peak']:.0f} %",
+            *([times(over_ours(float32_twin(case, of_float32), case))] if of_float32 else []),
             *(times(ratio(case, rival)) for rival in columns),
         ]
         for case in cases
@@ -129,8 +159,19 @@ def main_table(cases: Sequence[Result]) -> str:
     found = {rival: ratios(cases, rival) for rival in columns}
     summaries: dict[str, Callable[[Iterable[float]], float]] = {"geometric mean": geometric_mean, "least": min}
     for name, summarise in summaries.items():
-        rows.append([f"*{name}*", "", "", "", *(times(summarise(found[rival].values())) for rival in columns)])
-    return f"{table(head, rows)}\n\n{worst_sentence(found)}"
+        empty = [""] * (len(head) - len(columns))
+        rows.append([f"*{name}*", *empty, *(times(summarise(found[rival].values())) for rival in columns)])
+    return f"{table([title, *head], rows)}\n\n{worst_sentence(found)}"
+
+
+def name_of(case: Result, columns: Iterable[str]) -> str:
+    """In bold if a rival is faster."""
+    return bold(case["name"], any((ratio(case, rival) or 1) < 1 for rival in columns))
+
+
+def over_ours(other: Result | None, case: Result) -> float | None:
+    """Our time of another case, divided by that of this one."""
+    return None if other is None else other["peers"][OURS]["median"] / case["peers"][OURS]["median"]
 
 
 def worst_sentence(found: dict[str, dict[str, float]]) -> str:
@@ -143,19 +184,20 @@ def worst(values: dict[str, float]) -> str:
     return min(values, key=values.__getitem__)
 
 
-def masks_table(cases: Sequence[Result], all_cases: Sequence[Result]) -> str:
-    """Masks, windows, lengths and shared heads, and what they cost against the case without."""
+def overhead_table(title: str, cases: Sequence[Result], all_cases: Sequence[Result]) -> str:
+    """What masks, windows, lengths, shared heads and variants cost against the case without."""
+    if not cases:
+        return ""
     columns = rivals(cases)
-    head = ["other forms", "ms", "time / plain", *(f"{rival} / ours" for rival in columns)]
+    head = [title, "ms", "time / plain", *(f"{rival} / ours" for rival in columns)]
     rows = []
     for case in cases:
         twin = plain_twin(case, all_cases)
-        ours = case["peers"][OURS]["median"]
         rows.append(
             [
-                bold(case["name"], any((ratio(case, rival) or 1) < 1 for rival in columns)),
-                milliseconds(ours),
-                NONE if twin is None else f"{ours / twin['peers'][OURS]['median']:.2f}",
+                name_of(case, columns),
+                milliseconds(case["peers"][OURS]["median"]),
+                NONE if twin is None else f"{over_ours(case, twin):.2f}",
                 *(times(ratio(case, rival)) for rival in columns),
             ]
         )
@@ -191,20 +233,41 @@ def bold(text: str, wanted: bool = True) -> str:
 
 
 def accuracy_lines(cases: Sequence[Result]) -> list[str]:
-    """Errors of float32 against float64: the largest of all cases, and the median of root mean squares."""
-    errors: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, "torch")}
-    for case in cases:
-        if case["dtype"] == "float32" and all("error" in case["peers"].get(name, {}) for name in errors):
-            for name, found in errors.items():
-                found.append(case["peers"][name]["error"])
-    if not errors[OURS]:
+    """Errors against float64, of each type: the largest of all cases, and the mean of root mean squares."""
+    lines = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        errors: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, "torch")}
+        for case in cases:
+            if case["dtype"] == dtype and all("error" in case["peers"].get(name, {}) for name in errors):
+                for name, found in errors.items():
+                    found.append(case["peers"][name]["error"])
+        parts = [
+            f"{NAMES[name]} {max(e['max'] for e in found):.1e} at most, "
+            f"{geometric_mean(e['rms'] for e in found):.1e} root mean square"
+            for name, found in errors.items()
+            if found
+        ]
+        if parts:
+            lines.append(f"Error of {dtype} results against float64, over {len(found)} cases: {'; '.join(parts)}.")
+    return lines
+
+
+def documents_lines(cases: Sequence[Result], extras: Result | None) -> list[str]:
+    """What a block mask saves, and what it costs to make."""
+    found = [case for case in cases if case["options"].get("documents")]
+    if not found:
         return []
-    parts = [
-        f"{NAMES[name]} {max(e['max'] for e in found):.1e} at most, "
-        f"{geometric_mean(e['rms'] for e in found):.1e} root mean square"
-        for name, found in errors.items()
-    ]
-    return [f"Error of float32 results against float64, over {len(errors[OURS])} cases: {'; '.join(parts)}."]
+    [case], text = found, ""
+    if gain := over_ours(plain_twin(case, cases), case):
+        text = f" {gain:.1f} times as fast as with every key"
+    cost = (extras or {}).get("block_mask_seconds")
+    if cost:
+        text += (
+            f"{';' if text else ''} making the block mask takes {milliseconds(cost['again'])} ms, "
+            f"{100 * cost['again'] / cost['call']:.0f} % of that call, and {cost['first']:.1f} s the first time, when "
+            "its function is compiled"
+        )
+    return [f"{case['name']}:{text}."] if text else []
 
 
 def extra_lines(extras: Result) -> list[str]:
@@ -240,16 +303,19 @@ def environment_sentence(results: Result) -> str:
     machine, settings, peak = results["environment"], results["settings"], results["peak"]
     packages = ("numba", "numpy", "torch", "onnxruntime", "jax")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in packages if name in machine["versions"])
+    dots = peak["gflops"].get("bfloat16 dot product")
+    of_dots = f", {dots:.0f} of dot products of bfloat16 numbers" if dots else ""
     commit = (
         f"commit {machine['commit'][:10]}{' with changes' if machine['dirty'] else ''}, " if machine["commit"] else ""
     )
     return (
         f"float32 unless said otherwise, {settings['threads']} threads of {machine['cpu']} ({machine['compiled_for']}, "
-        f"{machine['isa']}), whose measured peak is {peak['gflops']['float32']:.0f} GFLOP/s in float32 and "
-        f"{peak['gflops']['float64']:.0f} in float64, reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
+        f"{machine['isa']}), whose measured peak is {peak['gflops']['float32']:.0f} GFLOP/s in float32, "
+        f"{peak['gflops']['float64']:.0f} in float64{of_dots}, reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
         f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
-        "the faster of its two operators, NumPy by the formula written down; causal counts only the pairs that are "
-        f"attended to. {versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
+        "the faster of its two operators, NumPy by the formula written down; causal and documents count only the pairs "
+        "that are attended to, and the peak of bfloat16 is the larger of its dot products' and float32's. "
+        f"{versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
     )
 
 

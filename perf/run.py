@@ -258,7 +258,9 @@ def environment() -> Result:
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpu.splitlines())}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    changed = git("status", "--porcelain", "--", "numba_attn", "tests/cases.py", "tests/mods.py", *(f"perf/{f}" for f in SOURCES))
+    changed = git(
+        "status", "--porcelain", "--", "numba_attn", "tests/cases.py", "tests/mods.py", *(f"perf/{f}" for f in SOURCES)
+    )
     return {
         "cpu": fields.get("model name") or platform.machine(),
         "family": " ".join(fields[key] for key in ("vendor_id", "cpu family", "model") if key in fields),

@@ -16,7 +16,7 @@ from typing import Any
 import mods
 import numpy as np
 
-from numba_attn import block_mask
+from numba_attn.block_mask import PARTIAL, create_block_mask, documents
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Case:
         """Every other argument of the call."""
         mask: dict[str, Any] = {} if self.mask is None else {"attn_mask": MASKS[self.mask](self, self.rng)}
         if self.documents:
-            mod = block_mask.documents(self.document_ids())
-            mask["block_mask"] = block_mask.create_block_mask(mod, Lq=self.Lq, Lk=self.Lk)
+            mask["block_mask"] = create_block_mask(documents(self.document_ids()), Lq=self.Lq, Lk=self.Lk)
         return {**mask, **({"enable_gqa": True} if self.Hkv else {}), **self.options}
 
     def document_ids(self) -> np.ndarray:
@@ -71,7 +70,7 @@ class Case:
 
     @property
     def flop(self) -> int:
-        """Of the two products, over the keys that causal, window, lengths and documents leave; masks are not counted off."""
+        """Of the two products, over the keys that causal, window, lengths and documents leave; masks do not count."""
         D, Dv = self.D, self.Dv or self.D
         if self.documents:
             return 2 * self.B * self.Hq * (D + Dv) * int((np.bincount(self.document_ids()) ** 2).sum())
@@ -156,7 +155,6 @@ def _perf(name: str, Hq: int, L: int, D: int, mask: str | None = None, tags: str
 
 
 def _tilted(score: Any, b: int, h: int, i: int, j: int) -> Any:
-    """Three operations, as cheap as what users write."""
     return score + 0.001 * (i - j)
 
 
@@ -171,18 +169,12 @@ def _slopes(*shape: int) -> np.ndarray:
 PERF = [
     *(
         _perf(f"{H} x {L}, D {D}{', causal' if options else ''}", H, L, D, options=options, tags="table")
-        for H, L, D in [
-            (8, 512, 64),
-            (8, 1024, 64),
-            (8, 2048, 64),
-            (8, 4096, 64),
-            (2, 8192, 64),
-            (8, 512, 80),
-            (8, 2048, 80),
-            (8, 512, 128),
-            (8, 2048, 128),
-            (2, 8192, 128),
+        for D, sizes in [
+            (64, [(8, 512), (8, 1024), (8, 2048), (8, 4096), (2, 8192)]),
+            (80, [(8, 512), (8, 2048)]),
+            (128, [(8, 512), (8, 2048), (2, 8192)]),
         ]
+        for H, L in sizes
         for options in ({}, CAUSAL)
     ),
     _perf("12 x 128, D 64", 12, 128, 64, tags="table model"),
@@ -202,20 +194,15 @@ PERF = [
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),
     *(
-        _perf(f"{dtype}, {H} x {L}, D {D}{', causal' if options else ''}", H, L, D,
-              dtype=dtype, options=options, tags="narrow")
-        for dtype, H, L, D, options in [
-            ("bfloat16", 8, 2048, 64, {}),
-            ("bfloat16", 8, 2048, 64, CAUSAL),
-            ("bfloat16", 8, 2048, 128, {}),
-            ("bfloat16", 8, 2048, 128, CAUSAL),
-            ("bfloat16", 8, 512, 64, {}),
-            ("bfloat16", 12, 128, 64, {}),
-            ("bfloat16", 2, 8192, 64, {}),
-            ("float16", 8, 2048, 64, {}),
-            ("float16", 8, 2048, 64, CAUSAL),
+        _perf(f"{dtype}, {H} x {L}, D {D}{', causal' if causal else ''}", H, L, D, tags="narrow", dtype=dtype, **causal)
+        for dtype, D, sizes in [
+            ("bfloat16", 64, [(8, 512), (8, 2048), (12, 128), (2, 8192)]),
+            ("bfloat16", 128, [(8, 2048)]),
+            ("float16", 64, [(8, 2048)]),
         ]
         if dtype in SIXTEEN_BITS
+        for H, L in sizes
+        for causal in ({}, *([{"options": CAUSAL}] if L == 2048 else []))
     ),
     *(
         _perf(f"{name}, 8 x 2048, D 64", 8, 2048, 64, options=options, tags="variant")
@@ -320,7 +307,7 @@ def _block_masks() -> list[Case]:
     mask, P, S = mods.blocky, mods.prefix, mods.scattered
     of_sequence = mask(mods.of_sequence, (3, 1, 30, 45), (5, 6))
     all_partial = mask(P, (1, 1, 40, 50), (16, 16))
-    all_partial.states[...] = block_mask.PARTIAL
+    all_partial.states[...] = PARTIAL
     small = {"block_mask": mask(P, (1, 1, 40, 50), (16, 16))}
     return [
         _variant("block mask", 2, 45, 60, 16, B=2, block_mask=mask(P, (1, 1, 45, 60), (16, 16))),

@@ -178,6 +178,9 @@ WRONG: list[Wrong] = [
     ("out byte order", (Q, K, K), {"out": np.empty(Q.shape, ">f4")}, TypeError, "out must be float32"),
     ("out overlaps itself", (Q, K, K), {"out": SELF_OVERLAPPING}, ValueError, "overlap itself"),
     ("out is query", (Q, K, K), {"out": Q}, ValueError, "out must not share memory with query"),
+    ("out in key", (Q, K, K.copy()), {"out": K[:, :, :5]}, ValueError, "out must not share memory with key"),
+    ("out in value", (Q, K.copy(), K), {"out": K[:, :, 2:]}, ValueError, "out must not share memory with value"),
+    ("out in mask", (Q, K, K), {"attn_mask": BUFFER[..., :7], "out": BUFFER[..., 6:14]}, ValueError, "with attn_mask"),
     ("out overlaps", (BUFFER[..., :8], K, K), {"out": BUFFER[..., 4:12]}, ValueError, "share memory with query"),
 ]  # fmt: skip
 
@@ -231,7 +234,7 @@ def test_backend_to_come() -> None:
         {"attn_mask": np.ones((5, 7), np.float16)},
         {"return_aux": []},
     ],
-    ids=repr,
+    ids=lambda options: next(iter(options)),
 )
 def test_accepted(options: dict[str, Any]) -> None:
     out = np.full(Q.shape, 7, Q.dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from numba import prange, types
@@ -27,6 +28,7 @@ from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.score import (
     ON_TILES,
     Arrays,
+    Functions,
     Sequences,
     Settings,
     Sizes,
@@ -45,6 +47,7 @@ from numba_attn.cpu.score import (
 from numba_attn.cpu.simd import PAIRS, address, align_stack, as_bfloat16, as_element, fetch_add, holds_pairs, moved
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
+from numba_attn.cpu.user_functions import mask_pass, score_pass
 from numba_attn.cpu.visible import Matrix, visible
 from numba_attn.problem import Problem, statistics_dtype
 
@@ -198,7 +201,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 )  # fmt: skip
             raising = not ready >> i & 1
             while not done:
-                unit = score(k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
+                unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:
                     tiles.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
                     changes = tiles.raise_reference(width, top, state.reference, state.total, state.moment, correction)
@@ -289,7 +292,7 @@ def fill_rows(rows, first, end, value):
 
 
 @kernel
-def work(memory, worker, next_task, arrays, sequences, settings, cut):
+def work(memory, worker, next_task, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
@@ -312,7 +315,7 @@ def work(memory, worker, next_task, arrays, sequences, settings, cut):
         first = (per_head - 1 - task % per_head) * per_task
         end = min(first + per_task, Lq)
         valid = max(first, min(end, sequences.intervals[b, 1]))
-        head = head_of(arrays, sequences, settings, b, h, memory.dtype.type(0))
+        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         lse, max_score, entropy = (
             of_head(arrays.lse, b, h),
@@ -346,10 +349,10 @@ work_through_pointer = through_pointer(work.py_func)
 
 
 @parallel_kernel
-def work_together(code, memory, next_task, arrays, sequences, settings, cut):
+def work_together(code, memory, next_task, arrays, sequences, functions, settings, cut):
     """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
-        work_through_pointer(code, memory[worker], worker, next_task, arrays, sequences, settings, cut)
+        work_through_pointer(code, memory[worker], worker, next_task, arrays, sequences, functions, settings, cut)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -357,7 +360,6 @@ def work_together(code, memory, next_task, arrays, sequences, settings, cut):
 
 def forward(problem: Problem) -> None:
     """Compute `problem` and write its results."""
-    _refuse_options_to_come(problem)
     q, k, v, out = problem.query, problem.key, problem.value, problem.out
     batch, (Hq, Lq, D), (Lk, Dv) = q.shape[:-3], q.shape[-3:], v.shape[-2:]
     B = math.prod(batch)
@@ -382,7 +384,8 @@ def forward(problem: Problem) -> None:
     )  # fmt: skip
     strides = q.strides, k.strides, v.strides, launch.mask_strides(problem.mask, batch), out.strides
     sequences = Sequences(launch.batch_offsets(batch, *strides), problem.intervals.table)
-    call = arrays, sequences, _settings(problem)
+    functions, alive = _functions(problem, dtype)
+    call = arrays, sequences, functions, _settings(problem)
 
     whole, lanes = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers), VECTOR_BYTES // dtype.itemsize
     cut = Cut(whole.keys, whole.block, whole.blocks, lanes)
@@ -394,6 +397,7 @@ def forward(problem: Problem) -> None:
         weights = problem.key_weight.reshape(B, Hq, Lk)
         size = key_weight.memory_size(keys, D)
         launch.run(key_weight.serial, key_weight.parallel, kinds, workers, size, dtype, weights, *call, keys)
+    del alive
 
 
 def _settings(problem: Problem) -> Settings:
@@ -413,12 +417,21 @@ def _settings(problem: Problem) -> Settings:
     )
 
 
-def _refuse_options_to_come(problem: Problem) -> None:
-    for name in ("score_mod", "mask_mod", "block_mask"):
-        if getattr(problem, name) is not None:
-            raise NotImplementedError(f"{name} is not implemented yet on backend 'cpu'")
+def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]:
+    """The user's functions as kernels take them, and what must live as long as they run."""
+    block = None if problem.block_mask is None else problem.block_mask.mask_mod
+    if problem.score_mod is None and problem.mask_mod is None and block is None:
+        return _NO_FUNCTIONS, []
+    passes = [
+        None if function is None else make(function, dtype)
+        for make, function in ((score_pass, problem.score_mod), (mask_pass, problem.mask_mod), (mask_pass, block))
+    ]
+    codes = np.array([0 if one is None else one.code[0] for one in passes], np.intp)
+    captured = [_NO_FUNCTIONS.score if one is None else one.captured for one in passes]
+    return Functions(codes, *captured), passes
 
 
+_NO_FUNCTIONS = Functions(np.zeros(3, np.intp), *[np.zeros(1, np.int64)] * 3)
 _NO_MASK = np.empty((0, 0, 0), np.bool_)
 
 

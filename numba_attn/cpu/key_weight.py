@@ -92,13 +92,13 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
             if copies_keys(k, sizes.D, operands):
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
-            unit = score(k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
+            unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
             tiles.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
 
 
 @kernel
-def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
+def weigh(memory, worker, next_task, weights, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none; weights is (B, Hq, Lk), and arrays.lse that of the forward pass."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
@@ -113,7 +113,7 @@ def weigh(memory, worker, next_task, weights, arrays, sequences, settings, cut):
         b, h = task // per_head // Hq, task // per_head % Hq
         low = task % per_head * cut.task_keys
         high = min(low + cut.task_keys, Lk)
-        head = head_of(arrays, sequences, settings, b, h, memory.dtype.type(0))
+        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
         add_up(head, arrays.lse[b, h], sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
         start = memory_map(sizes).sums
         for key in range(high - low):
@@ -130,10 +130,12 @@ weigh_through_pointer = through_pointer(weigh.py_func)
 
 
 @parallel_kernel
-def weigh_together(code, memory, next_task, weights, arrays, sequences, settings, cut):
+def weigh_together(code, memory, next_task, weights, arrays, sequences, functions, settings, cut):
     """`weigh`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
-        weigh_through_pointer(code, memory[worker], worker, next_task, weights, arrays, sequences, settings, cut)
+        weigh_through_pointer(
+            code, memory[worker], worker, next_task, weights, arrays, sequences, functions, settings, cut
+        )
 
 
 # From Python ----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ def widen(b: ir.IRBuilder, bits: Value, stored: types.Type) -> Value:
 
 def shorten(b: ir.IRBuilder, value: Value, stored: types.Type) -> Value:
     """The bits of float32 numbers, rounded."""
+    if _like(value, ir.DoubleType()) == value.type:
+        value = b.fptrunc(value, _like(value, ir.FloatType()))
     words, bits = _like(value, I32), _like(value, I16)
     if stored == FLOAT16 and target.HAS_F16C:
         return b.bitcast(b.fptrunc(value, _like(value, ir.HalfType())), bits)

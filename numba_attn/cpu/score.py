@@ -10,18 +10,18 @@ from collections import namedtuple
 
 from numba import types
 
-from numba_attn.cpu import amx, mask_tiles, target, tiles
+from numba_attn.cpu import amx, mask_tiles, target, tiles, user_functions
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes, points_to_boolean
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
-# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask.
-Head = namedtuple("Head", "q k v mask masked position b h slope states")
+# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions.
+Head = namedtuple("Head", "q k v mask masked position b h slope states functions")
 # Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
 Tile = namedtuple("Tile", "start stop added row kept")
 
@@ -31,6 +31,10 @@ Tile = namedtuple("Tile", "start stop added row kept")
 Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
 # offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals.
 Sequences = namedtuple("Sequences", "offsets intervals")
+# The user's functions, compiled: codes (3,), of score_mod, mask_mod and that of the block mask, 0 where there is none;
+# and what each has captured, see `user_functions`.
+Functions = namedtuple("Functions", "codes score mask block")
+SCORE, MASK, BLOCK = range(3)
 # Numbers of a call; softcap, threshold and tile_rows are 0 where there is no such thing.
 Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys")
 
@@ -50,7 +54,7 @@ def matrix(array, b_offset, h):
 
 
 @device
-def head_of(arrays, sequences, settings, b, h, zero):
+def head_of(arrays, sequences, functions, settings, b, h, zero):
     """Everything about head h of sequence b; `zero` is 0 of the element type."""
     offsets, intervals = sequences
     mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
@@ -72,13 +76,14 @@ def head_of(arrays, sequences, settings, b, h, zero):
         h=h,
         slope=slopes[b if slopes.shape[0] > 1 else 0, h] if slopes.size else zero,
         states=states[b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
+        functions=functions,
     )
 
 
 @device
 def is_plain(head, settings):
     """Whether scores are products and nothing else, so that they can be exponentiated where they are made."""
-    return settings.softcap == 0 and head.slope == 0
+    return settings.softcap == 0 and head.slope == 0 and head.functions.codes[SCORE] == 0
 
 
 @device
@@ -98,15 +103,15 @@ def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
         start -= (start - origin) % 2
     width = (rows + lanes - 1) // lanes
     row_bytes = width * lanes * memory.itemsize
-    kept = FULL
+    kept = of_block = FULL
     if settings.tile_rows:
-        start, stop, kept = shrink(head.states, settings.tile_rows, settings.tile_keys, row, row + rows, start, stop)
-        if kept == EMPTY:
+        start, stop, of_block = shrink(
+            head.states, settings.tile_rows, settings.tile_keys, row, row + rows, start, stop
+        )
+        if of_block == EMPTY:
             return nothing
         if even and (start - origin) % 2:
-            start -= 1
-            kept = PARTIAL
-        kept = FULL
+            start, of_block = start - 1, PARTIAL
     if head.masked:
         here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
         kept = glance(here, rows, n)
@@ -133,6 +138,20 @@ def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
             memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
         low, high = element(memory, at.low), element(memory, at.high)
         mask_tiles.mask_outside(width, bias, added, added_row, stop - start, low, high)
+        added, added_row, kept = bias, row_bytes, PARTIAL
+    functions = head.functions
+    across = width * lanes
+    if functions.codes[MASK] != 0:
+        user_functions.run_mask_pass(
+            functions.codes, MASK, functions.mask, bias, added, added_row // memory.itemsize,
+            stop - start, across, rows, head.b, head.h, row, start,
+        )  # fmt: skip
+        added, added_row, kept = bias, row_bytes, PARTIAL
+    if of_block == PARTIAL:
+        user_functions.run_mask_pass(
+            functions.codes, BLOCK, functions.block, bias, added, added_row // memory.itemsize,
+            stop - start, across, rows, head.b, head.h, row, start,
+        )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     return Tile(start, stop, added, added_row, kept)
 
@@ -171,19 +190,31 @@ def keys_of(k, start, first, copied, D, operands):
 
 
 @device
-def score(k, settings, tile, row, rows, sizes, qt, scores, memory, at):
+def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
     """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2."""
     n = tile.stop - tile.start
     width = (rows + sizes.lanes - 1) // sizes.lanes
     tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
-    if settings.softcap == 0:
+    functions, natural = head.functions, settings.scale
+    if settings.softcap != 0:
+        tiles.cap(width, scores, n, natural, settings.softcap)
+        natural = memory.dtype.type(1)
+    if functions.codes[SCORE] != 0:
+        if tile.row != 0 and (head.slope != 0 or not points_to_boolean(head.mask.data)):
+            # What is added counts as part of the score; what is masked stays in the tile of what is added.
+            tiles.settle(width, scores, n, natural, tile.added, tile.added, tile.row)
+            natural = memory.dtype.type(1)
+        user_functions.run_score_pass(
+            functions.codes, SCORE, functions.score, scores, n, width * sizes.lanes, rows,
+            natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+        )  # fmt: skip
+    elif settings.softcap == 0:
         return settings.scale_2
-    tiles.cap(width, scores, n, settings.scale, settings.softcap)
     return memory.dtype.type(LOG2_E)
 
 
 def call_types(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """The types of Arrays, Sequences and Settings, for kinds of element and an operand of products, see `narrow`."""
+    """The types of Arrays, Sequences, Functions and Settings, for kinds of element and an operand, see `narrow`."""
     element_type = COMPUTED[kind]
     given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
     given_mask = types.Array(STORED[mask], 3, "A", readonly=True, aligned=False)
@@ -196,5 +227,6 @@ def call_types(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, .
     return (
         types.NamedTuple(arrays, Arrays),
         types.NamedUniTuple(table, 2, Sequences),
+        types.NamedTuple([types.Array(types.intp, 1, "C"), *[types.Array(types.int64, 1, "C")] * 3], Functions),
         types.NamedTuple(settings, Settings),
     )
