@@ -13,9 +13,10 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, prange
 
-from numba_attn.cpu import target
+from numba_attn.cpu import amx, target
 from numba_attn.cpu.simd import Vectors, address, emits
 
 # Independent sums: more than the latency of a multiply-add times the two that a processor starts in a cycle, and few
@@ -27,7 +28,7 @@ READ_BYTES = 256_000_000  # far beyond any cache
 
 
 def _multiply_add(v: Vectors, memory: Any, turns: Any, *, dot: bool = False) -> None:
-    """The sums start with what is in memory, and end there."""
+    """The sums start with what is in memory, and end there; `dot` for products of pairs of bfloat16 numbers."""
     operation = v.dot if dot else v.fma
     sums = [v.load(memory, i * v.bytes) for i in range(ACCUMULATORS)]
     a, b = (v.load(memory, i * v.bytes) for i in (ACCUMULATORS, ACCUMULATORS + 1))
@@ -39,6 +40,37 @@ def _multiply_add(v: Vectors, memory: Any, turns: Any, *, dot: bool = False) -> 
 
     for i, total in enumerate(v.loop(0, turns, 1, sums, turn)):
         v.store(total, memory, i * v.bytes)
+
+
+def _multiply_tiles(v: Vectors, memory: Any, turns: Any) -> None:
+    """The same on the tile registers of AMX, of which there are enough for four sums."""
+
+    def emit(text: str, *values: Any) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in values])
+        v.builder.asm(kind, text, ",".join(["r"] * len(values)), values, True)
+
+    for register in (*amx.SUMS, *amx.LEFT, *amx.RIGHT):
+        emit(f"tileloadd ($0,$1,1), %tmm{register}", memory, v.index(amx.ROW_BYTES))
+
+    def turn(_: Any, none: list[Any]) -> list[Any]:
+        for _ in range(UNROLLED):
+            for i, register in enumerate(amx.SUMS):
+                emit(f"tdpbf16ps %tmm{amx.RIGHT[i % 2]}, %tmm{amx.LEFT[i // 2]}, %tmm{register}")
+        return none
+
+    v.loop(0, turns, 1, [], turn)
+
+
+multiply_tiles = emits(_multiply_tiles)
+
+
+@njit(parallel=True, nogil=True)
+def _multiply_tiles_on_all(memory, turns):  # type: ignore[no-untyped-def]
+    for thread in prange(memory.shape[0]):
+        at = address(memory[thread])
+        amx.configure(at)
+        multiply_tiles(at, turns)
+        amx.release(at)
 
 
 def _on_all(operation: Any) -> Callable[..., None]:
@@ -64,27 +96,32 @@ def _sum_on_all(words, totals):  # type: ignore[no-untyped-def]
 
 
 class MultiplyAdd:
-    """The peak of one float type; the length of a measurement is chosen once, on making it.
+    """The peak of one kind; the length of a measurement is chosen once, on making it.
 
-    Of bfloat16, that of the instruction that adds two products to a float32 sum: needs `target.HAS_BFLOAT16_DOT`.
+    The kind is a float type, or "dot" or "amx", for which see `target.BFLOAT16`.
     """
 
-    def __init__(self, dtype: str) -> None:
-        self._on_all, products = _multiply_add_on_all, 1
-        if dtype == "bfloat16":
-            self._on_all, products, dtype = _dot_on_all, 2, "float32"
-        lanes = target.VECTOR_BYTES // np.dtype(dtype).itemsize
+    def __init__(self, kind: str) -> None:
+        dtype = np.dtype("float32" if kind in ("dot", "amx") else kind)
+        lanes = target.VECTOR_BYTES // dtype.itemsize
+        vectors = 2 * ACCUMULATORS * lanes  # FLOP of one step
+        self._on_all, flop = {
+            "dot": (_dot_on_all, 2 * vectors),
+            "amx": (_multiply_tiles_on_all, len(amx.SUMS) * 2 * amx.ROWS * amx.ROWS * amx.NUMBERS),
+        }.get(kind, (_multiply_add_on_all, vectors))
         threads = numba.get_num_threads()
-        self._memory = np.full((threads, (ACCUMULATORS + 2) * lanes), 0.5, dtype)
-        self._flop = 2 * products * threads * ACCUMULATORS * UNROLLED * lanes  # of one turn
+        self._memory = np.full((threads, 16 * max(amx.ROWS, lanes)), 0.5, dtype)
+        self._flop = threads * UNROLLED * flop  # of one turn
         self._turns = 1000
-        self._run()  # compiles
-        while (seconds := self._run()) < TURN:
+        self._run(1)  # compiles
+        numba.set_num_threads(1)  # on a busy machine, waiting for another one would pass for work
+        while (seconds := self._run(1)) < TURN:
             self._turns = round(self._turns * min(10, 1.2 * TURN / seconds) + 1)
+        numba.set_num_threads(threads)
 
-    def _run(self) -> float:
+    def _run(self, rows: int | None = None) -> float:
         start = time.perf_counter()
-        self._on_all(self._memory, self._turns)
+        self._on_all(self._memory[:rows], self._turns)
         return time.perf_counter() - start
 
     def gflops(self) -> float:
@@ -93,9 +130,9 @@ class MultiplyAdd:
 
 
 def measures(dtype: str) -> list[MultiplyAdd]:
-    """What the products of a type can be made of: the fastest is its peak."""
-    types = {"float16": ["float32"], "bfloat16": ["float32", *(["bfloat16"] if target.HAS_BFLOAT16_DOT else [])]}
-    return [MultiplyAdd(one) for one in types.get(dtype, [dtype])]
+    """What the products of a type can be made by: the fastest is its peak."""
+    bfloat16 = ["float32", *([target.BFLOAT16] if target.BFLOAT16 != "widened" else [])]
+    return [MultiplyAdd(kind) for kind in {"float16": ["float32"], "bfloat16": bfloat16}.get(dtype, [dtype])]
 
 
 def read_bandwidth() -> float:

@@ -34,6 +34,7 @@ NAMES = {
     "numpy": "NumPy",
 }
 NONE = "–"
+BFLOAT16 = {"amx": "AMX tiles", "dot": "dot products of pairs", "widened": "as float32"}
 
 Result = dict[str, Any]
 Row = Sequence[str]
@@ -161,7 +162,7 @@ def main_table(title: str, cases: Sequence[Result], of_float32: Sequence[Result]
     for name, summarise in summaries.items():
         empty = [""] * (len(head) - len(columns))
         rows.append([f"*{name}*", *empty, *(times(summarise(found[rival].values())) for rival in columns)])
-    return f"{table([title, *head], rows)}\n\n{worst_sentence(found)}"
+    return f"{table([title, *head], rows)}\n\n{worst_sentence(found)}".rstrip()
 
 
 def name_of(case: Result, columns: Iterable[str]) -> str:
@@ -257,7 +258,7 @@ def documents_lines(cases: Sequence[Result], extras: Result | None) -> list[str]
     found = [case for case in cases if case["options"].get("documents")]
     if not found:
         return []
-    [case], text = found, ""
+    case, text = found[0], ""
     if gain := over_ours(plain_twin(case, cases), case):
         text = f" {gain:.1f} times as fast as with every key"
     cost = (extras or {}).get("block_mask_seconds")
@@ -303,19 +304,19 @@ def environment_sentence(results: Result) -> str:
     machine, settings, peak = results["environment"], results["settings"], results["peak"]
     packages = ("numba", "numpy", "torch", "onnxruntime", "jax")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in packages if name in machine["versions"])
-    dots = peak["gflops"].get("bfloat16 dot product")
-    of_dots = f", {dots:.0f} of dot products of bfloat16 numbers" if dots else ""
+    peaks = f"{peak['gflops']['float32']:.0f} GFLOP/s in float32 and {peak['gflops']['float64']:.0f} in float64"
+    if "bfloat16" in peak["gflops"]:
+        peaks += f", {peak['gflops']['bfloat16']:.0f} in bfloat16 ({BFLOAT16[machine['bfloat16']]})"
     commit = (
         f"commit {machine['commit'][:10]}{' with changes' if machine['dirty'] else ''}, " if machine["commit"] else ""
     )
     return (
         f"float32 unless said otherwise, {settings['threads']} threads of {machine['cpu']} ({machine['compiled_for']}, "
-        f"{machine['isa']}), whose measured peak is {peak['gflops']['float32']:.0f} GFLOP/s in float32, "
-        f"{peak['gflops']['float64']:.0f} in float64{of_dots}, reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
+        f"{machine['isa']}), whose measured peak is {peaks}, "
+        f"reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
         f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
         "the faster of its two operators, NumPy by the formula written down; causal and documents count only the pairs "
-        "that are attended to, and the peak of bfloat16 is the larger of its dot products' and float32's. "
-        f"{versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
+        f"that are attended to. {versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
     )
 
 

@@ -3,6 +3,7 @@
     python perf/run.py                                         every case and the extra measurements, as text
     python perf/run.py -o perf/results.json                    the same, and all of it in JSON for report.py
     python perf/run.py --only "D 128" --repeats 5 --peers torch,onnx_mha
+    python perf/run.py --tag variant --peers torch,flex        cap, ALiBi, functions, block masks; "narrow": 16 bits
 
 Each library runs in a process of its own, which is stopped (SIGSTOP) while another is timed: so each may let its idle
 threads spin as it likes, and none takes the processors away from another.  The repeats are interleaved, one timing of
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import extras
-from cases import PERF, SIXTEEN_BITS, Case
+from cases import PERF, Case
 from peers import PEERS
 from workers import OURS, PeerError, Team, Worker, thread_environment, worker
 
@@ -182,7 +183,7 @@ def text_line(result: Result) -> str:
     """Our time and speed, and how many times as long the others take."""
     ours = result["peers"][OURS]
     words = [
-        f"{result['name']:<30}{1e3 * ours['median']:10.3f} ms{ours['gflops']:8.1f} GFLOP/s"
+        f"{result['name']:<40}{1e3 * ours['median']:10.3f} ms{ours['gflops']:8.1f} GFLOP/s"
         f"{100 * result['fraction_of_peak']:5.0f} %"
     ]
     for name, peer in result["peers"].items():
@@ -350,8 +351,7 @@ def run(names: Sequence[str], cases: Sequence[Case], repeats: int, threads: int,
             progress.clear()
             print(f"{name} is left out: {reason}", file=sys.stderr)
         measured = measure_all(team, cases, repeats, progress, sys.stdout)
-        peak = {dtype: peak_of(team, dtype, measured, repeats) for dtype in ("float32", "float64", *SIXTEEN_BITS)}
-        peak["bfloat16 dot product"] = team.ask(OURS, "dot_peak")
+        peak = {dtype: peak_of(team, dtype, measured, repeats) for dtype in ("float32", "float64", "bfloat16")}
         bandwidth = team.ask(OURS, "bandwidth")
         machine = team.ask(OURS, "machine")
     finally:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -70,23 +69,12 @@ class Session:
     # Of our worker only
 
     def peak(self, dtype: str) -> float:
-        """GFLOP/s of multiply-adds, now."""
+        """GFLOP/s of multiply-adds, now; of the fastest that products of the type may be made by."""
         from peak import measures
 
         if dtype not in self._peaks:
             self._peaks[dtype] = measures(dtype)
         return max(one.gflops() for one in self._peaks[dtype])
-
-    def dot_peak(self) -> float | None:
-        """GFLOP/s of dot products of bfloat16 numbers, None if there are no instructions for them."""
-        from peak import MultiplyAdd
-
-        from numba_attn.cpu import target
-
-        if not target.HAS_BFLOAT16_DOT:
-            return None
-        one = MultiplyAdd("bfloat16")
-        return statistics.median(one.gflops() for _ in range(11))
 
     def bandwidth(self) -> float:
         from peak import read_bandwidth
@@ -115,6 +103,7 @@ class Session:
 
         return {
             "isa": target.ISA,
+            "bfloat16": target.BFLOAT16,
             "compiled_for": target.NAME,
             "threads": threads.count(),
             "threading_layer": threads.layer(),

@@ -181,7 +181,10 @@ def test_compilation_policy() -> None:
 
 
 def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) -> None:
-    """No allocation, no exception, no address made from an integer, no scalar exponential in what workers run."""
+    """No allocation, no exception, no scalar exponential in what workers run.
+
+    Nor an address made from an integer, but those of user functions, which are only called.
+    """
     code = python(
         "from numba import types\n"
         "from numba_attn.cpu import forward\n"
@@ -189,12 +192,15 @@ def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) 
         "(result,) = forward.work.overloads.values()\n"
         "for function in result.library.get_llvm_str().split('\\ndefine ')[1:]:\n"
         "    name = function.split('(', 2)[1 if function.startswith('range') else 0]\n"
-        "    if 'cpython' not in name and 'cfunc' not in name: print(function.split('\\n}')[0])\n",
+        "    if 'cpython' not in name and 'cfunc' not in name: print(function.split('\\n}')[0], end='\\0')\n",
         NUMBA_CACHE_DIR=str(tmp_path),
     )
     assert "llvm.fma" in code or "fmul" in code
+    for function in code.split("\0"):
+        for pointer in re.findall(r"(%\S+) = inttoptr", function):
+            uses = re.findall(rf"^.*{re.escape(pointer)}(?![\w.]).*$", function, re.M)
+            assert all(" = inttoptr " in use or f" call i32 {pointer}(" in use for use in uses), uses
     for forbidden in (
-        "inttoptr",
         "NRT_Allocate",
         "NRT_MemInfo_alloc",
         "NRT_MemInfo_new",
@@ -206,6 +212,15 @@ def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) 
         "ninf",
     ):
         assert forbidden not in code, forbidden
+
+
+def test_examples_of_the_readme(python: Callable[..., str]) -> None:
+    """They run one after the other, and print what is said."""
+    for package in ("ml_dtypes", "onnx"):
+        pytest.importorskip(package)
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    printed = python("".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)))
+    assert f"```text\n{printed}```" in text
 
 
 def test_no_prints() -> None:

@@ -34,11 +34,14 @@ def _philox(v: Vectors, counter: list[Value], seed: Value) -> list[Value]:
 
 
 def _drop(v, width, p, n, threshold, seed, b, h, i, j):
-    """p (n, block) = 0 where dropped: -0.0, which is masked, stays; the tile begins with row i and key j."""
+    """p (n, block) = 0 where dropped: -0.0, which is masked, stays; the tile begins with row i and key j.
+
+    The threshold is at least 1 and at most 2**32.
+    """
     builder = v.builder
     row = v.mul_index(width, v.bytes)
     kind = ir.VectorType(I32, v.lanes)
-    limit = v.splat(builder.trunc(threshold, I32))
+    largest_dropped = v.splat(builder.trunc(v.add_index(threshold, -1), I32))
     one, zero = v.constant(1.0), v.constant(0.0)
 
     def whole(x: Value) -> Value:
@@ -56,7 +59,7 @@ def _drop(v, width, p, n, threshold, seed, b, h, i, j):
                 inside = builder.and_(builder.icmp_signed(">=", key, v.index(0)), builder.icmp_signed("<", key, n))
                 with builder.if_then(inside):
                     at = v.add_index(v.mul_index(key, row), here)
-                    factor = v.select(builder.icmp_unsigned(">=", random, limit), one, zero)
+                    factor = v.select(builder.icmp_unsigned(">", random, largest_dropped), one, zero)
                     v.store(v.mul(v.load(p, at), factor), p, at)
             return []
 
