@@ -19,6 +19,11 @@ def numpy_array(name: str, x: Any) -> np.ndarray:
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """Whether a dtype is ml_dtypes' bfloat16, without importing that."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+
+
 def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {type_name(x)}")

@@ -167,18 +167,13 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
 
 
-def is_bfloat16(dtype: np.dtype) -> bool:
-    """Whether a dtype is ml_dtypes' bfloat16, without importing that."""
-    return dtype.itemsize == 2 and dtype.name == "bfloat16"
-
-
 # Arrays ---------------------------------------------------------------------------------------------------------------
 
 
 def _operand(name: str, x: Any) -> np.ndarray:
     """A floating-point array of two or more axes, in native byte order."""
     x = checks.numpy_array(name, x)
-    if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
+    if x.dtype.char not in "fde" and not checks.is_bfloat16(x.dtype):
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 axes (length, head size), got shape {x.shape}")
@@ -224,7 +219,7 @@ def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool)
 def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
     """The mask with as many axes as the scores, each of them full or 1; `rank` is that of the caller's query."""
     mask = checks.numpy_array("attn_mask", mask)
-    if mask.dtype.char not in "?fde" and not is_bfloat16(mask.dtype):
+    if mask.dtype.char not in "?fde" and not checks.is_bfloat16(mask.dtype):
         raise TypeError(f"attn_mask must be bool, float32, float64, float16 or bfloat16, got {mask.dtype}")
     expected = scores if rank > 2 else scores[1:]
     if mask.ndim > len(expected) or any(
@@ -282,10 +277,10 @@ def _dropout(p: Any, seed: Any) -> Dropout | None:
 def _precision(precision: Any, dtype: np.dtype) -> bool:
     """Whether products may be those of bfloat16 numbers."""
     if precision is None:
-        return is_bfloat16(dtype)
+        return checks.is_bfloat16(dtype)
     if precision != "bfloat16":
         raise ValueError(f"precision must be None or 'bfloat16', got {precision!r}")
-    if dtype.char != "f" and not is_bfloat16(dtype):
+    if dtype.char != "f" and not checks.is_bfloat16(dtype):
         raise TypeError(f"precision='bfloat16' is for float32 input, got {dtype}")
     return True
 
@@ -304,7 +299,7 @@ def _numbers_per_head(name: str, x: Any, Hq: int, B: int | None) -> np.ndarray |
     if x is None:
         return None
     x = checks.numpy_array(name, x)
-    if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
+    if x.dtype.char not in "fde" and not checks.is_bfloat16(x.dtype):
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.shape != (Hq,) and (B is None or x.shape != (B, Hq)):
         expected = f"({Hq},)" if B is None else f"({Hq},) or ({B}, {Hq})"

@@ -188,7 +188,7 @@ def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) 
     code = python(
         "from numba import types\n"
         "from numba_attn.cpu import forward\n"
-        "forward.work.compile(forward._signature('f', '?', types.float32))\n"
+        "forward.work.compile(forward._signature('f', types.float32))\n"
         "(result,) = forward.work.overloads.values()\n"
         "for function in result.library.get_llvm_str().split('\\ndefine ')[1:]:\n"
         "    name = function.split('(', 2)[1 if function.startswith('range') else 0]\n"

@@ -74,7 +74,7 @@ def test_avx512_code_keeps_its_accumulators_in_registers(python: Callable[..., s
 import re
 from numba import types
 from numba_attn.cpu import forward
-forward.work.compile(forward._signature("f", "?", types.float32))
+forward.work.compile(forward._signature("f", types.float32))
 text = "".join(forward.work.inspect_asm().values())
 loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
 products = [

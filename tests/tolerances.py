@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from numba_attn import Aux, reference
-from numba_attn.problem import AUX_NAMES, Problem, is_bfloat16, statistics_dtype
+from numba_attn.checks import is_bfloat16
+from numba_attn.problem import AUX_NAMES, Problem, statistics_dtype
 
 CAPS = {np.dtype(np.float32): 3e-5, np.dtype(np.float64): 1e-12}
 BFLOAT16_EPS = 2.0**-7

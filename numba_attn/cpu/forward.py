@@ -252,7 +252,7 @@ def finish(out, lse, max_score, entropy, first, end, sizes, operands, gain, memo
 
     Returns whether every result is finite.
     """
-    D, Dv, _, block, lanes = sizes
+    Dv, block, lanes = sizes.Dv, sizes.block, sizes.lanes
     at = memory_map(sizes)
     finite = True
     for i in range((end - first + block - 1) // block):
@@ -370,13 +370,13 @@ def forward(problem: Problem) -> None:
     dtype, kind = statistics_dtype(q.dtype), kind_of(q.dtype)
     operand = narrow.operand(kind, problem.bfloat16_products)
     first = (0,) * len(batch)
-    mask = _NO_MASK if problem.mask is None else problem.mask[first]
+    mask = _NO_MASK if problem.mask is None else narrow.bytes_of(problem.mask[first])
     workers = threads.count() if B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK else 1
     lse = _rows(problem.lse, (B, Hq, Lq), dtype)
     if problem.key_weight is not None and not lse.size:
         lse = np.empty((B, Hq, Lq), dtype)
     arrays = Arrays(
-        bits_of(q[first]), bits_of(k[first]), bits_of(v[first]), bits_of(mask), bits_of(out[first]),
+        bits_of(q[first]), bits_of(k[first]), bits_of(v[first]), mask, bits_of(out[first]),
         lse, _rows(problem.max_score, (B, Hq, Lq), dtype), _rows(problem.entropy, (B, Hq, Lq), dtype),
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
@@ -390,7 +390,7 @@ def forward(problem: Problem) -> None:
     whole, lanes = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers), VECTOR_BYTES // dtype.itemsize
     cut = Cut(whole.keys, whole.block, whole.blocks, lanes)
     size = _memory_size(whole, D, Dv, lanes)
-    kinds = kind, kind_of(mask.dtype), operand
+    kinds = kind, operand
     launch.run(_serial, _parallel, kinds, min(workers, B * Hq * whole.tasks), size, dtype, *call, cut)
     if problem.key_weight is not None and Lk:
         keys = key_weight.cut_keys(B * Hq, Lk, whole.keys, whole.block, workers, dtype.itemsize)
@@ -414,6 +414,7 @@ def _settings(problem: Problem) -> Settings:
         seed=seed - (seed >> 63 << 64),
         tile_rows=tile_rows,
         tile_keys=tile_keys,
+        mask_kind=0 if problem.mask is None else narrow.MASKS.index(kind_of(problem.mask.dtype)),
     )
 
 
@@ -432,7 +433,7 @@ def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]
 
 
 _NO_FUNCTIONS = Functions(np.zeros(3, np.intp), *[np.zeros(1, np.int64)] * 3)
-_NO_MASK = np.empty((0, 0, 0), np.bool_)
+_NO_MASK = np.empty((0, 0, 0), np.uint8)
 
 
 _NO_STATES = np.empty((0, 0, 0, 0), np.uint8)
@@ -459,25 +460,25 @@ def _memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
 
 
-def _signature(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `work`, for kinds of element, see `narrow`."""
+def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """Of `work`, for a kind of element and an operand, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
-        *call_types(kind, mask, operand),
+        *call_types(kind, operand),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 
 
 @functools.cache
-def _serial(kind: str, mask: str, operand: types.Type) -> Compiled:
-    return compiled(work, _signature(kind, mask, operand))
+def _serial(kind: str, operand: types.Type) -> Compiled:
+    return compiled(work, _signature(kind, operand))
 
 
 @functools.cache
-def _parallel(kind: str, mask: str, operand: types.Type) -> Compiled:
-    memory, _, *rest = _signature(kind, mask, operand)
+def _parallel(kind: str, operand: types.Type) -> Compiled:
+    memory, _, *rest = _signature(kind, operand)
     code = types.Array(types.intp, 1, "C")
     return compiled(work_together, (code, types.Array(memory.dtype, 2, "C"), *rest))
 
@@ -485,9 +486,10 @@ def _parallel(kind: str, mask: str, operand: types.Type) -> Compiled:
 def warmup() -> list[str]:
     """Compile every kernel, or load it from the cache; returns their names."""
     names = []
-    for dtype in "fd":
-        for mask in ("?", dtype):
-            for compile_one in (_serial, _parallel):
-                compile_one(dtype, mask)
-                names.append(f"forward{compile_one.__name__}, {np.dtype(dtype)}, {np.dtype(mask)} mask")
+    for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
+        operand = narrow.operand(kind, bfloat16_products)
+        for kernels in (_serial, _parallel), (key_weight.serial, key_weight.parallel):
+            for compile_one in kernels:
+                compile_one(kind, operand)
+                names.append(f"{compile_one.__module__}.{compile_one.__name__}, {kind}, products of {operand}")
     return names

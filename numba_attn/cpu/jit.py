@@ -130,7 +130,8 @@ def fingerprint() -> str:
     Numba itself looks only at the file that defines the entry point, not at the helpers that are compiled into it.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {target.ISA} {target.BFLOAT16}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in [*sorted(here.glob("*.py")), here.parent / "random.py"]:  # which has the constants of dropout
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

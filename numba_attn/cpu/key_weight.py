@@ -154,25 +154,25 @@ def memory_size(cut: Cut, D: int) -> int:
     return -(-(at.sums + cut.task_keys * cut.lanes) // 16) * 16
 
 
-def _signature(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `weigh`, for kinds of element, see `narrow`."""
+def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """Of `weigh`, for a kind of element and an operand, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
         types.Array(COMPUTED[kind], 3, "A"),
-        *call_types(kind, mask, operand),
+        *call_types(kind, operand),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 
 
 @functools.cache
-def serial(kind: str, mask: str, operand: types.Type) -> Compiled:
-    return compiled(weigh, _signature(kind, mask, operand))
+def serial(kind: str, operand: types.Type) -> Compiled:
+    return compiled(weigh, _signature(kind, operand))
 
 
 @functools.cache
-def parallel(kind: str, mask: str, operand: types.Type) -> Compiled:
-    memory, _, *rest = _signature(kind, mask, operand)
+def parallel(kind: str, operand: types.Type) -> Compiled:
+    memory, _, *rest = _signature(kind, operand)
     code = types.Array(types.intp, 1, "C")
     return compiled(weigh_together, (code, types.Array(memory.dtype, 2, "C"), *rest))

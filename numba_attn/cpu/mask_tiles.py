@@ -5,11 +5,14 @@ A tile is bias (n, block), keys down, queries across, as the scores are.  Masks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, I8, I64, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_vectors, lane_rows
 
 # What a mask leaves of a tile of scores.
@@ -18,10 +21,19 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 TRIM = 16
 
 
-def _as_bias(v: Vectors, x: Value) -> Value:
+def _for_kind(kind: Value, build: Callable[[types.Type], None], v: Vectors) -> None:
+    """`build(type of a mask's elements)` for the one that a mask has at run time, a number in narrow.MASKS."""
+    v.choose(kind, {n: partial(build, narrow.STORED[name]) for n, name in enumerate(narrow.MASKS)})
+
+
+def _stored(stored: types.Type) -> tuple[ir.Type, int]:
+    """An element of a mask as LLVM sees it, and its bytes."""
+    return ELEMENTS.get(stored, ir.IntType(8 * BYTES[stored])), BYTES[stored]
+
+
+def _as_bias(v: Vectors, x: Value, stored: types.Type) -> Value:
     """A loaded mask value, or a vector of them, as what is added to base-2 scores: True is 0, False -inf."""
     b = v.builder
-    stored = v.pointees["mask"]
     if BYTES[stored] == 2:
         x = narrow.widen(b, x, stored)
     vector = isinstance(x.type, ir.VectorType)
@@ -32,7 +44,7 @@ def _as_bias(v: Vectors, x: Value) -> Value:
 
     if element == I8:
         return b.select(b.icmp_unsigned("!=", x, constant(0, x.type)), constant(0.0), constant(-INFINITY))
-    if element != v.element:
+    if x.type != kind:
         x = b.fptrunc(x, kind) if v.size == 4 else b.fpext(x, kind)
     # The largest finite numbers stay finite: they are a penalty, only -inf is a mask.
     scaled, floor = b.fmul(x, constant(v.rounded(LOG2_E))), constant(-v.largest)
@@ -40,57 +52,67 @@ def _as_bias(v: Vectors, x: Value) -> Value:
     return b.select(b.fcmp_ordered("==", x, constant(-INFINITY)), x, scaled)
 
 
-def _mask_rows(v, width, bias, mask, mask_row, rows, n):
+def _mask_rows(v, width, bias, mask, kind, mask_row, rows, n):
     """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes."""
     row = v.mul_index(width, v.bytes)
-    element, size = v.pointee("mask")
-    kind = ir.VectorType(element, v.lanes)
 
-    def vector(w: Value, here: Value) -> None:
-        lanes = [v.at(mask, v.mul_index(mask_row, i)) for i in lane_rows(v, w, rows)]
+    def of_kind(stored: types.Type) -> None:
+        element, size = _stored(stored)
 
-        def keys(j: Value, _: list[Value]) -> list[Value]:
-            at = v.mul_index(j, size)
-            for lane in lanes:
-                v.prefetch(lane, v.add_index(at, v.mul_index(n, size)))
-            columns = v.transpose([_as_bias(v, v.builder.load(v.at(lane, at), align=1, typ=kind)) for lane in lanes])
-            for r, column in enumerate(columns):
-                v.store(column, v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
-            return []
+        def vector(w: Value, here: Value) -> None:
+            lanes = [v.at(mask, v.mul_index(mask_row, i)) for i in lane_rows(v, w, rows)]
 
-        v.loop(0, n, v.lanes, [], keys)
+            def keys(j: Value, _: list[Value]) -> list[Value]:
+                at = v.mul_index(j, size)
+                for lane in lanes:
+                    v.prefetch(lane, v.add_index(at, v.mul_index(n, size)))
+                loaded = [
+                    v.builder.load(v.at(lane, at), align=1, typ=ir.VectorType(element, v.lanes)) for lane in lanes
+                ]
+                for r, column in enumerate(v.transpose([_as_bias(v, x, stored) for x in loaded])):
+                    v.store(column, v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
+                return []
 
-    v.each(width, lambda w: vector(w, v.mul_index(w, v.bytes)))
+            v.loop(0, n, v.lanes, [], keys)
+
+        v.each(width, lambda w: vector(w, v.mul_index(w, v.bytes)))
+
+    _for_kind(kind, of_kind, v)
 
 
-def _mask_keys(v, width, bias, mask, mask_step, n):
+def _mask_keys(v, width, bias, mask, kind, mask_step, n):
     """bias (n, block) from a mask that is the same for every query."""
     row = v.mul_index(width, v.bytes)
-    element, _ = v.pointee("mask")
 
-    def key(j: Value) -> None:
-        x = v.splat(_as_bias(v, v.builder.load(v.at(mask, v.mul_index(j, mask_step)), align=1, typ=element)))
-        for_vectors(v, width, lambda here: v.store(x, v.at(bias, v.mul_index(j, row)), here))
+    def of_kind(stored: types.Type) -> None:
+        def key(j: Value) -> None:
+            x = v.builder.load(v.at(mask, v.mul_index(j, mask_step)), align=1, typ=_stored(stored)[0])
+            x = v.splat(_as_bias(v, x, stored))
+            for_vectors(v, width, lambda here: v.store(x, v.at(bias, v.mul_index(j, row)), here))
 
-    v.each(n, key)
+        v.each(n, key)
+
+    _for_kind(kind, of_kind, v)
 
 
-def _mask_elements(v, width, bias, mask, mask_row, mask_step, rows, first, n):
+def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, first, n):
     """bias (n, block), keys from `first` on, from a mask of any strides, element by element."""
     row = v.mul_index(width, v.bytes)
-    element, _ = v.pointee("mask")
     last = v.add_index(rows, -1)
 
-    def key(j: Value, _: list[Value]) -> list[Value]:
-        def lane(i: Value) -> None:
-            at = v.at(v.at(mask, v.mul_index(mask_row, v.least(i, last))), v.mul_index(j, mask_step))
-            x = _as_bias(v, v.builder.load(at, align=1, typ=element))
-            v.store(x, v.at(bias, v.mul_index(j, row)), v.mul_index(i, v.size))
+    def of_kind(stored: types.Type) -> None:
+        def key(j: Value, _: list[Value]) -> list[Value]:
+            def lane(i: Value) -> None:
+                at = v.at(v.at(mask, v.mul_index(mask_row, v.least(i, last))), v.mul_index(j, mask_step))
+                x = _as_bias(v, v.builder.load(at, align=1, typ=_stored(stored)[0]), stored)
+                v.store(x, v.at(bias, v.mul_index(j, row)), v.mul_index(i, v.size))
 
-        v.each(v.mul_index(width, v.lanes), lane)
-        return []
+            v.each(v.mul_index(width, v.lanes), lane)
+            return []
 
-    v.loop(first, n, 1, [], key)
+        v.loop(first, n, 1, [], key)
+
+    _for_kind(kind, of_kind, v)
 
 
 def _mask_outside(v, width, bias, source, source_row, n, low, high):

@@ -12,9 +12,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from numba_attn.checks import is_bfloat16
 from numba_attn.cpu import target
 from numba_attn.cpu.simd import BYTES, I16, I32, PAIRS, Value, Vectors
-from numba_attn.problem import is_bfloat16
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
 # Kinds of element, by name: how Numba sees them in memory, and what they are computed in.
@@ -29,6 +29,10 @@ def operand(kind: str, bfloat16_products: bool) -> types.Type:
     return PAIRS if bfloat16_products and target.HAS_BFLOAT16_PAIRS else COMPUTED[kind]
 
 
+# Kinds of mask, by the number that kernels know them by.
+MASKS = ("?", "f", "d", "float16", "bfloat16")
+
+
 def kind_of(dtype: np.dtype) -> str:
     if is_bfloat16(dtype):
         return "bfloat16"
@@ -40,6 +44,12 @@ def bits_of(x: np.ndarray) -> np.ndarray:
     if x.dtype.itemsize != 2:
         return x
     return x.view(np.uint16 if is_bfloat16(x.dtype) else np.int16)
+
+
+def bytes_of(mask: np.ndarray) -> np.ndarray:
+    """A mask as kernels take it: the first byte of every element."""
+    first_byte = np.dtype({"names": ["first"], "formats": ["u1"], "itemsize": mask.dtype.itemsize})
+    return mask.view(first_byte)["first"]
 
 
 def load(v: Vectors, pointer: Value, offset: int | Value, stored: types.Type, scalar: bool = False) -> Value:

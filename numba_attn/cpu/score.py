@@ -14,14 +14,14 @@ from numba_attn.cpu import amx, mask_tiles, target, tiles, user_functions
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes, points_to_boolean
+from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.tiles import LOG2_E
-from numba_attn.cpu.visible import Matrix, Position, glance, mask_tile, none_true, shrink, visible
+from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
 # One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions.
-Head = namedtuple("Head", "q k v mask masked position b h slope states functions")
+Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functions")
 # Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
 Tile = namedtuple("Tile", "start stop added row kept")
 
@@ -35,8 +35,8 @@ Sequences = namedtuple("Sequences", "offsets intervals")
 # and what each has captured, see `user_functions`.
 Functions = namedtuple("Functions", "codes score mask block")
 SCORE, MASK, BLOCK = range(3)
-# Numbers of a call; softcap, threshold and tile_rows are 0 where there is no such thing.
-Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys")
+# Numbers of a call; mask_kind as in narrow.MASKS; softcap, threshold and tile_rows are 0 where there is no such thing.
+Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys mask_kind")
 
 ON_TILES = target.BFLOAT16 == "amx"
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
@@ -70,7 +70,7 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
         k=matrix(arrays.k, offsets[b, 1], shared),
         v=matrix(arrays.v, offsets[b, 2], shared),
         mask=mask_head,
-        masked=mask.size > 0,
+        mask_kind=settings.mask_kind if mask.size > 0 else -1,
         position=Position(intervals[b, 0], intervals[b, 2], settings.left, settings.right),
         b=b,
         h=h,
@@ -112,17 +112,18 @@ def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
             return nothing
         if even and (start - origin) % 2:
             start, of_block = start - 1, PARTIAL
-    if head.masked:
+    kind = head.mask_kind
+    if kind >= 0:
         here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
-        kept = glance(here, rows, n)
+        kept = glance(here, kind, rows, n)
         if kept == PARTIAL:
-            while n > TRIM and none_true(here, rows, n - TRIM):
+            while n > TRIM and none_true(here, kind, rows, n - TRIM):
                 n -= TRIM
-            while n > TRIM and none_true(here, rows, 0):
+            while n > TRIM and none_true(here, kind, rows, 0):
                 start, n = start + TRIM, n - TRIM
                 here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
             stop = start + n
-            kept = mask_tile(here, rows, n, width, lanes, bias)
+            kept = mask_tile(here, kind, rows, n, width, lanes, bias)
         if kept == EMPTY:
             return nothing
         if kept == PARTIAL:
@@ -200,7 +201,7 @@ def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
         tiles.cap(width, scores, n, natural, settings.softcap)
         natural = memory.dtype.type(1)
     if functions.codes[SCORE] != 0:
-        if tile.row != 0 and (head.slope != 0 or not points_to_boolean(head.mask.data)):
+        if tile.row != 0 and (head.slope != 0 or head.mask_kind > BOOLEAN):
             # What is added counts as part of the score; what is masked stays in the tile of what is added.
             tiles.settle(width, scores, n, natural, tile.added, tile.added, tile.row)
             natural = memory.dtype.type(1)
@@ -213,17 +214,17 @@ def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
     return memory.dtype.type(LOG2_E)
 
 
-def call_types(kind: str, mask: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """The types of Arrays, Sequences, Functions and Settings, for kinds of element and an operand, see `narrow`."""
+def call_types(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """The types of Arrays, Sequences, Functions and Settings, for a kind of element and an operand, see `narrow`."""
     element_type = COMPUTED[kind]
     given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
-    given_mask = types.Array(STORED[mask], 3, "A", readonly=True, aligned=False)
+    mask = types.Array(types.uint8, 3, "A", readonly=True)
     written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 3, "A")
     states, operands = types.Array(types.uint8, 4, "A", readonly=True), types.Array(operand, 1, "C")
     slopes, sinks = (types.Array(element_type, ndim, "C") for ndim in (2, 1))
-    arrays = [given, given, given, given_mask, written, rows, rows, rows, slopes, sinks, states, operands]
+    arrays = [given, given, given, mask, written, rows, rows, rows, slopes, sinks, states, operands]
     table = types.Array(types.int64, 2, "C", readonly=True)
-    settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 4
+    settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 5
     return (
         types.NamedTuple(arrays, Arrays),
         types.NamedUniTuple(table, 2, Sequences),

@@ -7,12 +7,17 @@ from collections import namedtuple
 from numba_attn.cpu import mask_tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL
-from numba_attn.cpu.simd import moved, pointee_bytes, points_to_boolean
+from numba_attn.cpu.narrow import MASKS, STORED
+from numba_attn.cpu.simd import BYTES, moved
 
 # A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
 Matrix = namedtuple("Matrix", "data row step")
 # Where the rows of a sequence stand on its keys, see masks.KeyIntervals.
 Position = namedtuple("Position", "offset kv_length left right")
+
+# A mask is known by the number of its kind, see narrow.MASKS.
+BOOLEAN = MASKS.index("?")
+MASK_BYTES = tuple(BYTES[STORED[name]] for name in MASKS)
 
 
 @device
@@ -27,9 +32,9 @@ def visible(first, end, position):
 
 
 @device
-def glance(mask, rows, n):
+def glance(mask, kind, rows, n):
     """What a boolean mask with contiguous keys leaves of a tile; PARTIAL, which says nothing, for any other."""
-    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+    if mask.step != 1 or kind != BOOLEAN:
         return PARTIAL
     true, seen = 0, rows if mask.row != 0 else 1
     for i in range(seen):
@@ -40,22 +45,22 @@ def glance(mask, rows, n):
 
 
 @device
-def none_true(mask, rows, first):
+def none_true(mask, kind, rows, first):
     """Whether a boolean mask with contiguous keys, and no other, excludes the TRIM keys from `first` for all rows."""
-    if mask.step != pointee_bytes(mask.data) or not points_to_boolean(mask.data):
+    if mask.step != 1 or kind != BOOLEAN:
         return False
     return not mask_tiles.any_true(moved(mask.data, first), mask.row, rows if mask.row != 0 else 1)
 
 
 @device
-def mask_tile(mask, rows, n, width, lanes, bias):
+def mask_tile(mask, kind, rows, n, width, lanes, bias):
     """Write what the mask adds to a tile of scores to `bias`; what it leaves of the tile."""
     if mask.row == 0:
-        mask_tiles.mask_keys(width, bias, mask.data, mask.step, n)
+        mask_tiles.mask_keys(width, bias, mask.data, kind, mask.step, n)
     else:
-        whole = n // lanes * lanes if mask.step == pointee_bytes(mask.data) else 0
-        mask_tiles.mask_rows(width, bias, mask.data, mask.row, rows, whole)
-        mask_tiles.mask_elements(width, bias, mask.data, mask.row, mask.step, rows, whole, n)
+        whole = n // lanes * lanes if mask.step == MASK_BYTES[kind] else 0
+        mask_tiles.mask_rows(width, bias, mask.data, kind, mask.row, rows, whole)
+        mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, mask.step, rows, whole, n)
     # One key tells most often: only where it does not, all are looked at.
     kept = mask_tiles.classify(width, bias, 1)
     return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
