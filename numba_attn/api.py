@@ -104,7 +104,8 @@ def scaled_dot_product_attention(
     Notes
     -----
     Masks, causal, window and lengths combine by "and".  What is masked is never used: NaN there changes no bit of the
-    result.  The same bits come out for any number of threads, and for a sequence alone or in any batch.
+    result.  The same bits come out for any number of threads and, without
+    dropout, for a sequence alone or in any batch.
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1.
 

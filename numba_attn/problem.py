@@ -247,7 +247,7 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _aux_names(names: Any) -> tuple[str, ...]:
-    if names == ():
+    if type(names) is tuple and not names:
         return ()
     if isinstance(names, str) or not isinstance(names, tuple | list | set | frozenset):
         raise TypeError(f"return_aux must be a tuple of names among {AUX_NAMES}, got {names!r}")
@@ -307,7 +307,7 @@ def _numbers_per_head(name: str, x: Any, Hq: int, B: int | None) -> np.ndarray |
     x = x.astype(np.float64)
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
-    return x if B is None else x.reshape(-1, Hq)
+    return x if B is None or x.ndim == 2 else x[None]
 
 
 def _function(name: str, function: Any) -> Callable[..., Any] | None:

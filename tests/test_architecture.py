@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "cpu.simd": {"cpu.target"},
     "cpu.jit": {"cpu.target"},
     "cpu.amx": {"cpu.simd"},
-    "cpu.narrow": {"cpu.simd", "cpu.target", "problem"},
+    "cpu.narrow": {"checks", "cpu.simd", "cpu.target"},
     "cpu.tiles": {"cpu.amx", "cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.mask_tiles": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.pack": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.simd"},
     "cpu.launch": {"cpu.jit", "threads"},
     "cpu.tile_states": {"block_mask", "cpu.jit", "cpu.launch", "cpu.simd", "cpu.user_functions", "threads"},
-    "cpu.visible": {"cpu.jit", "cpu.mask_tiles", "cpu.simd"},
+    "cpu.visible": {"cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
     "cpu.score": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"),
         *("cpu.user_functions", "cpu.visible"),

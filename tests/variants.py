@@ -45,6 +45,23 @@ def never(b: int, h: int, i: int, j: int) -> bool:
     return False
 
 
+# Options for (B, 2, 20, 400): what adds to scores, changes them or masks them, and together.
+_ADDITIVE = np.random.default_rng(7).standard_normal((20, 400)).astype(np.float32)
+RISING: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "softcap, additive": {"softcap": 100.0, "attn_mask": _ADDITIVE},
+    "score_mod": {"score_mod": mods.nearer_is_more},
+    "score_mod, additive": {"score_mod": same_score, "attn_mask": _ADDITIVE},
+    "score_mod, bool": {"score_mod": mods.nearer_is_more, "attn_mask": _ADDITIVE > -0.5},
+    "score_mod, alibi": {"score_mod": same_score, "alibi_slopes": np.array([-0.125, 0.25])},
+    "score_mod, softcap, window": {"score_mod": same_score, "softcap": 50.0, "window": (300, 390)},
+    "mask_mod, additive": {"mask_mod": mods.scattered, "attn_mask": _ADDITIVE},
+    "score_mod, mask_mod, additive": {"score_mod": same_score, "mask_mod": mods.scattered, "attn_mask": _ADDITIVE},
+    "block mask, sinks": {"block_mask": mods.blocky(mods.prefix, (1, 1, 20, 400), (16, 16)), "sinks": np.zeros(2)},
+    "dropout": {"dropout_p": 0.5, "dropout_seed": 1},
+}
+
+
 class Variants:
     """Run on `backend`."""
 
@@ -135,6 +152,17 @@ class Variants:
         np.testing.assert_allclose(aux.entropy, more.entropy, atol=1e-13)
         np.testing.assert_allclose(aux.key_weight, more.key_weight[..., :LK], atol=1e-12)
         np.testing.assert_allclose(np.maximum(aux.max_score, sinks[:, None]), more.max_score, atol=1e-13)
+
+    @pytest.mark.parametrize("name", RISING)
+    def test_scores_that_rise(self, name: str) -> None:
+        """From key to key, or fall, so that what is known of the maximum must be corrected again and again."""
+        rng = np.random.default_rng(9)
+        query, key, value = (rng.standard_normal((1, 2, L, 8), dtype=np.float32) for L in (20, 400, 400))
+        key = key * np.linspace(0.125, 6, 400, dtype=np.float32)[:, None]
+        for order in (slice(None), slice(None, None, -1)):
+            operands = query, np.ascontiguousarray(key[:, :, order]), value
+            out, aux = self.run(*operands, return_aux=AUX_NAMES, **RISING[name])
+            assert_accurate(out, aux, *operands, **RISING[name])
 
     def test_statistics_of_the_probabilities(self) -> None:
         """The output is the probabilities where values are unit vectors: the statistics are what they say."""

@@ -27,6 +27,7 @@ from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.score import (
     ON_TILES,
+    SCORE,
     Arrays,
     Functions,
     Sequences,
@@ -199,7 +200,8 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.total, sums, top, scores,
                 )  # fmt: skip
-            raising = not ready >> i & 1
+            # With a score_mod, what is added has been used up when the tile turns out to be one to do again.
+            raising = not ready >> i & 1 or head.functions.codes[SCORE] != 0
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:

@@ -366,7 +366,9 @@ def _raise_reference(v, width, top, reference, total, moment, correction):
         (factor,) = v.exp2(v.sub(old, _base(v, new)))
         v.store(new, reference, here)
         v.store(factor, correction, here)
-        v.store(v.mul(v.fma(step, sums, v.load(moment, here)), factor), moment, here)
+        moved = v.mul(v.fma(step, sums, v.load(moment, here)), factor)
+        # Where nothing is left of the old probabilities, the step may be beyond what a product of it can be.
+        v.store(v.select(v.equal(factor, v.constant(0.0)), factor, moved), moment, here)
         v.store(v.mul(sums, factor), total, here)
         missing = b.shl(b.zext(v.any(v.equal(new, lowest)), I64), v.index(1))
         return [b.or_(flags[0], b.or_(b.zext(v.any(exceeds), I64), missing))]
