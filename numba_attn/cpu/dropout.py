@@ -12,25 +12,29 @@ WORDS = 4  # of a block of random numbers: four keys
 
 
 def _philox(v: Vectors, counter: list[Value], seed: Value) -> list[Value]:
-    """Four vectors of random words from a vector of counters; `seed` of 64 bits."""
-    b, kind = v.builder, counter[0].type
-    wide = ir.VectorType(I64, v.lanes)
+    """Four vectors of random 32-bit words from a vector of counters; `seed` of 64 bits.
 
-    def constant(value: int, like: ir.Type) -> Value:
-        return ir.Constant(like, [value] * v.lanes)
+    Words are the lower halves of 64-bit lanes all along, with anything in the upper ones: so a multiplication of words
+    is one instruction, and its upper half one shift away.
+    """
+    b = v.builder
+    kind, wide = ir.VectorType(I32, v.lanes), ir.VectorType(I64, v.lanes)
+
+    def constant(value: int) -> Value:
+        return ir.Constant(wide, [value] * v.lanes)
 
     def multiply(x: Value, factor: int) -> tuple[Value, Value]:
-        product = b.mul(b.zext(x, wide), constant(factor, wide))
-        return b.trunc(b.lshr(product, constant(32, wide)), kind), b.trunc(product, kind)
+        product = b.mul(b.and_(x, constant(0xFFFFFFFF)), constant(factor))
+        return b.lshr(product, constant(32)), product
 
     keys = [b.trunc(seed, I32), b.trunc(b.lshr(seed, v.index(32)), I32)]
-    x = counter
+    x = [b.zext(word, wide) for word in counter]
     for _ in range(ROUNDS):
         (high_0, low_0), (high_1, low_1) = multiply(x[0], MULTIPLIERS[0]), multiply(x[2], MULTIPLIERS[1])
-        key_0, key_1 = (v.splat(key) for key in keys)
+        key_0, key_1 = (v.splat(b.zext(key, I64)) for key in keys)
         x = [b.xor(b.xor(high_1, x[1]), key_0), low_1, b.xor(b.xor(high_0, x[3]), key_1), low_0]
         keys = [b.add(key, ir.Constant(I32, weyl)) for key, weyl in zip(keys, WEYL, strict=True)]
-    return x
+    return [b.trunc(word, kind) for word in x]
 
 
 def _drop(v, width, p, n, threshold, seed, b, h, i, j):

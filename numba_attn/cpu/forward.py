@@ -154,6 +154,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
         pack.fill_lanes(state.best, lowest, width)
 
     ready = 0  # bit i: every row of block i has met a key
+    rising = 0  # bit i: scores of block i have exceeded their reference by more than the headroom
     task_low, task_high, _, _ = visible(first, end, head.position)
     for tile in range(task_low // keys * keys, task_high, keys):
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
@@ -200,8 +201,9 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.total, sums, top, scores,
                 )  # fmt: skip
-            # With a score_mod, what is added has been used up when the tile turns out to be one to do again.
-            raising = not ready >> i & 1 or head.functions.codes[SCORE] != 0
+            # Scores that have risen once, as with ALiBi towards the diagonal, are expected to go on.  With a score_mod,
+            # what is added has been used up when a tile turns out to be one to do again.
+            raising = not ready >> i & 1 or rising >> i & 1 or head.functions.codes[SCORE] != 0
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:
@@ -221,7 +223,9 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                         width, scores, n, unit, here.added, here.row,
                         state.reference, state.total, sums, top, state.moment, moments,
                     )  # fmt: skip
-                raising = True
+                if not done:
+                    rising |= 1 << i
+                    raising = True
             tiles.follow(width, state.best, top, state.reference)
             if settings.threshold != 0:
                 dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)

@@ -13,7 +13,7 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_vectors, lane_rows
+from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_keys, for_vectors, lane_rows
 
 # What a mask leaves of a tile of scores.
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -126,13 +126,15 @@ def _mask_outside(v, width, bias, source, source_row, n, low, high):
     def vector(here: Value) -> None:
         first, end = v.load(low, here), v.load(high, here)
 
-        def key(j: Value, number: list[Value]) -> list[Value]:
-            x = v.load(v.at(source, v.mul_index(j, source_row)), here)
-            inside = v.builder.and_(v.builder.not_(v.less(number[0], first)), v.less(number[0], end))
-            v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(j, row)), here)
-            return [v.add(number[0], v.constant(1.0))]
+        def keys(j: Value, height: int, number: list[Value]) -> list[Value]:
+            for r in range(height):
+                x = v.load(v.at(source, v.mul_index(v.add_index(j, r), source_row)), here)
+                key = v.add(number[0], v.constant(float(r)))
+                inside = v.builder.and_(v.builder.not_(v.less(key, first)), v.less(key, end))
+                v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
+            return [v.add(number[0], v.constant(float(height)))]
 
-        v.loop(0, n, 1, [v.constant(0.0)], key)
+        for_keys(v, n, [v.constant(0.0)], keys)
 
     for_vectors(v, width, vector)
 
@@ -140,19 +142,21 @@ def _mask_outside(v, width, bias, source, source_row, n, low, high):
 def _add_alibi(v, width, bias, source, source_row, n, slope, first):
     """bias = source (rows `source_row` bytes apart) - slope * |distance|; query lane 0 is `first` keys after key 0."""
     row = v.mul_index(width, v.bytes)
-    minus, one = v.splat(v.builder.fneg(slope)), v.constant(1.0)
+    minus = v.splat(v.builder.fneg(slope))
 
     def vector(w: Value) -> None:
         here = v.mul_index(w, v.bytes)
         start = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
         lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
 
-        def key(j: Value, distance: list[Value]) -> list[Value]:
-            x = v.load(v.at(source, v.mul_index(j, source_row)), here)
-            v.store(v.fma(v.absolute(distance[0]), minus, x), v.at(bias, v.mul_index(j, row)), here)
-            return [v.sub(distance[0], one)]
+        def keys(j: Value, height: int, distance: list[Value]) -> list[Value]:
+            for r in range(height):
+                size = v.absolute(v.sub(distance[0], v.constant(float(r))))
+                x = v.load(v.at(source, v.mul_index(v.add_index(j, r), source_row)), here)
+                v.store(v.fma(size, minus, x), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
+            return [v.sub(distance[0], v.constant(float(height)))]
 
-        v.loop(0, n, 1, [v.add(start, lanes)], key)
+        for_keys(v, n, [v.add(start, lanes)], keys)
 
     v.each(width, vector)
 

@@ -180,6 +180,19 @@ class Vectors:
     def div(self, a: Value, b: Value) -> Value:
         return self.builder.fdiv(a, b)
 
+    def quotient(self, a: Value, b: Value) -> Value:
+        """A / b for b of moderate size, to a unit in the last place, sooner than the division is done."""
+        if not target.HAS_AVX512 or (self.size, self.lanes) != (4, 16):
+            return self.div(a, b)
+        mask = ir.IntType(16)
+        kind = ir.FunctionType(self.type, [self.type, self.type, mask])
+        estimate = self._function("llvm.x86.avx512.rcp14.ps.512", kind)
+        r = self.builder.call(estimate, [b, self.constant(0.0), ir.Constant(mask, 0xFFFF)])
+        minus_b = self.sub(self.constant(0.0), b)
+        r = self.fma(self.fma(minus_b, r, self.constant(1.0)), r, r)
+        q = self.mul(a, r)
+        return self.fma(self.fma(minus_b, q, a), r, q)
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """A * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
         return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
@@ -225,16 +238,18 @@ class Vectors:
     def exp2(self, *xs: Value) -> list[Value]:
         """2**x of several vectors: a polynomial on the fraction, the exponent added as an integer.
 
-        Exactly 0 from the smallest normal number downward (but for a sliver of one octave that may give denormals);
-        NaN stays NaN; x must stay below the largest exponent.  The steps of all vectors are interleaved: one after the
-        other, their long chains of dependent operations fill the processor's scheduler and stall it.
+        Exactly 0 below a limit, far enough from the smallest normal number that products with what comes above it are
+        normal too: others take a processor a hundred times as long.  NaN stays NaN; x must stay below the largest
+        exponent.  The steps of all vectors are interleaved: one after the other, their long chains of dependent
+        operations fill the processor's scheduler and stall it.
         """
         b = self.builder
-        shift, lowest, degree = (23, -127.0, 6) if self.size == 4 else (52, -1023.0, 11)
-        in_memory = self._table([lowest, 1.5 * 2.0**shift, *exp2_polynomial(degree)])
-        clamp, magic, *coefficients = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 3))
-        low = clamp()
-        clamped = [self.maximum(low, x) for x in xs]  # this operand order keeps NaN
+        shift, limit, lowest, degree = (23, -100.0, -127.0, 6) if self.size == 4 else (52, -960.0, -1023.0, 11)
+        in_memory = self._table([limit, lowest, 1.5 * 2.0**shift, *exp2_polynomial(degree)])
+        constants = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 4))
+        at_limit, at_lowest, magic, *coefficients = constants
+        low, zero_exponent = at_limit(), at_lowest()
+        clamped = [self.select(self.less(x, low), zero_exponent, x) for x in xs]
         # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
         rounder = magic()
         shifted = [self.add(x, rounder) for x in clamped]
@@ -270,7 +285,7 @@ class Vectors:
         shifts, one = (ir.Constant(self.bits, [c] * self.lanes) for c in (shift, bias << shift))
         powers = [b.bitcast(b.add(b.shl(b.bitcast(n, self.bits), shifts), one), self.type) for n in shifted]
         e = [self.fma(p, g, self.sub(p, self.constant(1.0))) for p, g in zip(powers, growth, strict=True)]
-        results = [self.div(x, self.add(x, self.constant(2.0))) for x in e]
+        results = [self.quotient(x, self.add(x, self.constant(2.0))) for x in e]
         return [b.bitcast(b.or_(b.bitcast(r, self.bits), s), self.type) for r, s in zip(results, signs, strict=True)]
 
     def _horner(self, coefficients: Sequence[Callable[[], Value]], xs: Sequence[Value]) -> list[Value]:

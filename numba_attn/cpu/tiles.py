@@ -65,6 +65,15 @@ def for_vectors(v: Vectors, width: Value, body: Callable[[Value], object]) -> No
     v.each(width, lambda w: body(v.mul_index(w, v.bytes)))
 
 
+def for_keys(
+    v: Vectors, n: Value, start: Sequence[Value], body: Callable[[Value, int, list[Value]], list[Value]]
+) -> list[Value]:
+    """`carried = body(first key, keys at once, carried)` over n keys: a few at once, as chains would be too slow."""
+    whole = v.whole_steps(v.index(0), n, AT_ONCE)
+    carried = v.loop(0, whole, AT_ONCE, start, lambda j, carried: body(j, AT_ONCE, carried))
+    return v.loop(whole, n, 1, carried, lambda j, carried: body(j, 1, carried))
+
+
 def lane_rows(v: Vectors, w: Value, rows: Value) -> list[Value]:
     """The row of each lane of vector w of a block of `rows` rows: the last one again beyond them."""
     first, last = v.mul_index(w, v.lanes), v.add_index(rows, -1)
@@ -338,12 +347,20 @@ def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
     def vector(here: Value) -> None:
         base = _base(v, v.load(reference, here))
 
-        def key(j: Value, highest: list[Value]) -> list[Value]:
-            extra = v.load(v.at(bias, v.mul_index(j, bias_row)), here)
-            x = v.fma(v.load(v.at(s, v.mul_index(j, row)), here), factor, v.sub(extra, base))
-            return [v.maximum(v.select(v.equal(extra, lowest), lowest, x), highest[0])]
+        def keys(j: Value, height: int, highest: list[Value]) -> list[Value]:
+            found = list(highest)
+            for r in range(height):
+                number = v.add_index(j, r)
+                extra = v.load(v.at(bias, v.mul_index(number, bias_row)), here)
+                x = v.fma(v.load(v.at(s, v.mul_index(number, row)), here), factor, v.sub(extra, base))
+                # Where masked, x is -inf or NaN, which is not the maximum.
+                found[r] = v.maximum(x, found[r])
+            return found
 
-        v.store(v.loop(0, n, 1, [lowest], key)[0], top, here)
+        first, *others = for_keys(v, n, [lowest] * AT_ONCE, keys)
+        for other in others:
+            first = v.maximum(other, first)
+        v.store(first, top, here)
 
     for_vectors(v, width, vector)
 
@@ -405,10 +422,7 @@ def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total, sums,
             return [highest, *tile_sums]
 
         start = [lowest, zero, zero][: 3 if weighted else 2]
-        whole = v.whole_steps(v.index(0), n, AT_ONCE)
-        partly = v.loop(0, whole, AT_ONCE, start, lambda j, carried: keys(j, AT_ONCE, carried))
-        results = v.loop(whole, n, 1, partly, lambda j, carried: keys(j, 1, carried))
-        for result, to in zip(results, (top, sums, moments), strict=False):
+        for result, to in zip(for_keys(v, n, start, keys), (top, sums, moments), strict=False):
             v.store(result, to, here)
 
     for_vectors(v, width, vector)
