@@ -460,6 +460,7 @@ def _base_2(x: np.ndarray | None, ndim: int, dtype: np.dtype) -> np.ndarray:
     return _nothing(ndim, dtype) if x is None else (x * LOG2_E).astype(dtype)
 
 
+@functools.lru_cache(maxsize=256)
 def _memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     """Elements of a worker's memory."""
     at = memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, lanes))
