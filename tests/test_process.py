@@ -89,6 +89,40 @@ print(len(products))
     assert int(python(script, **environment)) >= 2
 
 
+BFLOAT16 = """
+import numpy as np, ml_dtypes, numba_attn
+from numba_attn.cpu import target
+rng = np.random.default_rng(0)
+shapes = (2, 3, 150, 40), (2, 3, 131, 40), (2, 3, 131, 25)
+arrays = [rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes]
+options = [{}, {"is_causal": True, "query_offset": -3}, {"window": (7, 5), "dropout_p": 0.2, "dropout_seed": 1}]
+errors = []
+for given in (arrays, [x.astype(np.float32) for x in arrays]):
+    for more in options:
+        more = {**more, "precision": "bfloat16"}
+        out, exact = (numba_attn.scaled_dot_product_attention(*given, backend=b, **more) for b in ("cpu", "reference"))
+        errors.append(float(np.abs(out.astype(float) - exact.astype(float)).max()))
+        arrays_with_nan = [x.copy() for x in given]
+        arrays_with_nan[2][:, :, 70] = np.nan
+        out = numba_attn.scaled_dot_product_attention(*arrays_with_nan, **more)
+        exact = numba_attn.scaled_dot_product_attention(*arrays_with_nan, backend="reference", **more)
+        assert np.array_equal(np.isnan(out), np.isnan(exact))
+print(target.BFLOAT16, max(errors))
+"""
+
+
+@pytest.mark.parametrize("products", ["widened", "dot", "amx"])
+def test_products_of_bfloat16(python: Callable[..., str], tmp_path: Path, products: str) -> None:
+    """Every way of making them that this processor has."""
+    pytest.importorskip("ml_dtypes")
+    if {"widened": False, "dot": not has("avx512_bf16"), "amx": not has("amx_bf16")}[products]:
+        pytest.skip(f"this processor has no {products}")
+    environment = {"NUMBA_ATTN_BFLOAT16": products, "NUMBA_CACHE_DIR": str(tmp_path)}
+    name, error = python(BFLOAT16, **environment).split()
+    assert name == products
+    assert float(error) < 0.04
+
+
 CALL = """
 import numpy as np, numba_attn
 x = np.random.default_rng(0).standard_normal((4, 300, 32), dtype=np.float32)
