@@ -132,3 +132,17 @@ def test_memory_does_not_grow_with_the_lengths() -> None:
     sizes = {forward._memory_size(plan(8, L, 64, 64, 4, 2), 64, 64, 16) * 4 for L in (4096, 16384, 1 << 20)}
     assert len(sizes) == 1
     assert sizes.pop() < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e9, 1e15])
+def test_scores_so_large_that_rounding_exceeds_the_headroom(dtype: type[np.floating], size: float) -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, 300, 24)).astype(dtype) for _ in range(3))
+    for options in ({}, {"is_causal": True}, {"softcap": 1e30}, {"return_aux": ("entropy", "key_weight")}):
+        result = scaled_dot_product_attention(dtype(size) * query, dtype(size) * key, value, **options)
+        out, aux = result if isinstance(result, tuple) else (result, None)
+        assert np.isfinite(out).all()
+        assert np.abs(out).max() <= np.abs(value).max() * 1.001, "an average of values"
+        if aux is not None:
+            assert (aux.key_weight >= 0).all() and (aux.key_weight <= 300.5).all()

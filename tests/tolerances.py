@@ -94,6 +94,8 @@ def _complaints(
         roundings = 4 + score
         if name == "entropy":
             roundings *= 2  # a difference of terms as large as scores
+        elif name in ("lse", "max_score"):
+            roundings += 11  # found as an exponent, of up to 16 in base 2, relative to another score
         elif name == "key_weight":
             roundings += rows  # a sum over rows
         rough_error = float(np.nanmax(np.abs(rough - truth)))

@@ -216,12 +216,12 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 if weighted:
                     done = tiles.exponentiate_weighted(
                         width, scores, n, unit, here.added, here.row,
-                        state.reference, state.total, sums, top, state.moment, moments,
+                        state.reference, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 else:
                     done = tiles.exponentiate(
                         width, scores, n, unit, here.added, here.row,
-                        state.reference, state.total, sums, top, state.moment, moments,
+                        state.reference, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 if not done:
                     rising |= 1 << i

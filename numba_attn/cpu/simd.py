@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -271,12 +272,14 @@ class Vectors:
         """
         b = self.builder
         shift, largest, bias = (23, 40.0, 127) if self.size == 4 else (52, 80.0, 1023)
-        coefficients = [partial(self.constant, c) for c in exp2_polynomial(6 if self.size == 4 else 11)[1:]]
+        # Of (2**f - 1) / f, as Taylor has them: near 0, the others are not good enough.
+        terms = range(1, 8 if self.size == 4 else 15)
+        coefficients = [partial(self.constant, math.log(2) ** k / math.factorial(k)) for k in terms]
         rounder, limit = self.constant(1.5 * 2.0**shift), self.constant(largest)
         sign = ir.Constant(self.bits, [1 << (8 * self.size - 1)] * self.lanes)
         signs = [b.and_(b.bitcast(y, self.bits), sign) for y in ys]
         sizes = [b.bitcast(b.xor(b.bitcast(y, self.bits), s), self.type) for y, s in zip(ys, signs, strict=True)]
-        double = [self.mul(y, self.constant(2 / np.log(2))) for y in sizes]
+        double = [self.mul(y, self.constant(2 / math.log(2))) for y in sizes]
         # NaN stays: the comparison does not hold.
         clamped = [self.select(self.less(limit, x), limit, x) for x in double]
         shifted = [self.add(x, rounder) for x in clamped]

@@ -193,7 +193,7 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
             v.store(total_p, sums, w * v.bytes)
 
     for_rows(v, n, heights, tile)
-    return _accept(v, v.index(width), top, [(total, sums)])
+    return _accept(v, v.index(width), top, [(total, sums)], ir.Constant(I1, 0))
 
 
 def paired(v: Vectors, rows: list[Value]) -> list[Value]:
@@ -219,15 +219,16 @@ def _pair_up(v, width, p, n, k):
     for_vectors(v, width, vector)
 
 
-def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Value]]) -> Value:
-    """Whether no `top` exceeds the headroom; if so, each total += its sum of the tile."""
+def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Value]], final: Value) -> Value:
+    """Whether no `top` exceeds the headroom, or it is `final` anyway; if so, each total += its sum of the tile."""
 
     def exceeds(here: Value, found: list[Value]) -> list[Value]:
         return [v.builder.or_(found[0], v.any(v.less(v.constant(HEADROOM), v.load(top, here))))]
 
     end = v.mul_index(width, v.bytes)
     (exceeded,) = v.loop(0, end, v.bytes, [ir.Constant(I1, 0)], exceeds)
-    accepted = v.builder.not_(exceeded)
+    is_final = v.builder.icmp_signed("!=", final, ir.Constant(final.type, 0))
+    accepted = v.builder.or_(v.builder.not_(exceeded), is_final)
     with v.builder.if_then(accepted):
         for total, tile_sum in sums:
             for_vectors(v, width, lambda here: v.store(v.add(v.load(total, here), v.load(tile_sum, here)), total, here))
@@ -393,11 +394,16 @@ def _raise_reference(v, width, top, reference, total, moment, correction):
     return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [v.index(0)], vector)[0]
 
 
-def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total, sums, top, moment, moments, *, weighted):
+def _exponentiate(
+    v, width, s, n, scale, bias, bias_row, reference, total, sums, top, moment, moments, final, *, weighted
+):  # fmt: skip
     """s = exp2(scale * s + bias - reference) in place, -0.0 where masked; total += its column sums.
 
-    If `weighted`, moment += the column sums of p * log2(p).  top and the result are as those of `probabilities`.
+    If `weighted`, moment += the column sums of p * log2(p).  top and the result are as those of `probabilities`, but
+    for a `final` pass, with references just raised.  What still exceeds them by more than the headroom are scores so
+    large that they were rounded by that much.
     """
+    most = v.constant(HEADROOM)
     row = v.mul_index(width, v.bytes)
     lowest, masked, factor, zero = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale), v.constant(0.0)
 
@@ -410,6 +416,7 @@ def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total, sums,
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
             xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
+            xs = [v.select(v.less(most, x), most, x) for x in xs]
             for x, e, power, to in zip(xs, extra, v.exp2(*xs), at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
                 # Where masked, x is -inf or NaN, which is not the maximum.
@@ -426,7 +433,7 @@ def _exponentiate(v, width, s, n, scale, bias, bias_row, reference, total, sums,
             v.store(result, to, here)
 
     for_vectors(v, width, vector)
-    return _accept(v, width, top, [(total, sums), (moment, moments)][: 2 if weighted else 1])
+    return _accept(v, width, top, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
 
 
 def _follow(v, width, best, top, reference):
@@ -469,7 +476,9 @@ def _weigh(v, width, s, n, scale, bias, bias_row, lse, sums):
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
             loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
-            powers = v.exp2(*(v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)))
+            xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
+            # No probability is above 1, however coarsely large scores are rounded.
+            powers = v.exp2(*(v.select(v.less(zero, x), zero, x) for x in xs))
             return [
                 v.add(total, v.select(v.equal(e, lowest), zero, power))
                 for total, e, power in zip(added, extra, powers, strict=True)
