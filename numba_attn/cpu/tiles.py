@@ -416,8 +416,8 @@ def _exponentiate(
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
             xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
-            xs = [v.select(v.less(most, x), most, x) for x in xs]
-            for x, e, power, to in zip(xs, extra, v.exp2(*xs), at, strict=True):
+            powers = v.exp2(*(v.select(v.less(most, x), most, x) for x in xs))
+            for x, e, power, to in zip(xs, extra, powers, at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
                 # Where masked, x is -inf or NaN, which is not the maximum.
                 highest = v.maximum(x, highest)
