@@ -111,7 +111,7 @@ class BlockMask:
                [ True,  True, False]])
         """
         b, h = self._head(b, h)
-        function, (_, _, Lq, Lk), (rows, keys) = _python(self.mask_mod), self.shape, self.block_size
+        function, (_, _, Lq, Lk), (rows, keys) = checks.plain_function(self.mask_mod), self.shape, self.block_size
         dense = np.zeros((Lq, Lk), bool)
         for (row, column), state in np.ndenumerate(self.states[b, h]):
             tile = dense[row * rows : (row + 1) * rows, column * keys : (column + 1) * keys]
@@ -191,17 +191,12 @@ def _at_least(name: str, x: Any, low: int) -> int:
     return n
 
 
-def _python(function: MaskMod) -> MaskMod:
-    return getattr(function, "py_func", function)  # of a Numba dispatcher
-
-
 def _check_function(name: str, function: Any) -> None:
     expected = ", ".join(_PARAMETERS)
-    code = getattr(_python(function), "__code__", None)
-    if code is None:
+    python = checks.plain_function(function)
+    if not hasattr(python, "__code__"):
         raise TypeError(f"{name} must be a Python or @njit function of ({expected}), got {checks.type_name(function)}")
-    if code.co_argcount != len(_PARAMETERS) or code.co_kwonlyargcount or code.co_flags & 0x0C:
-        raise TypeError(f"{name} must take 4 arguments ({expected}), got {code.co_name!r} with {code.co_argcount}")
+    checks.parameters(name, python, _PARAMETERS)
 
 
 # Combinations ---------------------------------------------------------------------------------------------------------

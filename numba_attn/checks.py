@@ -65,6 +65,21 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
     return values
 
 
+def plain_function(function: Any) -> Any:
+    """The Python function behind one of Numba's; any other as it is."""
+    return getattr(function, "py_func", function)
+
+
+def parameters(name: str, function: Any, expected: tuple[str, ...]) -> None:
+    """A Python function takes as many arguments as expected, all by position."""
+    code = function.__code__
+    if code.co_argcount != len(expected) or code.co_kwonlyargcount or code.co_flags & 0x0C:
+        raise TypeError(
+            f"{name} must take {len(expected)} arguments ({', '.join(expected)}), "
+            f"got {code.co_name!r} with {code.co_argcount}"
+        )
+
+
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     if not np.may_share_memory(a, b):
         return False

@@ -316,15 +316,10 @@ def _function(name: str, function: Any) -> Callable[..., Any] | None:
     expected = MOD_PARAMETERS[name]
     if not callable(function):
         raise TypeError(f"{name} must be a function of ({', '.join(expected)}), got {checks.type_name(function)}")
-    python = getattr(function, "py_func", function)  # of a Numba dispatcher
-    code = getattr(python, "__code__", None)
-    if code is None:
+    python = checks.plain_function(function)
+    if not hasattr(python, "__code__"):
         raise TypeError(f"{name} must be a Python or @njit function, got {checks.type_name(function)}")
-    if code.co_argcount != len(expected) or code.co_kwonlyargcount or code.co_flags & 0x0C:
-        raise TypeError(
-            f"{name} must take {len(expected)} arguments ({', '.join(expected)}), "
-            f"got {code.co_name!r} with {code.co_argcount}"
-        )
+    checks.parameters(name, python, expected)
     return python  # type: ignore[no-any-return]
 
 

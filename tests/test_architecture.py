@@ -41,26 +41,26 @@ MAY_IMPORT = {
     "cpu.amx": {"cpu.simd"},
     "cpu.narrow": {"checks", "cpu.simd", "cpu.target"},
     "cpu.tiles": {"cpu.amx", "cpu.plan", "cpu.simd", "cpu.target"},
-    "cpu.mask_tiles": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.mask_tiles": {"block_mask", "cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.pack": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.dropout": {"cpu.simd", "cpu.tiles", "random"},
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.simd"},
     "cpu.launch": {"cpu.jit", "threads"},
     "cpu.tile_states": {"block_mask", "cpu.jit", "cpu.launch", "cpu.simd", "cpu.user_functions", "threads"},
-    "cpu.visible": {"cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
+    "cpu.visible": {"block_mask", "cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
     "cpu.score": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"),
-        *("cpu.user_functions", "cpu.visible"),
+        *("block_mask", "cpu.user_functions", "cpu.visible"),
     },
     "cpu.key_weight": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
-        "cpu.tiles",
+        *("block_mask", "cpu.launch", "cpu.tiles"),
     },
     "cpu.forward": {
         *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.key_weight", "cpu.launch", "cpu.mask_tiles", "cpu.narrow"),
         *("cpu.pack", "cpu.plan", "cpu.score", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.user_functions"),
-        *("cpu.visible", "problem", "random", "threads"),
+        *("block_mask", "cpu.visible", "problem", "random", "threads"),
     },
 }
 WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name != "threads"}

@@ -20,9 +20,9 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn import random, threads
+from numba_attn.block_mask import EMPTY, FULL
 from numba_attn.cpu import amx, dropout, key_weight, launch, narrow, pack, tiles
-from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
-from numba_attn.cpu.mask_tiles import EMPTY, FULL
+from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import Plan, plan
 from numba_attn.cpu.score import (
@@ -478,16 +478,7 @@ def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-@functools.cache
-def _serial(kind: str, operand: types.Type) -> Compiled:
-    return compiled(work, _signature(kind, operand))
-
-
-@functools.cache
-def _parallel(kind: str, operand: types.Type) -> Compiled:
-    memory, _, *rest = _signature(kind, operand)
-    code = types.Array(types.intp, 1, "C")
-    return compiled(work_together, (code, types.Array(memory.dtype, 2, "C"), *rest))
+_serial, _parallel = launch.entries(work, work_together, _signature)
 
 
 def warmup() -> list[str]:
@@ -495,8 +486,13 @@ def warmup() -> list[str]:
     names = []
     for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
         operand = narrow.operand(kind, bfloat16_products)
-        for kernels in (_serial, _parallel), (key_weight.serial, key_weight.parallel):
-            for compile_one in kernels:
-                compile_one(kind, operand)
-                names.append(f"{compile_one.__module__}.{compile_one.__name__}, {kind}, products of {operand}")
+        entries = {
+            "forward._serial": _serial,
+            "forward._parallel": _parallel,
+            "key_weight.serial": key_weight.serial,
+            "key_weight.parallel": key_weight.parallel,
+        }
+        for name, compile_one in entries.items():
+            compile_one(kind, operand)
+            names.append(f"numba_attn.cpu.{name}, {kind}, products of {operand}")
     return names

@@ -131,7 +131,8 @@ def fingerprint() -> str:
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {target.ISA} {target.BFLOAT16}".encode())
     here = Path(__file__).parent
-    for source in [*sorted(here.glob("*.py")), here.parent / "random.py"]:  # which has the constants of dropout
+    above = [here.parent / name for name in ("block_mask.py", "random.py")]  # of which kernels have constants
+    for source in [*sorted(here.glob("*.py")), *above]:
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -8,15 +8,14 @@ A task is a part of the keys of one head, which every row block passes in order:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import namedtuple
 
 from numba import prange, types
 
-from numba_attn.cpu import amx, pack, tiles
-from numba_attn.cpu.jit import Compiled, compiled, device, kernel, parallel_kernel, through_pointer
-from numba_attn.cpu.mask_tiles import EMPTY
+from numba_attn.block_mask import EMPTY
+from numba_attn.cpu import amx, launch, pack, tiles
+from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.score import (
     ON_TILES,
@@ -166,13 +165,4 @@ def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-@functools.cache
-def serial(kind: str, operand: types.Type) -> Compiled:
-    return compiled(weigh, _signature(kind, operand))
-
-
-@functools.cache
-def parallel(kind: str, operand: types.Type) -> Compiled:
-    memory, _, *rest = _signature(kind, operand)
-    code = types.Array(types.intp, 1, "C")
-    return compiled(weigh_together, (code, types.Array(memory.dtype, 2, "C"), *rest))
+serial, parallel = launch.entries(weigh, weigh_together, _signature)

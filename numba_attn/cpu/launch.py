@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from numba_attn import threads
-from numba_attn.cpu.jit import Compiled
+from numba_attn.cpu.jit import Compiled, compiled
 
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
 
@@ -52,6 +53,28 @@ def working_memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
 def counters(workers: int) -> np.ndarray:
     """How many tasks of each worker's have been taken, each on a cache line of its own."""
     return np.zeros((workers, 8), np.int64)
+
+
+def entries(
+    kernel: Any, together: Any, signature: Callable[..., tuple[types.Type, ...]]
+) -> tuple[Callable[..., Compiled], Callable[..., Compiled]]:
+    """The serial and the parallel entry of a kernel: functions of what its signature depends on, which compile it.
+
+    The first argument of the kernel is the memory of one worker; of `together`, the address of the kernel's machine
+    code, and the memory of all workers instead.
+    """
+
+    @functools.cache
+    def serial(*kinds: Any) -> Compiled:
+        return compiled(kernel, signature(*kinds))
+
+    @functools.cache
+    def parallel(*kinds: Any) -> Compiled:
+        memory, _, *rest = signature(*kinds)
+        code = types.Array(types.intp, 1, "C")
+        return compiled(together, (code, types.Array(memory.dtype, 2, "C"), *rest))
+
+    return serial, parallel
 
 
 def run(

@@ -10,9 +10,10 @@ from collections import namedtuple
 
 from numba import types
 
+from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import amx, mask_tiles, target, tiles, user_functions
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL, TRIM
+from numba_attn.cpu.mask_tiles import TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.tiles import LOG2_E

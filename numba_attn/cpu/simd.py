@@ -125,11 +125,6 @@ class Vectors:
     def largest(self) -> float:
         return float(np.finfo(np.float32 if self.size == 4 else np.float64).max)
 
-    def pointee(self, name: str) -> tuple[ir.Type, int]:
-        """The element type behind a pointer argument, and its bytes."""
-        dtype = self.pointees[name]
-        return ELEMENTS.get(dtype, ir.IntType(8 * BYTES[dtype])), BYTES[dtype]
-
     def least(self, a: Value, b: Value) -> Value:
         """The smaller of two integers."""
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
@@ -528,7 +523,6 @@ def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.T
 
 holds_pairs = _constant_of_pointee("holds_pairs", types.boolean, lambda dtype: dtype == PAIRS)
 pointee_bytes = _constant_of_pointee("pointee_bytes", types.int64, lambda dtype: BYTES[dtype])
-points_to_boolean = _constant_of_pointee("points_to_boolean", types.boolean, lambda dtype: dtype == types.boolean)
 
 
 @intrinsic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numba_attn import threads
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu.jit import Compiled, compiled, kernel, parallel_kernel
 from numba_attn.cpu.simd import address, moved
-from numba_attn.cpu.user_functions import Kind, call_pass, integers, make_pass, position
+from numba_attn.cpu.user_functions import MASK, call_pass, integers, make_pass, position
 
 # Elements below which waking up threads costs more than they save.
 SERIAL_ELEMENTS = 1 << 16
@@ -35,14 +36,7 @@ def _state_pass(user: Any) -> Callable[..., None]:
     return state_pass
 
 
-STATE = Kind(
-    "mask_mod",
-    _state_pass,
-    lambda element: integers(4),
-    lambda element: (types.CPointer(element), *integers(6)),
-    (types.Integer, types.Boolean),
-    "True or False",
-)
+STATE = replace(MASK, template=_state_pass, parameters=lambda element: (types.CPointer(element), *integers(6)))
 
 
 @call_pass(STATE)

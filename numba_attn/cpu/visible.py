@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import mask_tiles
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.mask_tiles import EMPTY, FULL, PARTIAL
 from numba_attn.cpu.narrow import MASKS, STORED
 from numba_attn.cpu.simd import BYTES, moved
 
