@@ -6,7 +6,8 @@
 >>> numba_attn.scaled_dot_product_attention(query, key, value, is_causal=True).shape
 (8, 128, 64)
 
-Mask functions that are ready to use are in `numba_attn.block_mask`, operators of ONNX in `numba_attn.onnx`.
+Mask functions that are ready to use are in `numba_attn.block_mask`, rotary embedding and its scalings in
+`numba_attn.rotary`, operators of ONNX in `numba_attn.onnx`, the limit on threads in `numba_attn.threads`.
 """
 
 from __future__ import annotations
@@ -17,24 +18,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numba_attn import block_mask as block_mask
     from numba_attn import onnx as onnx
+    from numba_attn import rotary as rotary
+    from numba_attn import threads as threads
     from numba_attn.api import scaled_dot_product_attention
     from numba_attn.block_mask import BlockMask, and_masks, create_block_mask, or_masks
+    from numba_attn.kv_attention import attention_with_kv_cache
+    from numba_attn.kv_cache import KVCache
+    from numba_attn.merge import merge_attention
     from numba_attn.problem import Aux
+    from numba_attn.rotary import apply_rotary, rotary_tables
 
 __version__ = "0.1.0"
-__all__ = ["Aux", "BlockMask", "and_masks", "create_block_mask", "or_masks", "scaled_dot_product_attention"]
+__all__ = [
+    "Aux",
+    "BlockMask",
+    "KVCache",
+    "and_masks",
+    "apply_rotary",
+    "attention_with_kv_cache",
+    "create_block_mask",
+    "merge_attention",
+    "or_masks",
+    "rotary_tables",
+    "scaled_dot_product_attention",
+]
 
 # Public name -> the module that has it, or that it is, imported on first use: importing the package itself costs next
 # to nothing.
 _HOMES = {
     "Aux": "problem",
+    "KVCache": "kv_cache",
+    "attention_with_kv_cache": "kv_attention",
     "BlockMask": "block_mask",
     "and_masks": "block_mask",
+    "apply_rotary": "rotary",
     "block_mask": "block_mask",
     "create_block_mask": "block_mask",
+    "merge_attention": "merge",
     "onnx": "onnx",
     "or_masks": "block_mask",
+    "rotary": "rotary",
+    "rotary_tables": "rotary",
     "scaled_dot_product_attention": "api",
+    "threads": "threads",
 }
 
 

@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     return_aux : tuple of str
         Names among "lse", "max_score", "entropy" and "key_weight": the result is (out, Aux), see `Aux`.
     out : (B, Hq, Lq, Dv), optional
-        Where to write the result; must not overlap an input.
+        Where to write the result; must not overlap an input.  Unspecified after `KeyboardInterrupt`.
     precision : None or "bfloat16"
         "bfloat16" rounds float32 input to bfloat16 for the products, on processors that have these, which is faster.
     layout : "BHLD" or "BLHD"

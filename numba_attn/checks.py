@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+LAYOUTS = ("BHLD", "BLHD")
+
 
 def numpy_array(name: str, x: Any) -> np.ndarray:
     if type(x) is not np.ndarray:
@@ -17,6 +19,42 @@ def numpy_array(name: str, x: Any) -> np.ndarray:
             raise TypeError(f"{name} must not be a masked array: pass its data, and the mask as attn_mask")
         x = np.asarray(x)
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def floating_array(name: str, x: Any) -> np.ndarray:
+    """A float32, float64, float16 or bfloat16 array, in native byte order."""
+    x = numpy_array(name, x)
+    if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    return x
+
+
+def output_array(out: Any, shape: tuple[int, ...], dtype: np.dtype, like: str) -> np.ndarray:
+    """An array that a result of that shape, and of the dtype of the argument `like`, can be written to."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a NumPy array, got {type_name(out)}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out must be {dtype}, as {like} is, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable")
+    if overlaps_itself(out):
+        raise ValueError(f"out must not overlap itself, got strides {out.strides} for shape {out.shape}")
+    return out
+
+
+def layout(x: Any) -> str:
+    if not isinstance(x, str) or x not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {x!r}")
+    return str(x)
+
+
+def heads_first(x: np.ndarray, layout: str) -> np.ndarray:
+    """A view (*batch, H, L, D) of an array in that layout; an array without a head axis has one head."""
+    if x.ndim == 2:
+        return x[None]
+    return x if layout == "BHLD" else x.swapaxes(-3, -2)
 
 
 def is_bfloat16(dtype: np.dtype) -> bool:
@@ -31,9 +69,19 @@ def flag(name: str, x: Any) -> bool:
 
 
 def number(name: str, x: Any) -> float:
-    if isinstance(x, bool | np.bool_ | str) or not hasattr(type(x), "__float__"):
+    one_of_numpy = isinstance(x, np.generic | np.ndarray)
+    if (
+        isinstance(x, bool | str | np.ma.MaskedArray)
+        or (one_of_numpy and (x.ndim or not (x.dtype.kind in "iuf" or is_bfloat16(x.dtype))))
+        or not hasattr(type(x), "__float__")
+    ):
         raise TypeError(f"{name} must be a real number, got {type_name(x)}")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
+    except ValueError as error:  # a signaling NaN
+        raise ValueError(f"{name} must be a number: {error}") from None
 
 
 def integer(name: str, x: Any) -> int:
@@ -51,7 +99,14 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
         values: Any = x
         smallest = largest = x
     else:
-        values = np.asarray(x)
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} must not be a masked array")
+        try:
+            values = np.asarray(x)
+        except ValueError as error:  # lists of different lengths
+            raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}: {error}") from None
+        if values.size == 0 and isinstance(x, list | tuple):
+            values = values.astype(np.int64)
         if values.dtype.kind not in "iu":
             raise TypeError(f"{name} must be integers, got {type_name(x)} of {values.dtype}")
         if values.ndim and values.shape != batch and values.shape != (math.prod(batch),):

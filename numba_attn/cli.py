@@ -92,11 +92,11 @@ def environment() -> dict[str, Any]:
     }
     try:
         from numba_attn import threads
-        from numba_attn.cpu import jit, plan, target
+        from numba_attn.cpu import cache, plan, target
     except ImportError:
         return info  # the reason is that of the cpu backend
     compiled_for = target.FEATURES.split(",")
-    directory = jit.cache_directory()
+    directory = cache.directory()
     info["cpu"] = {"name": target.NAME, "features": [name for name in FEATURES if f"+{name}" in compiled_for]}
     info["kernels"] = {
         "isa": target.ISA,
@@ -231,12 +231,14 @@ def _pieces(problem: Problem, rows: bool) -> Iterator[Problem]:
         yield problem
         return
     Hq, Hkv, rank = problem.query.shape[-3], problem.key.shape[-3], problem.query.ndim
+    rows = rows and not problem.intervals.padded  # of which a few may be left of some sequence
     units = [1] * (rank - 3) + [Hq // Hkv if Hkv > 1 else 1] + [ROW_UNIT] * rows
     if _flop(problem) > PIECE_FLOP:
         for axis, unit in enumerate(units):
             length = problem.query.shape[axis]
             middle = (length // unit + 1) // 2 * unit
-            if 0 < middle < length:
+            # A remainder of few rows would be computed in another way than the whole.
+            if 0 < middle <= length - unit:
                 yield from _pieces(_part(problem, axis, 0, middle), rows)
                 yield from _pieces(_part(problem, axis, middle, length), rows)
                 return
@@ -308,18 +310,18 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from numba_attn.cpu import forward, jit
+    from numba_attn.cpu import attention, cache
 
     start = time.perf_counter()
-    names = forward.warmup()
+    names = attention.warmup()
     seconds = time.perf_counter() - start
-    directory = jit.cache_directory()
-    cache = None if directory is None else str(directory)
+    directory = cache.directory()
+    where = None if directory is None else str(directory)
     if options.json:
-        print(json.dumps({"kernels": names, "seconds": seconds, "cache": cache}, indent=2))
+        print(json.dumps({"kernels": names, "seconds": seconds, "cache": where}, indent=2))
     else:
         print("\n".join(names))
-        print(f"{len(names)} kernels compiled, or found compiled, in {seconds:.1f} s; cache: {cache or NO_CACHE}")
+        print(f"{len(names)} kernels compiled, or found compiled, in {seconds:.1f} s; cache: {where or NO_CACHE}")
     return 0
 
 

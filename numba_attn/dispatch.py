@@ -9,7 +9,7 @@ from typing import Any
 from numba_attn.problem import Problem
 
 # Backend -> the module whose `forward(problem)` it is.
-_MODULES = {"cpu": "numba_attn.cpu.forward", "reference": "numba_attn.reference"}
+_MODULES = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
 
 
 def forward(backend: Any) -> Callable[[Problem], None]:
@@ -19,9 +19,9 @@ def forward(backend: Any) -> Callable[[Problem], None]:
     """
     if backend is None:
         backend = "cpu"
-    if backend == "cuda":
+    if isinstance(backend, str) and backend == "cuda":
         raise NotImplementedError("backend 'cuda' is not implemented yet")
-    if backend not in _MODULES:
+    if not isinstance(backend, str) or backend not in _MODULES:
         raise ValueError(f"backend must be None, 'cpu', 'cuda' or 'reference', got {backend!r}")
     run: Callable[[Problem], None] = importlib.import_module(_MODULES[backend]).forward
     return run

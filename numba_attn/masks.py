@@ -26,6 +26,7 @@ class KeyIntervals:
     table: np.ndarray  # (B, 3) int64: offset, query_length, kv_length
     left: int
     right: int
+    padded: bool = False  # whether a sequence may have fewer query rows than the arrays
 
     def bounds(self, b: int, Lq: int) -> tuple[np.ndarray, np.ndarray]:
         """Low and high of the rows 0 .. Lq - 1 of sequence b, as two (Lq,) arrays; low == high where there is no key.

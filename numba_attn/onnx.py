@@ -17,6 +17,7 @@ import numpy as np
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.masks import UNBOUNDED, KeyIntervals
 from numba_attn.problem import statistics_dtype
+from numba_attn.rotary import apply_rotary
 
 _DOUBLE, _PRECISIONS = 11, (None, 1, 10, 11, 16)  # softmax_precision: numbers of float64, and of all that ONNX allows
 _CAPPED, _MASKED, _SOFTMAX = 1, 2, 3  # qk_matmul_output_mode: from which one on cap, masks and softmax are included
@@ -158,7 +159,8 @@ def _attention(
             table = np.empty((B, 3), np.int64)
             table[:, 0], table[:, 1], table[:, 2] = offset, Lq, visible if lengths is None else lengths
             right = 0 if is_causal else right
-            intervals = KeyIntervals(table, *(UNBOUNDED if side is None else side for side in (left, right)))
+            left, right = (UNBOUNDED if side is None else side for side in (left, right))
+            intervals = KeyIntervals(table, left, right)
             if attn_mask is not None and attn_mask.dtype != bool:
                 attn_mask = attn_mask.astype(dtype).astype(matrix.dtype)
             matrix = _masked(matrix, attn_mask, visible, intervals)
@@ -246,22 +248,6 @@ def _rotary_embedding(
         if cache.ndim != (3 if position_ids is None else 2) or cache.shape[-1] != R // 2:
             expected = "(B, L, {})" if position_ids is None else "(positions, {})"
             raise ValueError(f"{name} must be {expected.format(R // 2)}, got shape {cache.shape}")
-    cos, sin = ((c if position_ids is None else c[position_ids])[:, None] for c in (cos_cache, sin_cache))
-    _rotate(heads, cos, sin, bool(interleaved), rotated)
+    cos, sin = (cache if position_ids is None else cache[position_ids] for cache in (cos_cache, sin_cache))
+    apply_rotary(heads, cos, sin, interleaved=bool(interleaved), out=rotated)
     return out
-
-
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, out: np.ndarray) -> None:
-    """Rotate pairs of the first R numbers of x, (B, H, L, D), by the angles of cos and sin, (B, 1, L, R / 2), into out.
-
-    Pair i is numbers 2 i and 2 i + 1 if interleaved, else i and i + R / 2.
-    """
-    dtype, half = statistics_dtype(x.dtype), cos.shape[-1]
-    if interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    else:
-        first, second = slice(half), slice(half, 2 * half)
-    a, b, cos, sin = (y.astype(dtype, copy=False) for y in (x[..., first], x[..., second], cos, sin))
-    out[..., first] = cos * a - sin * b
-    out[..., second] = sin * a + cos * b
-    out[..., 2 * half :] = x[..., 2 * half :]

@@ -18,7 +18,6 @@ from numba_attn import checks
 from numba_attn.block_mask import BlockMask
 from numba_attn.masks import UNBOUNDED, KeyIntervals
 
-LAYOUTS = ("BHLD", "BLHD")
 AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
 MOD_PARAMETERS = {"score_mod": ("score", "b", "h", "i", "j"), "mask_mod": ("b", "h", "i", "j")}
 _OFFSET_LIMIT = 1 << 40
@@ -112,16 +111,15 @@ class Problem:
                 "query, key and value must have the same number of axes, "
                 f"got shapes {query.shape}, {key.shape} and {value.shape}"
             )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        layout = checks.layout(layout)
         names = _aux_names(return_aux)
 
-        q, k, v = (_heads_first(x, layout) for x in (query, key, value))
+        q, k, v = (checks.heads_first(x, layout) for x in (query, key, value))
         _check_shapes(q, k, v, checks.flag("enable_gqa", enable_gqa))
         batch, (Hq, Lq), Lk = q.shape[:-3], q.shape[-3:-1], k.shape[-2]
         B = math.prod(batch)
         return_shape = (*query.shape[:-1], value.shape[-1])
-        result = np.empty(return_shape, query.dtype) if out is None else _check_out(out, return_shape, query.dtype)
+        result = _result(out, return_shape, query.dtype)
 
         mask = None if attn_mask is None else _mask(attn_mask, (*q.shape[:-1], Lk), query.ndim)
         intervals = _intervals(
@@ -144,19 +142,19 @@ class Problem:
             mask=mask,
             intervals=intervals,
             scale=_scale(scale, q.shape[-1], q.dtype),
-            softcap=_softcap(softcap),
-            slopes=_numbers_per_head("alibi_slopes", alibi_slopes, Hq, B),
-            sinks=_numbers_per_head("sinks", sinks, Hq, None),
+            softcap=_softcap(softcap, q.dtype),
+            slopes=_numbers_per_head("alibi_slopes", alibi_slopes, q.dtype, Hq, B),
+            sinks=_numbers_per_head("sinks", sinks, q.dtype, Hq, None),
             score_mod=_function("score_mod", score_mod),
             mask_mod=_function("mask_mod", mask_mod),
             block_mask=_block_mask(block_mask, B, Hq, Lq, Lk),
             dropout=_dropout(dropout_p, dropout_seed),
             bfloat16_products=_precision(precision, query.dtype),
-            out=_heads_first(result, layout),
+            out=checks.heads_first(result, layout),
             result=result,
             aux=Aux(**aux) if names else None,
             **{
-                name: None if name not in aux else _heads_first(aux[name][..., None], layout)[..., 0]
+                name: None if name not in aux else checks.heads_first(aux[name][..., None], layout)[..., 0]
                 for name in AUX_NAMES
             },
         )
@@ -172,19 +170,14 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
 
 def _operand(name: str, x: Any) -> np.ndarray:
     """A floating-point array of two or more axes, in native byte order."""
-    x = checks.numpy_array(name, x)
-    if x.dtype.char not in "fde" and not checks.is_bfloat16(x.dtype):
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    x = checks.floating_array(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 axes (length, head size), got shape {x.shape}")
     return x
 
 
-def _heads_first(x: np.ndarray, layout: str) -> np.ndarray:
-    """A view (*batch, H, L, D); an array without a head axis has one head."""
-    if x.ndim == 2:
-        return x[None]
-    return x if layout == "BHLD" else x.swapaxes(-3, -2)
+def _result(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.empty(shape, dtype) if out is None else checks.output_array(out, shape, dtype, like="query")
 
 
 def _per_key(rows: tuple[int, ...], Lk: int, layout: str) -> tuple[int, ...]:
@@ -229,20 +222,6 @@ def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
     return mask.reshape((1,) * (len(scores) - mask.ndim) + mask.shape)
 
 
-def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be a NumPy array, got {checks.type_name(out)}")
-    if out.dtype != dtype or not out.dtype.isnative:
-        raise TypeError(f"out must be {dtype}, as query is, got {out.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"out must have shape {shape}, got {out.shape}")
-    if not out.flags.writeable:
-        raise ValueError("out must be writeable")
-    if checks.overlaps_itself(out):
-        raise ValueError(f"out must not overlap itself, got strides {out.strides} for shape {out.shape}")
-    return out
-
-
 # Options --------------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +231,7 @@ def _aux_names(names: Any) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, tuple | list | set | frozenset):
         raise TypeError(f"return_aux must be a tuple of names among {AUX_NAMES}, got {names!r}")
     for name in names:
-        if name not in AUX_NAMES:
+        if not isinstance(name, str) or name not in AUX_NAMES:
             raise ValueError(f"return_aux names must be among {AUX_NAMES}, got {name!r}")
     return tuple(names)
 
@@ -278,23 +257,24 @@ def _precision(precision: Any, dtype: np.dtype) -> bool:
     """Whether products may be those of bfloat16 numbers."""
     if precision is None:
         return checks.is_bfloat16(dtype)
-    if precision != "bfloat16":
+    if not isinstance(precision, str) or precision != "bfloat16":
         raise ValueError(f"precision must be None or 'bfloat16', got {precision!r}")
     if dtype.char != "f" and not checks.is_bfloat16(dtype):
         raise TypeError(f"precision='bfloat16' is for float32 input, got {dtype}")
     return True
 
 
-def _softcap(softcap: Any) -> float | None:
+def _softcap(softcap: Any, dtype: np.dtype) -> float | None:
     if softcap is None:
         return None
     softcap = checks.number("softcap", softcap)
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap}")
+    info = np.finfo(statistics_dtype(dtype))
+    if not float(info.tiny) <= softcap <= float(info.max):
+        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap} for {dtype}")
     return softcap
 
 
-def _numbers_per_head(name: str, x: Any, Hq: int, B: int | None) -> np.ndarray | None:
+def _numbers_per_head(name: str, x: Any, dtype: np.dtype, Hq: int, B: int | None) -> np.ndarray | None:
     """Finite float64 numbers, (Hq,), or (1 or B, Hq) where there may be some for each sequence (`B` is not None)."""
     if x is None:
         return None
@@ -304,9 +284,10 @@ def _numbers_per_head(name: str, x: Any, Hq: int, B: int | None) -> np.ndarray |
     if x.shape != (Hq,) and (B is None or x.shape != (B, Hq)):
         expected = f"({Hq},)" if B is None else f"({Hq},) or ({B}, {Hq})"
         raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
-    x = x.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
+    x = x.astype(np.float64, order="C")
+    fits = np.abs(x) < _largest(dtype)
+    if not fits.all():
+        raise ValueError(f"{name} must be finite, got {x[~fits][0]} for {dtype}")
     return x if B is None or x.ndim == 2 else x[None]
 
 
@@ -338,9 +319,14 @@ def _scale(scale: Any, D: int, dtype: np.dtype) -> float:
     if scale is None:
         return 1 / math.sqrt(D) if D else 1.0
     scale = checks.number("scale", scale)
-    if not abs(scale) < float(np.finfo(statistics_dtype(dtype)).max) / 2:  # room for a change of base
+    if not abs(scale) < _largest(dtype):
         raise ValueError(f"scale must be finite, in {dtype} too, got {scale}")
     return scale
+
+
+def _largest(dtype: np.dtype) -> float:
+    """A bound for what scores are made of, with room for a change of base."""
+    return float(np.finfo(statistics_dtype(dtype)).max) / 2
 
 
 def _intervals(
@@ -367,7 +353,7 @@ def _intervals(
         else:
             table[:, 0] = checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
     left, right = _window(window)
-    return KeyIntervals(table, left, 0 if is_causal else right)
+    return KeyIntervals(table, left, 0 if is_causal else right, padded=query_lengths is not None)
 
 
 @functools.lru_cache(maxsize=64)

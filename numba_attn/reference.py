@@ -70,7 +70,7 @@ def attend(problem: Problem, b: int, index: tuple[int, ...], h: int, precision: 
         dropped = weight
         if problem.dropout is not None:
             p, seed = problem.dropout
-            dropped = np.where(random.kept(b, h, score.shape, p, seed), weight / precision(1 - p), precision(0))
+            dropped = np.where(random.kept(b, h, score.shape, p, seed), weight / precision(1 - p), 0 * weight)
         return Head(_weighted_sum(dropped, attended, value), lse, max_score, entropy, weight)
 
 
@@ -158,8 +158,9 @@ def _p_log_p(p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 
 def _weighted_sum(weight: np.ndarray, attended: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Weight @ value, in which a value that is not finite reaches only the rows that attend to it."""
-    finite = np.isfinite(value).all(axis=1)
-    out: np.ndarray = weight[:, finite] @ value[finite]
-    for j in np.flatnonzero(~finite):
-        out += np.where(attended[:, j, None], weight[:, j, None] * value[j], 0)
+    finite = np.isfinite(value)
+    # A product of the same shape whatever is finite: that of fewer keys may sum in another order.
+    out: np.ndarray = weight @ np.where(finite, value, 0)
+    for j in np.flatnonzero(~finite.all(axis=1)):
+        out += np.where(attended[:, j, None] & ~finite[j], weight[:, j, None] * value[j], 0)
     return out

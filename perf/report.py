@@ -281,6 +281,7 @@ def extra_lines(extras: Result) -> list[str]:
         f"{warm['backend'] + warm['first_call']:.2f} s, of which {warm['backend']:.2f} s import Numba; "
         f"{cold['backend'] + cold['first_call']:.1f} s where no compiled kernel is on disk yet.",
         *(memory_line(case, taken) for case, taken in extras["memory_bytes"].items()),
+        *(process_line(layer, found) for layer, found in extras["in_process"].items()),
     ]
 
 
@@ -288,6 +289,15 @@ def memory_line(case: str, taken: Result) -> str:
     """Working memory of everyone that could tell."""
     parts = [f"{NAMES[name]} {megabytes(size)}" for name, size in taken.items() if isinstance(size, int)]
     return f"Memory that one call takes beyond its arrays, {case}: {', '.join(parts)}."
+
+
+def process_line(layer: str, found: Result) -> str:
+    """What calls on one threading layer cost the rest of the process."""
+    return (
+        f"Threading layer {layer}: 8 threads of 50 calls each, all at once, take {found['at_once']:.2f} times as long "
+        f"as the same calls one after the other; another thread is held up for {1e3 * found['gap']:.0f} ms at most; "
+        f"Ctrl-C is seen after {found['interrupt']:.1f} s."
+    )
 
 
 def megabytes(size: int) -> str:

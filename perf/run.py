@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import extras
+import processes
 from cases import PERF, Case
 from peers import PEERS
 from workers import OURS, PeerError, Team, Worker, thread_environment, worker
@@ -236,6 +237,8 @@ def measure_extras(names: Sequence[str], threads: int, progress: Progress) -> Re
         block_mask = ours.ask("block_mask_cost")
     progress.note("start of a process")
     start = extras.start_times(thread_environment(threads))
+    progress.note("threads at once, Ctrl-C")
+    in_process = processes.citizenship(thread_environment(threads))
     memory: dict[str, Result] = {}
     for case, peers in ((extras.MODERATE, names), (extras.LONG, [OURS])):
         memory[case.name] = {}
@@ -244,7 +247,13 @@ def measure_extras(names: Sequence[str], threads: int, progress: Progress) -> Re
             with worker(name, threads) as fresh:
                 memory[case.name][name] = _value_or_reason(fresh, "memory", case=case.name)
     progress.clear()
-    return {"fixed_cost_us": fixed, "start_seconds": start, "memory_bytes": memory, "block_mask_seconds": block_mask}
+    return {
+        "fixed_cost_us": fixed,
+        "start_seconds": start,
+        "memory_bytes": memory,
+        "block_mask_seconds": block_mask,
+        "in_process": in_process,
+    }
 
 
 def _value_or_reason(one: Worker, do: str, **arguments: Any) -> Any:
@@ -277,7 +286,17 @@ def environment() -> Result:
     }
 
 
-SOURCES = ("run.py", "session.py", "workers.py", "peer.py", "peers.py", "torch_peers.py", "peak.py", "extras.py")
+SOURCES = (
+    "run.py",
+    "session.py",
+    "workers.py",
+    "peer.py",
+    "peers.py",
+    "torch_peers.py",
+    "peak.py",
+    "extras.py",
+    "processes.py",
+)
 
 
 def git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Rules of the package as a whole: what imports what, what an import costs, how kernels are compiled."""
+"""Rules of the package as a whole: what imports what, what an import costs, what the README says."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ MODULES = {
 
 # Module -> what of this package it may import.  What is not named here may import nothing.
 MAY_IMPORT = {
-    "__init__": {"api", "block_mask", "onnx", "problem"},  # for type checkers; at run time on first use
+    # For type checkers; at run time on first use.
+    "__init__": {"api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "problem", "rotary", "threads"},
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
     "problem": {"block_mask", "checks", "masks"},
     "reference": {"block_mask", "problem", "random"},
     "dispatch": {"problem"},
     "api": {"dispatch", "problem"},
-    "onnx": {"api", "masks", "problem"},
+    "merge": {"checks"},
+    "rotary": {"checks"},
+    "kv_cache": {"checks"},
+    "kv_attention": {"api", "checks", "kv_cache", "problem", "rotary"},  # the last when it is asked for
+    "onnx": {"api", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
         *("_npz", "_bench", "api", "dispatch", "problem", "threads"),
-        *("cpu", "cpu.forward", "cpu.jit", "cpu.plan", "cpu.target"),
+        *("cpu", "cpu.attention", "cpu.cache", "cpu.plan", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
-    "cpu.jit": {"cpu.target"},
+    "cpu.cache": {"cpu.target"},
+    "cpu.jit": {"cpu.cache"},
     "cpu.amx": {"cpu.simd"},
     "cpu.narrow": {"checks", "cpu.simd", "cpu.target"},
     "cpu.tiles": {"cpu.amx", "cpu.plan", "cpu.simd", "cpu.target"},
@@ -46,7 +52,7 @@ MAY_IMPORT = {
     "cpu.dropout": {"cpu.simd", "cpu.tiles", "random"},
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.simd"},
-    "cpu.launch": {"cpu.jit", "threads"},
+    "cpu.launch": {"cpu.jit", "cpu.simd", "threads"},
     "cpu.tile_states": {"block_mask", "cpu.jit", "cpu.launch", "cpu.simd", "cpu.user_functions", "threads"},
     "cpu.visible": {"block_mask", "cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
     "cpu.score": {
@@ -55,12 +61,21 @@ MAY_IMPORT = {
     },
     "cpu.key_weight": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
-        *("block_mask", "cpu.launch", "cpu.tiles"),
+        *("block_mask", "cpu.launch", "cpu.plan", "cpu.tiles"),
     },
+    "cpu.rows": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.results": {"cpu.jit", "cpu.pack", "cpu.score", "cpu.simd"},
     "cpu.forward": {
-        *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.key_weight", "cpu.launch", "cpu.mask_tiles", "cpu.narrow"),
-        *("cpu.pack", "cpu.plan", "cpu.score", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.user_functions"),
-        *("block_mask", "cpu.visible", "problem", "random", "threads"),
+        *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),
+        *("cpu.score", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
+    },
+    "cpu.decode": {
+        *("cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows", "cpu.score"),
+        *("cpu.simd", "cpu.target", "cpu.tiles", "block_mask", "threads"),
+    },
+    "cpu.attention": {
+        *("cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.launch", "cpu.narrow", "cpu.plan", "cpu.score"),
+        *("cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random", "threads"),
     },
 }
 WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name != "threads"}
@@ -115,7 +130,8 @@ def test_import_is_light(python: Callable[..., str]) -> None:
         "before = set(sys.modules)\n"
         "x = np.ones((2, 3))\n"
         "numba_attn.scaled_dot_product_attention(x, x, x, backend='reference')\n"
-        "numba_attn.and_masks(numba_attn.block_mask.causal), numba_attn.onnx\n"
+        "numba_attn.and_masks(numba_attn.block_mask.causal), numba_attn.onnx, numba_attn.rotary\n"
+        "numba_attn.merge_attention([x], [x[:, 0]])\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     optional = {"torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib", "ml_dtypes"}
@@ -133,7 +149,7 @@ def test_import_time(python: Callable[..., str]) -> None:
 def test_public_names() -> None:
     """What is public comes on first use, and nothing else does."""
     assert all(getattr(numba_attn, name).__module__.startswith("numba_attn.") for name in numba_attn.__all__)
-    assert {*numba_attn.__all__, "block_mask", "onnx"} <= set(dir(numba_attn))
+    assert {*numba_attn.__all__, "block_mask", "onnx", "rotary", "threads"} <= set(dir(numba_attn))
     with pytest.raises(AttributeError, match="no attribute 'attention'"):
         _ = numba_attn.attention
 
@@ -155,63 +171,6 @@ def test_names_of_the_command_line_are_those_of_the_interface() -> None:
     call = inspect.signature(numba_attn.scaled_dot_product_attention).parameters
     assert set(cli.ARRAYS) <= set(call)
     assert cli.AUX_NAMES == problem.AUX_NAMES == problem.Aux._fields
-
-
-def test_numba_options_are_in_one_place() -> None:
-    for name, path in MODULES.items():
-        text = path.read_text(encoding="utf-8")
-        if name != "cpu.jit":
-            assert not re.search(r"\bn?jit\(|^@(numba\.)?n?jit\b", text, re.M), f"{name} has Numba options of its own"
-        assert not re.search(r"fastmath\W+True", text), name
-
-
-def test_compilation_policy() -> None:
-    from numba_attn.cpu import forward, jit
-
-    dispatchers = [x for x in vars(forward).values() if hasattr(x, "py_func")]
-    assert len(dispatchers) > 5
-    for dispatcher in dispatchers:
-        options = dispatcher.targetoptions
-        assert options["fastmath"] is False
-        assert options["error_model"] == "numpy"
-        assert options["nogil"] is True
-        assert options["boundscheck"] is False
-    if jit.cache_directory() is not None:
-        assert all(type(kernel._cache).__name__ == "_PackageCache" for kernel in (forward.work, forward.work_together))
-
-
-def test_machine_code_of_the_kernel(python: Callable[..., str], tmp_path: Path) -> None:
-    """No allocation, no exception, no scalar exponential in what workers run.
-
-    Nor an address made from an integer, but those of user functions, which are only called.
-    """
-    code = python(
-        "from numba import types\n"
-        "from numba_attn.cpu import forward\n"
-        "forward.work.compile(forward._signature('f', types.float32))\n"
-        "(result,) = forward.work.overloads.values()\n"
-        "for function in result.library.get_llvm_str().split('\\ndefine ')[1:]:\n"
-        "    name = function.split('(', 2)[1 if function.startswith('range') else 0]\n"
-        "    if 'cpython' not in name and 'cfunc' not in name: print(function.split('\\n}')[0], end='\\0')\n",
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )
-    assert "llvm.fma" in code or "fmul" in code
-    for function in code.split("\0"):
-        for pointer in re.findall(r"(%\S+) = inttoptr", function):
-            uses = re.findall(rf"^.*{re.escape(pointer)}(?![\w.]).*$", function, re.M)
-            assert all(" = inttoptr " in use or f" call i32 {pointer}(" in use for use in uses), uses
-    for forbidden in (
-        "NRT_Allocate",
-        "NRT_MemInfo_alloc",
-        "NRT_MemInfo_new",
-        "numba_unpickle",
-        "@expf",
-        "@exp2f",
-        " fast ",
-        "nnan",
-        "ninf",
-    ):
-        assert forbidden not in code, forbidden
 
 
 def test_examples_of_the_readme(python: Callable[..., str]) -> None:

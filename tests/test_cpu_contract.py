@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from contract import Contract
 
-from numba_attn.cpu import forward
+from numba_attn.cpu import attention
 from numba_attn.cpu.plan import Plan, plan
 
 
@@ -22,7 +22,7 @@ def tiles(request: pytest.FixtureRequest) -> object:
         return cut._replace(keys=keys, blocks=blocks, tasks=-(-Lq // (cut.block * blocks)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "plan", small)
+        patch.setattr(attention, "plan", small)
         yield
 
 

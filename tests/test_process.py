@@ -1,160 +1,75 @@
-"""What depends on the process: instruction sets, caches, forks; each in its own interpreter, with a time limit."""
+"""What can end or hang a process: threads that call at once, forks, signals; each in an interpreter of its own."""
 
 from __future__ import annotations
 
 import os
-import platform
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-# A smoke test of every kind of stage: full and ragged tiles, masks of each kind, both types, odd strides.
-SMOKE = """
-import itertools, numpy as np, numba_attn
-from numba_attn.cpu import target
-rng = np.random.default_rng(0)
-for dtype, atol in ((np.float32, 1e-5), (np.float64, 1e-12)):
-    for Lq, Lk, D, Dv in ((70, 300, 33, 20), (5, 64, 64, 64), (1, 9, 3, 1)):
-        q, k, v = (rng.standard_normal((2, 3, *s)).astype(dtype) for s in ((Lq, D), (Lk, D), (Lk, Dv)))
-        kept, added = rng.random((Lq, Lk)) < 0.5, rng.standard_normal((Lq, Lk)).astype(dtype)
-        masks = [None, kept, added, kept.T.copy().T]
-        for mask, causal, k in itertools.product(masks, (False, True), (k, np.asfortranarray(k))):
-            out, exact = (
-                numba_attn.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, backend=b)
-                for b in ("cpu", "reference")
-            )
-            assert abs(out - exact).max() < atol, (dtype, Lq, causal, abs(out - exact).max())
-            v[:, :, -1] = np.nan
-            if causal and Lk > Lq:
-                again = numba_attn.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-                assert np.array_equal(again, out)
-            v[:, :, -1] = 0.5
-print(target.ISA, target.VECTOR_BYTES)
-"""
+ROOT = Path(__file__).parent.parent
+LAYERS = pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-
-
-def has(feature: str) -> bool:
-    try:
-        return feature in Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not X86, reason="names of x86 processors")
-@pytest.mark.parametrize(
-    ("name", "features", "needs", "isa"),
-    [
-        ("generic", "", "", "generic"),
-        ("nehalem", "+sse4.2", "sse4_2", "generic"),
-        ("haswell", "+avx,+avx2,+fma", "avx2", "avx2"),
-        ("skylake-avx512", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd", "avx512vl", "avx512"),
-    ],
-)
-def test_instruction_sets(
-    python: Callable[..., str], tmp_path: Path, name: str, features: str, needs: str, isa: str
-) -> None:
-    if needs and not has(needs):
-        pytest.skip(f"this processor has no {needs}")
-    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    assert python(SMOKE, **environment).split()[0] == isa
-
-
-def test_wide_vectors_on_any_processor(python: Callable[..., str], tmp_path: Path) -> None:
-    """The AVX-512 form is right, if slow, without AVX-512."""
-    assert python(SMOKE, NUMBA_ATTN_ISA="avx512", NUMBA_CACHE_DIR=str(tmp_path)).split() == ["avx512", "64"]
-
-
-@pytest.mark.skipif(not X86, reason="names of x86 processors")
-def test_avx512_code_keeps_its_accumulators_in_registers(python: Callable[..., str], tmp_path: Path) -> None:
-    """Compiled for a processor with AVX-512, though not run: the product loops use 512-bit registers and spill none."""
-    script = """
-import re
-from numba import types
-from numba_attn.cpu import forward
-forward.work.compile(forward._signature("f", types.float32))
-text = "".join(forward.work.inspect_asm().values())
-loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
-products = [
-    body for _, body in loops if body.count("vbroadcastss") >= 4 and len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24
-]
-assert products, "no product loop"
-assert not any(re.search(r"zmm.*rsp|rsp.*zmm", body) for body in products), "an accumulator in memory"
-print(len(products))
-"""
-    features = "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd"
-    environment = {"NUMBA_CPU_NAME": "skylake-avx512", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    assert int(python(script, **environment)) >= 2
-
-
-BFLOAT16 = """
-import numpy as np, ml_dtypes, numba_attn
-from numba_attn.cpu import target
-rng = np.random.default_rng(0)
-shapes = (2, 3, 150, 40), (2, 3, 131, 40), (2, 3, 131, 25)
-arrays = [rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes]
-options = [{}, {"is_causal": True, "query_offset": -3}, {"window": (7, 5), "dropout_p": 0.2, "dropout_seed": 1}]
-errors = []
-for given in (arrays, [x.astype(np.float32) for x in arrays]):
-    for more in options:
-        more = {**more, "precision": "bfloat16"}
-        out, exact = (numba_attn.scaled_dot_product_attention(*given, backend=b, **more) for b in ("cpu", "reference"))
-        errors.append(float(np.abs(out.astype(float) - exact.astype(float)).max()))
-        arrays_with_nan = [x.copy() for x in given]
-        arrays_with_nan[2][:, :, 70] = np.nan
-        out = numba_attn.scaled_dot_product_attention(*arrays_with_nan, **more)
-        exact = numba_attn.scaled_dot_product_attention(*arrays_with_nan, backend="reference", **more)
-        assert np.array_equal(np.isnan(out), np.isnan(exact))
-print(target.BFLOAT16, max(errors))
-"""
-
-
-@pytest.mark.parametrize("products", ["widened", "dot", "amx"])
-def test_products_of_bfloat16(python: Callable[..., str], tmp_path: Path, products: str) -> None:
-    """Every way of making them that this processor has."""
-    pytest.importorskip("ml_dtypes")
-    if {"widened": False, "dot": not has("avx512_bf16"), "amx": not has("amx_bf16")}[products]:
-        pytest.skip(f"this processor has no {products}")
-    environment = {"NUMBA_ATTN_BFLOAT16": products, "NUMBA_CACHE_DIR": str(tmp_path)}
-    name, error = python(BFLOAT16, **environment).split()
-    assert name == products
-    assert float(error) < 0.04
-
-
-CALL = """
-import numpy as np, numba_attn
-x = np.random.default_rng(0).standard_normal((4, 300, 32), dtype=np.float32)
-print(float(np.abs(numba_attn.scaled_dot_product_attention(x, x, x)).sum()))
-"""
-
-
-def test_cache_is_used_and_keyed_on_the_sources(python: Callable[..., str], tmp_path: Path) -> None:
-    cold = python(CALL, NUMBA_CACHE_DIR=str(tmp_path))
-    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nb?")}
-    assert len(files) >= 2
-    assert python(CALL, NUMBA_CACHE_DIR=str(tmp_path)) == cold
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nb?")} == files, "compiled again"
-    stale = "import numba_attn.cpu.jit as jit; jit.fingerprint = lambda: 'another version'\n"
-    assert python(stale + CALL, NUMBA_CACHE_DIR=str(tmp_path)) == cold
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nbi")} != files, "used what other sources compiled"
-
-
-def test_no_writable_cache(python: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    script = "from numba_attn.cpu import jit\nassert jit.cache_directory() is None\n" + CALL
-    python(script, NUMBA_CACHE_DIR=str(tmp_path / "file"))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_after_use(python: Callable[..., str]) -> None:
-    """A child, and its child, of a process that has computed: the same bits, no hang, no signal."""
-    script = """
-import os, warnings, numpy as np, numba_attn
-warnings.simplefilter("ignore")  # newer Python warns of any fork with threads
+# Says "missing" and stops where the layer wanted is not installed.
+START = """
+import os, sys, threading, time, warnings
+import numpy as np, numba, numba_attn
+from numba_attn import threads
+try:
+    chosen = threads.layer()
+except ValueError:
+    chosen = None
+if chosen != os.environ["NUMBA_THREADING_LAYER"]:
+    print("missing")
+    raise SystemExit
+warnings.simplefilter("ignore", DeprecationWarning)  # newer Python warns of any fork with threads
 x = np.random.default_rng(0).standard_normal((4, 400, 32), dtype=np.float32)
 attention = lambda: numba_attn.scaled_dot_product_attention(x, x, x)
+"""
+
+
+@pytest.fixture
+def on_layer(python: Callable[..., str]) -> Callable[..., str]:
+    """Run a script, after `START`, on a threading layer."""
+
+    def run(script: str, layer: str, **options: object) -> str:
+        printed = python(START + script, timeout=120, NUMBA_THREADING_LAYER=layer, **options)
+        if printed.strip() == "missing":
+            pytest.skip(f"{layer} is not installed")
+        return printed
+
+    return run
+
+
+@LAYERS
+def test_threads_that_call_at_once(on_layer: Callable[..., str], layer: str) -> None:
+    """The very first call included: the simplest layer ends the process where two threads launch at once."""
+    on_layer(
+        """
+results = []
+def call():
+    for _ in range(50): results.append(attention())
+callers = [threading.Thread(target=call) for _ in range(8)]
+[c.start() for c in callers]; [c.join() for c in callers]
+assert len(results) == 400 and all(np.array_equal(r, results[0]) for r in results)
+assert numba.threading_layer() == chosen
+""",
+        layer,
+    )
+
+
+@FORKS
+@LAYERS
+def test_fork_after_use(on_layer: Callable[..., str], layer: str) -> None:
+    """A child, and its child, of a process that has computed: the same bits, no hang, no signal."""
+    on_layer(
+        """
 expected = attention()
 def child(depth):
     pid = os.fork()
@@ -162,33 +77,187 @@ def child(depth):
         same = np.array_equal(attention(), expected)
         os._exit((0 if same else 1) or (child(depth - 1) if depth else 0))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-assert child(1) == 0
+assert child(2) == 0
 assert np.array_equal(attention(), expected)
-"""
-    python(script, timeout=60)
+""",
+        layer,
+    )
 
 
-@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
-def test_threading_layers(python: Callable[..., str], layer: str) -> None:
-    """Python threads that call at once, the very first call included, on each layer that is installed."""
+@FORKS
+@LAYERS
+def test_fork_before_use(on_layer: Callable[..., str], layer: str) -> None:
+    """A server that loads the package and then forks its workers: they have threads of their own."""
+    on_layer(
+        """
+from numba_attn.cpu import forward
+pid = os.fork()
+if pid == 0:
+    result = attention()
+    os._exit(0 if np.isfinite(result).all() and numba.threading_layer() == chosen else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+""",
+        layer,
+    )
+
+
+@FORKS
+@LAYERS
+def test_fork_while_another_thread_computes(on_layer: Callable[..., str], layer: str) -> None:
+    on_layer(
+        """
+expected, stop = attention(), False
+def work():
+    while not stop: attention()
+worker = threading.Thread(target=work)
+worker.start()
+codes = []
+for _ in range(10):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if np.array_equal(attention(), expected) else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stop = True
+worker.join()
+assert codes == [0] * 10, codes
+""",
+        layer,
+    )
+
+
+@FORKS
+def test_fork_while_another_thread_compiles(python: Callable[..., str], tmp_path: Path) -> None:
+    """The child needs the compiler, too: its lock must not be one that nobody holds any more."""
     script = """
-import sys, threading, numpy as np, numba, numba_attn
-from numba_attn import threads
-try:
-    chosen = threads.layer()
-except ValueError:
-    chosen = None
-if chosen != sys.argv[1]:
-    print("missing"); raise SystemExit
-x = np.random.default_rng(0).standard_normal((4, 400, 32), dtype=np.float32)
-results = []
-def call():
-    for _ in range(10): results.append(numba_attn.scaled_dot_product_attention(x, x, x))
-callers = [threading.Thread(target=call) for _ in range(8)]
-[c.start() for c in callers]; [c.join() for c in callers]
-assert len(results) == 80 and all(np.array_equal(r, results[0]) for r in results)
-assert numba.threading_layer() == sys.argv[1]
-print("right")
+import os, threading, time, warnings
+import numpy as np, numba_attn
+from numba_attn.cpu import forward
+from numba.core.compiler_lock import global_compiler_lock
+warnings.simplefilter("ignore", DeprecationWarning)
+x = np.ones((1, 5, 8), np.float32)
+compiler = threading.Thread(target=numba_attn.scaled_dot_product_attention, args=(x, x, x))
+compiler.start()
+while True:
+    if not global_compiler_lock._lock.acquire(blocking=False): break
+    global_compiler_lock._lock.release()
+pid = os.fork()
+if pid == 0:
+    numba_attn.scaled_dot_product_attention(x, x, x)
+    os._exit(0)
+compiler.join()
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
-    if python(script, layer, NUMBA_THREADING_LAYER=layer).strip() == "missing":
-        pytest.skip(f"{layer} is not installed")
+    python(script, timeout=120, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+POOL = """
+import multiprocessing, sys
+import numpy as np, numba_attn
+def attention(seed):
+    x = np.random.default_rng(seed).standard_normal((4, 400, 32), dtype=np.float32)
+    return numba_attn.scaled_dot_product_attention(x, x, x)
+if __name__ == "__main__":
+    expected = [attention(i) for i in range(4)]
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        results = pool.map(attention, range(4))
+    assert all(np.array_equal(r, e) for r, e in zip(results, expected))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(tmp_path: Path, method: str) -> None:
+    """Workers of a pool, of a parent that has computed."""
+    import multiprocessing
+
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    (tmp_path / "script.py").write_text(POOL, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "script.py"), method]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+LONG = """
+q = np.random.default_rng(0).standard_normal((16, 16384, 64), dtype=np.float32)
+long_call = lambda: numba_attn.scaled_dot_product_attention(q, q, q)
+attention()
+"""
+
+
+@LAYERS
+def test_other_threads_run_meanwhile(on_layer: Callable[..., str], layer: str) -> None:
+    """The interpreter's lock is free during a call: a thread that ticks is never held up for long.
+
+    With both processors busy the system itself may let it wait, hence one worker; and in one slice, between which the
+    lock is free anyway.
+    """
+    gap = float(
+        on_layer(
+            LONG
+            + """
+from numba_attn.cpu import launch
+launch.FIRST_SLICE = 1e30
+q = q[:2]
+gap, stop = 0.0, False
+def tick():
+    global gap
+    last = time.perf_counter()
+    while not stop:
+        time.sleep(0.001)
+        now = time.perf_counter()
+        gap, last = max(gap, now - last), now
+ticker = threading.Thread(target=tick)
+ticker.start()
+with threads.limit(1):
+    start = time.perf_counter()
+    long_call()
+    took = time.perf_counter() - start
+stop = True
+ticker.join()
+print(gap / took)
+""",
+            layer,
+        )
+    )
+    assert gap < 0.5, "held up for as long as the call takes"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@LAYERS
+@pytest.mark.parametrize("options", ["", ", return_aux=('key_weight',)"])
+def test_interrupt(layer: str, options: str) -> None:
+    """Ctrl-C in a call of half a minute: an exception within seconds, and the next call is right."""
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored\n"
+        + START
+        + LONG.replace("(q, q, q)", f"(q, q, q{options})").replace("(16, 16384", "(16, 60000")
+        + """
+expected, mask = attention(), numba.get_num_threads()
+print("started", flush=True)
+try:
+    long_call()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    assert np.array_equal(attention(), expected)
+    assert numba.get_num_threads() == mask
+    print("right", flush=True)
+"""
+    )
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": layer}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            first = process.stdout.readline().strip()
+            if first == "missing":
+                pytest.skip(f"{layer} is not installed")
+            assert first == "started"
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            # The call itself would take much longer than this: the limit says that it was cut short, not how fast.
+            printed, _ = process.communicate(timeout=15)
+            assert printed.split() == ["interrupted", "right"]
+            assert process.returncode == 0
+        finally:
+            process.kill()

@@ -2,142 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import hypothesis
-import hypothesis.strategies as st
-import mods
-import numpy as np
 import pytest
-from cases import SIXTEEN_BITS, dtype_of
-from contract import STORAGE
 from hypothesis import given, settings
+from strategies import Call, calls, cut_into
 from tolerances import assert_accurate
 
 from numba_attn import scaled_dot_product_attention
-from numba_attn.cpu import forward, plan
-from numba_attn.problem import AUX_NAMES
-
-IDENTITY: dict[str, Any] = {"as is": lambda x: x, **STORAGE}
-DTYPES = [*(["float32"] * 3), "float64", *SIXTEEN_BITS]
-# score_mod, mask_mod, the function of the block mask: few of them, as each is compiled for each dtype.
-FUNCTIONS: list[tuple[Callable[..., Any] | None, ...]] = [
-    *([(None, None, None)] * 4),
-    (mods.relative_bias, None, None),
-    (mods.by_place, mods.scattered, None),
-    (None, mods.prefix, None),
-    (None, None, mods.prefix),
-    (mods.by_place, None, mods.scattered),
-    (None, mods.scattered, mods.prefix),
-]
-Call = tuple[list[np.ndarray], dict[str, Any], tuple[int, int] | None]
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Call:
-    """Arrays, options and how to cut the problem."""
-    functions = draw(st.sampled_from(FUNCTIONS))
-    B, Hkv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    # The reference calls functions for one element after the other.
-    most_Lq, most_Lk = (60, 70) if functions == (None, None, None) else (20, 36)
-    Lq, Lk = draw(st.integers(0, most_Lq)), draw(st.integers(0, most_Lk))
-    D, Dv = draw(st.integers(0, 40)), draw(st.integers(0, 40))
-    dtype = dtype_of(draw(st.sampled_from(DTYPES)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-
-    def stored(x: np.ndarray) -> np.ndarray:
-        return IDENTITY[draw(st.sampled_from(list(IDENTITY)))](x) if x.ndim > 1 else x  # type: ignore[no-any-return]
-
-    shapes = (B, Hkv * group, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
-    arrays = [stored(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
-    options: dict[str, Any] = {"enable_gqa": group > 1, "is_causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        options["scale"] = draw(st.sampled_from([0.0, -1.0, 0.3, 2.0]))
-    options |= draw(intervals(B, Lq, Lk))
-    mask = draw(masks((B, Hkv * group, Lq, Lk), rng, dtype))
-    if mask is not None:
-        options["attn_mask"] = stored(mask)
-    options |= draw(variants((B, Hkv * group, Lq, Lk), rng, dtype, functions))
-    options["return_aux"] = tuple(name for name in AUX_NAMES if draw(st.booleans()))
-    return arrays, options, draw(st.sampled_from([None, (1, 1), (5, 3), (48, 2)]))
-
-
-@st.composite
-def intervals(draw: st.DrawFn, B: int, Lq: int, Lk: int) -> dict[str, Any]:
-    """Options that leave each row an interval of keys."""
-    options: dict[str, Any] = {}
-    if draw(st.booleans()):
-        sides = st.one_of(st.none(), st.integers(0, 80))
-        options["window"] = (draw(sides), draw(sides))
-    if draw(st.booleans()):
-        offsets = st.integers(-70, 70)
-        options["query_offset"] = draw(
-            st.one_of(st.just("bottom_right"), offsets, st.lists(offsets, min_size=B, max_size=B))
-        )
-    if draw(st.booleans()):
-        options["kv_lengths"] = draw(st.lists(st.integers(0, Lk), min_size=B, max_size=B))
-    if draw(st.booleans()):
-        options["query_lengths"] = draw(st.lists(st.integers(0, Lq), min_size=B, max_size=B))
-    return options
-
-
-@st.composite
-def masks(draw: st.DrawFn, scores: tuple[int, ...], rng: np.random.Generator, dtype: np.dtype) -> np.ndarray | None:
-    kind = draw(st.sampled_from(["none", "bool", "additive", "additive with -inf"]))
-    if kind == "none":
-        return None
-    shape = tuple(draw(st.sampled_from([n, 1])) for n in scores[4 - draw(st.integers(0, 4)) :])
-    if kind == "bool":
-        return np.asarray(rng.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])))
-    mask = np.asarray(rng.standard_normal(shape))
-    if kind == "additive with -inf":
-        mask = np.where(rng.random(shape) < 0.5, mask, -np.inf)
-    return mask.astype(draw(st.sampled_from([np.dtype(np.float32), np.dtype(np.float64), dtype])))
-
-
-@st.composite
-def variants(
-    draw: st.DrawFn,
-    scores: tuple[int, int, int, int],
-    rng: np.random.Generator,
-    dtype: np.dtype,
-    functions: tuple[Callable[..., Any] | None, ...],
-) -> dict[str, Any]:
-    """Options that change scores or probabilities, and functions."""
-    B, Hq = scores[:2]
-    score_mod, mask_mod, block_mod = functions
-    options: dict[str, Any] = {"score_mod": score_mod, "mask_mod": mask_mod}
-    if block_mod is not None:
-        size = draw(st.sampled_from([(16, 16), (13, 7), (3, 5), (1, 64)]))
-        shape = scores if block_mod is mods.scattered else (draw(st.sampled_from([1, B])), 1, *scores[2:])
-        options["block_mask"] = mods.blocky(block_mod, shape, size)
-    if draw(st.booleans()):
-        options["softcap"] = draw(st.sampled_from([0.5, 3.0, 50.0]))
-    if draw(st.booleans()):
-        options["alibi_slopes"] = rng.random(draw(st.sampled_from([(Hq,), (B, Hq)]))).astype(dtype)
-    if draw(st.booleans()):
-        options["sinks"] = draw(st.sampled_from([1.0, 5.0])) * rng.standard_normal(Hq)
-    if draw(st.booleans()):
-        options["dropout_p"] = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9]))
-        options["dropout_seed"] = draw(st.integers(0, 2**64 - 1))
-    if dtype.itemsize == 4 and draw(st.integers(0, 3)) == 0:
-        options["precision"] = "bfloat16"
-    return options
 
 
 def check(call: Call) -> None:
-    arrays, options, cut = call
-    with pytest.MonkeyPatch.context() as patch:
-        if cut is not None:
-            keys, blocks = cut
-            patch.setattr(
-                forward,
-                "plan",
-                lambda *shape: (p := plan.plan(*shape))._replace(
-                    keys=keys, blocks=blocks, tasks=-(-shape[1] // (p.block * blocks))
-                ),
-            )
+    arrays, options, tiles = call
+    with cut_into(tiles):
         result = scaled_dot_product_attention(*arrays, **options)
     out, aux = result if options["return_aux"] else (result, None)
     assert aux is None or all((x is not None) == (name in options["return_aux"]) for name, x in aux._asdict().items())

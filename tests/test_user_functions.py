@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from numba_attn.cpu import user_functions
-from numba_attn.cpu.jit import device
+from numba_attn.cpu.jit import OPTIONS
 from numba_attn.cpu.simd import address
 from numba_attn.cpu.user_functions import mask_pass, run_mask_pass, run_score_pass, score_pass
 
@@ -29,14 +29,14 @@ tables.weights = RNG.standard_normal(64)  # type: ignore[attr-defined]
 tables.number = 3  # type: ignore[attr-defined]
 
 
-@device
+@numba.njit(**OPTIONS)
 def score_driver(codes, index, captured, s, n, width, rows, factor, bias, bias_row, b, h, i, j):
     run_score_pass(
         codes, index, captured, address(s), n, width, rows, factor, address(bias), bias_row, b, h, i, j
     )  # fmt: skip
 
 
-@device
+@numba.njit(**OPTIONS)
 def mask_driver(codes, index, captured, bias, source, source_row, n, width, rows, b, h, i, j):
     run_mask_pass(codes, index, captured, address(bias), address(source), source_row, n, width, rows, b, h, i, j)
 

@@ -3,8 +3,8 @@
     s = scale * q.k (+ mask),   p = exp(s - m),   out = sum of p * v / sum of p,   lse = m + log(sum of p)
 
 A task is a few row blocks of one head, which share each tile of keys while it is in cache.  The scores of a block and a
-tile are exponentiated against the row's reference maximum m, which is raised, and what there is rescaled, only where a
-score exceeds it by far.  How rows are cut into blocks and tasks, and who does them, changes no bit of a result.
+tile are exponentiated against the row's reference m, which is moved to the largest score, and what there is rescaled,
+only where that is far from it.  How rows are cut into blocks and tasks, and who does them, changes no bit of a result.
 
 Milakov and Gimelshein (2018) for the streaming softmax, Dao et al. (2022) for the tiling.
 """
@@ -14,24 +14,19 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
-from typing import Any
 
-import numpy as np
 from numba import prange, types
 
-from numba_attn import random, threads
 from numba_attn.block_mask import EMPTY, FULL
-from numba_attn.cpu import amx, dropout, key_weight, launch, narrow, pack, tiles
+from numba_attn.cpu import amx, dropout, launch, pack, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
-from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
-from numba_attn.cpu.plan import Plan, plan
+from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.plan import Plan
+from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
-    Arrays,
-    Functions,
-    Sequences,
-    Settings,
+    Call,
     Sizes,
     call_types,
     columns_of,
@@ -45,12 +40,9 @@ from numba_attn.cpu.score import (
     score,
     select,
 )
-from numba_attn.cpu.simd import PAIRS, address, align_stack, as_bfloat16, as_element, fetch_add, holds_pairs, moved
+from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved
 from numba_attn.cpu.target import VECTOR_BYTES
-from numba_attn.cpu.tiles import LOG2_E
-from numba_attn.cpu.user_functions import mask_pass, score_pass
 from numba_attn.cpu.visible import Matrix, visible
-from numba_attn.problem import Problem, statistics_dtype
 
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
@@ -62,11 +54,9 @@ State = namedtuple("State", "qt ot reference total moment best")
 # How the problem is cut, see plan.Plan.
 Cut = namedtuple("Cut", "keys block blocks lanes")
 
-LN_2 = math.log(2.0)
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
-SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
 # One task -------------------------------------------------------------------------------------------------------------
@@ -148,15 +138,15 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
             pack.fill_lanes(state.qt, nothing, columns_of(D, operands) // 2 * width)
         pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, state.qt)
         pack.fill_lanes(state.ot, nothing, Dv * width)
-        pack.fill_lanes(state.reference, lowest, width)
+        pack.fill_lanes(state.reference, nothing, width)
         pack.fill_lanes(state.total, nothing, width)
         pack.fill_lanes(state.moment, nothing, width)
         pack.fill_lanes(state.best, lowest, width)
 
-    ready = 0  # bit i: every row of block i has met a key
-    rising = 0  # bit i: scores of block i have exceeded their reference by more than the headroom
+    rising = 0  # bit i: scores of block i have been out of their reference's range
     task_low, task_high, _, _ = visible(first, end, head.position)
-    for tile in range(task_low // keys * keys, task_high, keys):
+    for number in range(task_low // keys, (task_high + keys - 1) // keys):
+        tile = number * keys
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
         if pairs:
             tile_low -= (tile_low - tile) % 2
@@ -164,7 +154,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
-            here = select(head, settings, row, rows, tile, tile + keys, pairs, sizes, memory, at)
+            here = select(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             start, n = here.start, here.stop - here.start
@@ -196,37 +186,35 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
             done = fused = False
-            if plain and here.kept == FULL and ready >> i & 1:
+            if plain and here.kept == FULL:
                 done = fused = tiles.probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
-                    state.reference, state.total, sums, top, scores,
+                    state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
             # Scores that have risen once, as with ALiBi towards the diagonal, are expected to go on.  With a score_mod,
             # what is added has been used up when a tile turns out to be one to do again.
-            raising = not ready >> i & 1 or rising >> i & 1 or head.functions.codes[SCORE] != 0
+            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:
                     tiles.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
-                    changes = tiles.raise_reference(width, top, state.reference, state.total, state.moment, correction)
-                    if changes & 1:
+                    if tiles.move_reference(
+                        width, top, state.reference, state.best, state.total, state.moment, correction
+                    ):
                         tiles.rescale(width, state.ot, Dv, correction)
-                    if not changes & 2:
-                        ready |= 1 << i
                 if weighted:
                     done = tiles.exponentiate_weighted(
                         width, scores, n, unit, here.added, here.row,
-                        state.reference, state.total, sums, top, state.moment, moments, raising,
+                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 else:
                     done = tiles.exponentiate(
                         width, scores, n, unit, here.added, here.row,
-                        state.reference, state.total, sums, top, state.moment, moments, raising,
+                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 if not done:
                     rising |= 1 << i
                     raising = True
-            tiles.follow(width, state.best, top, state.reference)
             if settings.threshold != 0:
                 dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)
             if not fused:
@@ -247,7 +235,7 @@ def include_sink(sink, first, end, sizes, operands, memory):
         width = (rows + sizes.lanes - 1) // sizes.lanes
         state = state_of(memory, at, sizes, operands, i)
         tiles.challenge(width, sink, state.reference, top)
-        if tiles.raise_reference(width, top, state.reference, state.total, state.moment, correction) & 1:
+        if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
             tiles.rescale(width, state.ot, sizes.Dv, correction)
         tiles.add_sink(width, sink, state.reference, state.total, state.moment)
 
@@ -273,32 +261,13 @@ def finish(out, lse, max_score, entropy, first, end, sizes, operands, gain, memo
             if memory[at.top + lane] != 0:
                 finite = False
             reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
-            empty = total == 0
-            if lse.size:
-                lse[row + lane] = -math.inf if empty else (reference + math.log2(total)) * LN_2
-            if max_score.size:
-                best = memory[lane_0 + 3 * block + lane]
-                max_score[row + lane] = best * LN_2 if total == total else total
-            if entropy.size:
-                moment = memory[lane_0 + 2 * block + lane]
-                entropy[row + lane] = 0 if empty else (math.log2(total) - moment / total) * LN_2
+            moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
+            write_statistics(lse, max_score, entropy, row + lane, reference, total, moment, best)
     return finite
 
 
-@device
-def of_head(rows, b, h):
-    return rows[b, h] if rows.size else rows[0, 0]
-
-
-@device
-def fill_rows(rows, first, end, value):
-    if rows.size:
-        for row in range(first, end):
-            rows[row] = value
-
-
 @kernel
-def work(memory, worker, next_task, arrays, sequences, functions, settings, cut):
+def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
@@ -308,26 +277,19 @@ def work(memory, worker, next_task, arrays, sequences, functions, settings, cut)
     sizes = Sizes(D, Dv, cut.keys, cut.block, cut.lanes)
     per_task = cut.blocks * cut.block
     per_head = (Lq + per_task - 1) // per_task
-    tasks = sequences.offsets.shape[0] * Hq * per_head
-    # Each worker has a range of tasks, so that few heads pass through its caches, and helps the others when it is done.
-    workers, helped = next_task.shape[0], 0
-    while helped < workers:
-        owner = (worker + helped) % workers
-        task = tasks * owner // workers + fetch_add(next_task, owner)
-        if task >= tasks * (owner + 1) // workers:
-            helped += 1
-            continue
-        b, h = task // per_head // Hq, task // per_head % Hq
+    tasks = sequences.numbers.shape[0] * Hq * per_head
+    helped = 0
+    while True:
+        task, helped = launch.take(counters, worker, helped, tasks)
+        if task < 0:
+            break
+        b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         first = (per_head - 1 - task % per_head) * per_task
         end = min(first + per_task, Lq)
         valid = max(first, min(end, sequences.intervals[b, 1]))
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
-        lse, max_score, entropy = (
-            of_head(arrays.lse, b, h),
-            of_head(arrays.max_score, b, h),
-            of_head(arrays.entropy, b, h),
-        )
+        lse, max_score, entropy = statistics_of(arrays, b, h)
         careful = False
         while valid > first:
             attend(head, first, valid, sizes, settings, arrays.operands, entropy.size > 0, memory, careful)
@@ -341,12 +303,7 @@ def work(memory, worker, next_task, arrays, sequences, functions, settings, cut)
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
             # tells them apart.
             careful = True
-        if valid < end:
-            padding = moved(out_head.data, valid * out_head.row)
-            pack.fill(padding, out_head.row, out_head.step, end - valid, Dv, memory.dtype.type(0))
-            fill_rows(lse, valid, end, arrays.sinks[h] * LN_2 if arrays.sinks.size else -math.inf)
-            fill_rows(max_score, valid, end, -math.inf)
-            fill_rows(entropy, valid, end, 0.0)
+        fill_padding(arrays, sequences.offsets[b, 4], b, h, valid, end)
     if on_tiles:
         amx.release(address(memory))
 
@@ -355,119 +312,33 @@ work_through_pointer = through_pointer(work.py_func)
 
 
 @parallel_kernel
-def work_together(code, memory, next_task, arrays, sequences, functions, settings, cut):
+def work_together(code, memory, counters, arrays, sequences, functions, settings, cut):
     """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
-        work_through_pointer(code, memory[worker], worker, next_task, arrays, sequences, functions, settings, cut)
+        work_through_pointer(code, memory[worker], worker, counters, arrays, sequences, functions, settings, cut)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def forward(problem: Problem) -> None:
-    """Compute `problem` and write its results."""
-    q, k, v, out = problem.query, problem.key, problem.value, problem.out
-    batch, (Hq, Lq, D), (Lk, Dv) = q.shape[:-3], q.shape[-3:], v.shape[-2:]
-    B = math.prod(batch)
-    if problem.key_weight is not None and Lq == 0:
-        problem.key_weight[...] = 0
-    if B * Hq * Lq == 0:
-        return
-    dtype, kind = statistics_dtype(q.dtype), kind_of(q.dtype)
-    operand = narrow.operand(kind, problem.bfloat16_products)
-    first = (0,) * len(batch)
-    mask = _NO_MASK if problem.mask is None else narrow.bytes_of(problem.mask[first])
-    workers = threads.count() if B * Hq * Lq * Lk * (D + Dv) > SERIAL_WORK else 1
-    lse = _rows(problem.lse, (B, Hq, Lq), dtype)
-    if problem.key_weight is not None and not lse.size:
-        lse = np.empty((B, Hq, Lq), dtype)
-    arrays = Arrays(
-        bits_of(q[first]), bits_of(k[first]), bits_of(v[first]), mask, bits_of(out[first]),
-        lse, _rows(problem.max_score, (B, Hq, Lq), dtype), _rows(problem.entropy, (B, Hq, Lq), dtype),
-        _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
-        _NO_STATES if problem.block_mask is None else problem.block_mask.states,
-        _nothing(1, np.dtype(np.uint32 if operand == PAIRS else dtype)),
-    )  # fmt: skip
-    strides = q.strides, k.strides, v.strides, launch.mask_strides(problem.mask, batch), out.strides
-    sequences = Sequences(launch.batch_offsets(batch, *strides), problem.intervals.table)
-    functions, alive = _functions(problem, dtype)
-    call = arrays, sequences, functions, _settings(problem)
-
-    whole, lanes = plan(B * Hq, Lq, D, Dv, dtype.itemsize, workers), VECTOR_BYTES // dtype.itemsize
-    cut = Cut(whole.keys, whole.block, whole.blocks, lanes)
-    size = _memory_size(whole, D, Dv, lanes)
-    kinds = kind, operand
-    launch.run(_serial, _parallel, kinds, min(workers, B * Hq * whole.tasks), size, dtype, *call, cut)
-    if problem.key_weight is not None and Lk:
-        keys = key_weight.cut_keys(B * Hq, Lk, whole.keys, whole.block, workers, dtype.itemsize)
-        weights = problem.key_weight.reshape(B, Hq, Lk)
-        size = key_weight.memory_size(keys, D)
-        launch.run(key_weight.serial, key_weight.parallel, kinds, workers, size, dtype, weights, *call, keys)
-    del alive
-
-
-def _settings(problem: Problem) -> Settings:
-    p, seed = problem.dropout or (0.0, 0)
-    tile_rows, tile_keys = (0, 0) if problem.block_mask is None else problem.block_mask.block_size
-    return Settings(
-        left=problem.intervals.left,
-        right=problem.intervals.right,
-        scale=problem.scale,
-        scale_2=problem.scale * LOG2_E,
-        softcap=problem.softcap or 0.0,
-        gain=1 / (1 - p),
-        threshold=random.threshold(p),
-        seed=seed - (seed >> 63 << 64),
-        tile_rows=tile_rows,
-        tile_keys=tile_keys,
-        mask_kind=0 if problem.mask is None else narrow.MASKS.index(kind_of(problem.mask.dtype)),
-    )
-
-
-def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]:
-    """The user's functions as kernels take them, and what must live as long as they run."""
-    block = None if problem.block_mask is None else problem.block_mask.mask_mod
-    if problem.score_mod is None and problem.mask_mod is None and block is None:
-        return _NO_FUNCTIONS, []
-    passes = [
-        None if function is None else make(function, dtype)
-        for make, function in ((score_pass, problem.score_mod), (mask_pass, problem.mask_mod), (mask_pass, block))
-    ]
-    codes = np.array([0 if one is None else one.code[0] for one in passes], np.intp)
-    captured = [_NO_FUNCTIONS.score if one is None else one.captured for one in passes]
-    return Functions(codes, *captured), passes
-
-
-_NO_FUNCTIONS = Functions(np.zeros(3, np.intp), *[np.zeros(1, np.int64)] * 3)
-_NO_MASK = np.empty((0, 0, 0), np.uint8)
-
-
-_NO_STATES = np.empty((0, 0, 0, 0), np.uint8)
-
-
-@functools.cache
-def _nothing(ndim: int, dtype: np.dtype) -> np.ndarray:
-    return np.empty((0,) * ndim, dtype)
-
-
-def _rows(x: np.ndarray | None, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
-    """One number a row, as (B, Hq, Lq); empty if there is none."""
-    return _nothing(3, dtype) if x is None else x.reshape(shape)
-
-
-def _base_2(x: np.ndarray | None, ndim: int, dtype: np.dtype) -> np.ndarray:
-    """Numbers of the scale of scores, for scores in base 2."""
-    return _nothing(ndim, dtype) if x is None else (x * LOG2_E).astype(dtype)
+def run(call: Call, kinds: tuple[str, types.Type], whole: Plan, workers: int, operations: float) -> None:
+    """Compute a call of elements and operands of these `kinds`, cut as the plan says, on so many workers."""
+    arrays, dtype = call.arrays, call.arrays.lse.dtype
+    (Hq, _, D), Dv = arrays.q.shape, arrays.v.shape[2]
+    cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
+    tasks = len(call.sequences.numbers) * Hq * whole.tasks
+    size = memory_size(whole, D, Dv, cut.lanes)
+    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *call, cut)
 
 
 @functools.lru_cache(maxsize=256)
-def _memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
+def memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     """Elements of a worker's memory."""
     at = memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, lanes))
     return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
 
 
-def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `work`, for a kind of element and an operand, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
@@ -478,21 +349,4 @@ def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-_serial, _parallel = launch.entries(work, work_together, _signature)
-
-
-def warmup() -> list[str]:
-    """Compile every kernel, or load it from the cache; returns their names."""
-    names = []
-    for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
-        operand = narrow.operand(kind, bfloat16_products)
-        entries = {
-            "forward._serial": _serial,
-            "forward._parallel": _parallel,
-            "key_weight.serial": key_weight.serial,
-            "key_weight.parallel": key_weight.parallel,
-        }
-        for name, compile_one in entries.items():
-            compile_one(kind, operand)
-            names.append(f"numba_attn.cpu.{name}, {kind}, products of {operand}")
-    return names
+serial, parallel = launch.entries(work, work_together, signature)

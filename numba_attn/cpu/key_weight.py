@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
+import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import amx, launch, pack, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.score import (
     ON_TILES,
+    Call,
     Sizes,
     call_types,
     columns_of,
@@ -29,7 +32,7 @@ from numba_attn.cpu.score import (
     score,
     select,
 )
-from numba_attn.cpu.simd import address, align_stack, as_element, fetch_add, holds_pairs, moved
+from numba_attn.cpu.simd import address, align_stack, as_element, holds_pairs, moved
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 
@@ -71,15 +74,17 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
     nothing, columns = memory.dtype.type(0), columns_of(sizes.D, operands)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
     pack.fill_lanes(sums, nothing, high - low)
-    for row in range(0, valid, block):
+    for i in range((valid + block - 1) // block):
+        row = i * block
         rows = min(block, valid - row)
         width = (rows + lanes - 1) // lanes
         packed = False
         for lane in range(width * lanes):
             # Of lanes without a row, every probability is 0.
             memory[at.lse + lane] = lse[row + lane] * LOG2_E if lane < rows else math.inf
-        for tile in range(low // keys * keys, high, keys):
-            here = select(head, settings, row, rows, max(tile, low), min(tile + keys, high), False, sizes, memory, at)
+        for number in range(low // keys, (high + keys - 1) // keys):
+            start, stop = max(number * keys, low), min((number + 1) * keys, high)
+            here = select(head, settings, row, rows, 1, start, stop, False, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             if not packed:
@@ -97,7 +102,7 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
 
 
 @kernel
-def weigh(memory, worker, next_task, weights, arrays, sequences, functions, settings, cut):
+def weigh(memory, worker, counters, weights, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none; weights is (B, Hq, Lk), and arrays.lse that of the forward pass."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
@@ -106,10 +111,13 @@ def weigh(memory, worker, next_task, weights, arrays, sequences, functions, sett
     (Hq, _, D), Lk = arrays.q.shape, arrays.k.shape[1]
     sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
     per_head = (Lk + cut.task_keys - 1) // cut.task_keys
-    tasks = sequences.offsets.shape[0] * Hq * per_head
-    task = fetch_add(next_task, 0)
-    while task < tasks:
-        b, h = task // per_head // Hq, task // per_head % Hq
+    tasks = sequences.numbers.shape[0] * Hq * per_head
+    helped = 0
+    while True:
+        task, helped = launch.take(counters, worker, helped, tasks)
+        if task < 0:
+            break
+        b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         low = task % per_head * cut.task_keys
         high = min(low + cut.task_keys, Lk)
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
@@ -120,7 +128,6 @@ def weigh(memory, worker, next_task, weights, arrays, sequences, functions, sett
             for lane in range(cut.lanes):
                 total += memory[start + key * cut.lanes + lane]
             weights[b, h, low + key] = total
-        task = fetch_add(next_task, 0)
     if on_tiles:
         amx.release(address(memory))
 
@@ -129,22 +136,36 @@ weigh_through_pointer = through_pointer(weigh.py_func)
 
 
 @parallel_kernel
-def weigh_together(code, memory, next_task, weights, arrays, sequences, functions, settings, cut):
+def weigh_together(code, memory, counters, weights, arrays, sequences, functions, settings, cut):
     """`weigh`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
         weigh_through_pointer(
-            code, memory[worker], worker, next_task, weights, arrays, sequences, functions, settings, cut
+            code, memory[worker], worker, counters, weights, arrays, sequences, functions, settings, cut
         )
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def cut_keys(heads: int, Lk: int, keys: int, block: int, workers: int, itemsize: int) -> Cut:
+def run(
+    call: Call, kinds: tuple[str, types.Type], weights: np.ndarray, whole: Plan, workers: int, operations: float
+) -> None:
+    """Write the weights (B, Hq, Lk) of a call whose lse has been written."""
+    arrays, dtype = call.arrays, call.arrays.lse.dtype
+    (Hq, Lq, D), Lk = arrays.q.shape, arrays.k.shape[1]
+    heads = len(call.sequences.numbers) * Hq
+    cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
+    tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
+    arguments = (weights, *call, cut)
+    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *arguments)
+
+
+def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, itemsize: int) -> Cut:
     """Tasks of whole key tiles, eight or more for each worker wherever the problem allows it."""
-    tiles_of_head = -(-Lk // keys)
-    wanted = max(1, heads * tiles_of_head // (8 * workers))
-    return Cut(keys, keys * min(wanted, max(1, MOST_KEYS // keys)), block, VECTOR_BYTES // itemsize)
+    keys = whole.keys
+    wanted = heads * -(-Lk // keys) // (8 * workers)
+    wanted = max(1, min(wanted, MOST_KEYS // keys, MOST_OPERATIONS // (keys * Lq * max(D, 1))))
+    return Cut(keys, keys * wanted, whole.block, VECTOR_BYTES // itemsize)
 
 
 def memory_size(cut: Cut, D: int) -> int:
@@ -153,7 +174,7 @@ def memory_size(cut: Cut, D: int) -> int:
     return -(-(at.sums + cut.task_keys * cut.lanes) // 16) * 16
 
 
-def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `weigh`, for a kind of element and an operand, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
@@ -165,4 +186,4 @@ def _signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-serial, parallel = launch.entries(weigh, weigh_together, _signature)
+serial, parallel = launch.entries(weigh, weigh_together, signature)

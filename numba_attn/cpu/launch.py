@@ -1,19 +1,25 @@
-"""What a call of a kernel needs from Python: working memory, counters, tables of where sequences begin."""
+"""What a call of a kernel needs from Python: working memory, slices of its tasks, tables of where sequences begin."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numba import types
 
 from numba_attn import threads
-from numba_attn.cpu.jit import Compiled, compiled
+from numba_attn.cpu.jit import Compiled, compiled, device
+from numba_attn.cpu.simd import fetch_add
 
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
+# A long call is made in slices, as signals, Ctrl-C for one, are only seen between them: a first one of so many
+# multiply-adds for each worker, 0.2 s with AVX-512, and then, as that has taken long or not, slices of so many seconds.
+FIRST_SLICE = 1e10
+SLICE_SECONDS = 0.5
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,9 +56,38 @@ def working_memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
     return memory
 
 
-def counters(workers: int) -> np.ndarray:
-    """How many tasks of each worker's have been taken, each on a cache line of its own."""
-    return np.zeros((workers, 8), np.int64)
+@device
+def take(counters, worker, helped, tasks):
+    """The next of a kernel's tasks for a worker, -1 if there is none in this slice; and how many others it has helped.
+
+    Each worker has a range of tasks, so that few heads pass through its caches, and helps the others when it is done.
+    """
+    workers = counters.shape[0]
+    while helped < workers:
+        owner = (worker + helped) % workers
+        number = fetch_add(counters, owner)
+        task = tasks * owner // workers + number
+        if number < counters[owner, 1] and task < tasks * (owner + 1) // workers:
+            return task, helped
+        helped += 1
+    return -1, helped
+
+
+def slices(workers: int, tasks: int, operations: float) -> Iterator[np.ndarray]:
+    """Counters for one call of a kernel after the other, until all of its tasks are done, of so many multiply-adds.
+
+    They are (workers, 8), a cache line each: how many tasks of a worker's have been taken, and how many may be.
+    """
+    counters = np.zeros((workers, 8), np.int64)
+    each, done = -(-tasks // workers), 0
+    at_once = each if operations <= FIRST_SLICE * workers else max(1, int(tasks * FIRST_SLICE / operations))
+    while done < each:
+        counters[:, 0], counters[:, 1] = done, done + at_once
+        start = time.perf_counter()
+        yield counters
+        done += at_once
+        seconds = time.perf_counter() - start
+        at_once = max(1, int(at_once * min(8.0, SLICE_SECONDS / max(seconds, 1e-6))))
 
 
 def entries(
@@ -82,19 +117,26 @@ def run(
     parallel: Callable[..., Compiled],
     kinds: tuple[str, ...],
     workers: int,
+    tasks: int,
+    operations: float,
     size: int,
     dtype: np.dtype,
     *arguments: Any,
 ) -> None:
     """Call a kernel, of which there are a serial and a parallel entry for element types `kinds`, on as many workers.
 
-    Each has `size` elements of memory.  Where another thread has the workers, the caller's does it all.
+    It has so many tasks, of so many multiply-adds together.  Each worker has `size` elements of memory.  Where another
+    thread has the workers, the caller's does it all.
     """
+    alone = serial(*kinds)
     if workers > 1:
-        with threads.pool() as mine:
+        together = parallel(*kinds)
+        with threads.pool(workers) as mine:
             if mine:
                 memory = working_memory(workers, size, dtype)
-                code = serial(*kinds).code
-                parallel(*kinds).call(code, memory, counters(workers), *arguments)
+                for counters in slices(workers, tasks, operations):
+                    together.call(alone.code, memory, counters, *arguments)
                 return
-    serial(*kinds).call(working_memory(1, size, dtype)[0], 0, counters(1), *arguments)
+    memory = working_memory(1, size, dtype)[0]
+    for counters in slices(1, tasks, operations):
+        alone.call(memory, 0, counters, *arguments)

@@ -59,9 +59,9 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
 
 
 def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
-    """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type computed with, or bfloat16 for pairs."""
+    """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type of out, or bfloat16 for pairs."""
     stored = v.pointees["k"]
-    kept = narrow.BFLOAT16 if v.pointees["out"] == PAIRS else v.dtype
+    kept = narrow.BFLOAT16 if v.pointees["out"] == PAIRS else v.pointees["out"]
     size, kept_size = BYTES[stored], BYTES[kept]
     whole = _whole_vectors(v, k_step, size, D)
 
@@ -142,6 +142,21 @@ def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
     v.loop(whole, Dv, 1, [], line)
 
 
+def _write_row(v, row, Dv, out, out_step):
+    """out = row (Dv), contiguous, at any stride."""
+    stored = v.pointees["out"]
+    size = BYTES[stored]
+    whole = _whole_vectors(v, out_step, size, Dv)
+
+    def move(d: Value, _: list[Value], scalar: bool) -> list[Value]:
+        x = (v.load_scalar if scalar else v.load)(row, v.mul_index(d, v.size))
+        narrow.store(v, x, out, v.mul_index(d, out_step if scalar else size), stored)
+        return []
+
+    v.loop(0, whole, v.lanes, [], partial(move, scalar=False))
+    v.loop(whole, Dv, 1, [], partial(move, scalar=True))
+
+
 def _fill_lanes(v, memory, value, vectors):
     """`vectors` vectors of working memory = value."""
     x = v.splat(value)
@@ -162,5 +177,6 @@ transpose = emits(_transpose)
 copy_rows = emits(_copy_rows)
 pair_rows = emits(_pair_rows)
 write_rows = emits(_write_rows)
+write_row = emits(_write_row)
 fill = emits(_fill)
 fill_lanes = emits(_fill_lanes)

@@ -27,6 +27,10 @@ MOST_BLOCKS = 16
 CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
 
 
+# Multiply-adds of a task, at most, if one row block has no more: 0.2 s with AVX-512, so that a call can be interrupted.
+MOST_OPERATIONS = 10**10
+
+
 class Plan(NamedTuple):
     """How one call is cut up."""
 
@@ -37,8 +41,8 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan(heads: int, Lq: int, D: int, Dv: int, itemsize: int, workers: int) -> Plan:
-    """Cut `heads` (B x Hq) problems with Lq query rows into tasks.
+def plan(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int, workers: int) -> Plan:
+    """Cut `heads` (B x Hq) problems with Lq query rows and Lk keys into tasks.
 
     The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
     blocks in the second: the larger a task, the less often keys are fetched from beyond.  But there are eight tasks or
@@ -49,7 +53,7 @@ def plan(heads: int, Lq: int, D: int, Dv: int, itemsize: int, workers: int) -> P
     while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
         keys -= 48
     rows = -(-Lq // block)
-    fit = CACHE // (block * (D + Dv + 2) * itemsize)
+    fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
     blocks = _within(heads * rows // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
     return Plan(keys, block, blocks, -(-rows // blocks))
 

@@ -30,14 +30,18 @@ Tile = namedtuple("Tile", "start stop added row kept")
 # empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
 # operands is empty: its type is that of what products are made of, the element type or PAIRS.
 Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
-# offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals.
-Sequences = namedtuple("Sequences", "offsets intervals")
+# offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals;
+# numbers (n, 1): the sequences that are wanted.
+Sequences = namedtuple("Sequences", "offsets intervals numbers")
 # The user's functions, compiled: codes (3,), of score_mod, mask_mod and that of the block mask, 0 where there is none;
 # and what each has captured, see `user_functions`.
 Functions = namedtuple("Functions", "codes score mask block")
 SCORE, MASK, BLOCK = range(3)
 # Numbers of a call; mask_kind as in narrow.MASKS; softcap, threshold and tile_rows are 0 where there is no such thing.
 Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys mask_kind")
+
+# All of these.
+Call = namedtuple("Call", "arrays sequences functions settings")
 
 ON_TILES = target.BFLOAT16 == "amx"
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
@@ -57,7 +61,7 @@ def matrix(array, b_offset, h):
 @device
 def head_of(arrays, sequences, functions, settings, b, h, zero):
     """Everything about head h of sequence b; `zero` is 0 of the element type."""
-    offsets, intervals = sequences
+    offsets, intervals = sequences.offsets, sequences.intervals
     mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
     shared = h // (arrays.q.shape[0] // arrays.k.shape[0])
     # An axis of length 1 is broadcast: the same element for every index.
@@ -88,10 +92,11 @@ def is_plain(head, settings):
 
 
 @device
-def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
+def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, at):
     """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile.
 
-    It begins at an `even` number of keys from start if so wanted: at a pair of keys.
+    It begins at an `even` number of keys from start if so wanted: at a pair of keys.  The lanes are those rows of this
+    head, and of `heads` - 1 after it where nothing but intervals of keys is to be regarded.
     """
     lanes, mask, position = sizes.lanes, head.mask, head.position
     bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
@@ -102,7 +107,7 @@ def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
         return nothing
     if even:
         start -= (start - origin) % 2
-    width = (rows + lanes - 1) // lanes
+    width = (rows * heads + lanes - 1) // lanes
     row_bytes = width * lanes * memory.itemsize
     kept = of_block = FULL
     if settings.tile_rows:
@@ -135,7 +140,7 @@ def select(head, settings, row, rows, start, stop, even, sizes, memory, at):
         added, added_row, kept = bias, row_bytes, PARTIAL
     if start < every_low or stop > every_high:
         for lane in range(width * lanes):
-            p = row + min(lane, rows - 1) + position.offset
+            p = row + min(lane, rows * heads - 1) % rows + position.offset
             memory[at.low + lane] = max(p - position.left, start) - start
             memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
         low, high = element(memory, at.low), element(memory, at.high)
@@ -195,8 +200,15 @@ def keys_of(k, start, first, copied, D, operands):
 def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
     """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2."""
     n = tile.stop - tile.start
-    width = (rows + sizes.lanes - 1) // sizes.lanes
-    tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
+    tiles.scores((rows + sizes.lanes - 1) // sizes.lanes, k.data, k.row, k.step, n, sizes.D, qt, scores)
+    return change(head, settings, tile, row, rows, 1, sizes, scores, memory, at)
+
+
+@device
+def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
+    """Cap products, and let a function change them; by what they are to be multiplied to be scores of base 2."""
+    n = tile.stop - tile.start
+    width = (rows * heads + sizes.lanes - 1) // sizes.lanes
     functions, natural = head.functions, settings.scale
     if settings.softcap != 0:
         tiles.cap(width, scores, n, natural, settings.softcap)
@@ -228,7 +240,7 @@ def call_types(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 5
     return (
         types.NamedTuple(arrays, Arrays),
-        types.NamedUniTuple(table, 2, Sequences),
+        types.NamedUniTuple(table, 3, Sequences),
         types.NamedTuple([types.Array(types.intp, 1, "C"), *[types.Array(types.int64, 1, "C")] * 3], Functions),
         types.NamedTuple(settings, Settings),
     )

@@ -64,14 +64,14 @@ def offset_pointer(builder: ir.IRBuilder, pointer: Value, offset: Value) -> Valu
 
 
 @functools.cache
-def exp2_polynomial(degree: int) -> list[float]:
-    """Coefficients, constant first, of a near-minimax 2**f on [-1/2, 1/2] with value exactly 1 at 0.
+def exp2_polynomial(degree: int, entries: int = 1) -> list[float]:
+    """Coefficients, constant first, of a near-minimax 2**f on [-1/2, 1/2] / entries with value exactly 1 at 0.
 
     Lawson's iteration on the relative error of 1 + f * q(f); the exact 1 makes exp2 exact at integers, so that a
     running maximum that did not move rescales by exactly one.
     """
-    x = np.cos(np.linspace(0, np.pi, 2001)) / 2
-    x = x[np.abs(x) > 1e-9]
+    x = np.cos(np.linspace(0, np.pi, 2001)) / (2 * entries)
+    x = x[np.abs(x) > 1e-9 / entries]
     powers = np.vander(x, degree, increasing=True) * x[:, None] / np.exp2(x)[:, None]
     goal = 1 - 1 / np.exp2(x)
     weight = np.ones_like(x)
@@ -240,24 +240,51 @@ class Vectors:
         operations fill the processor's scheduler and stall it.
         """
         b = self.builder
-        shift, limit, lowest, degree = (23, -100.0, -127.0, 6) if self.size == 4 else (52, -960.0, -1023.0, 11)
-        in_memory = self._table([limit, lowest, 1.5 * 2.0**shift, *exp2_polynomial(degree)])
-        constants = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 4))
-        at_limit, at_lowest, magic, *coefficients = constants
+        entries = self._lanes_of_one_register()
+        shift, limit, lowest = (23, -100.0, -127.0) if self.size == 4 else (52, -960.0, -1023.0)
+        degree = {(4, 1): 6, (8, 1): 11, (4, 16): 3, (8, 8): 7}[self.size, entries]
+        shift -= entries.bit_length() - 1
+        # 2**(i / entries), with i taken off where adding the exponent will put it.
+        roots = np.exp2(np.arange(entries) / entries).astype(f"f{self.size}").view(f"i{self.size}")
+        roots = (roots - (np.arange(entries, dtype=roots.dtype) << shift)).view(f"f{self.size}")
+        polynomial = exp2_polynomial(degree, entries)
+        in_memory = self._table([limit, lowest, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()])
+        constants = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 5))
+        at_limit, at_lowest, magic, *coefficients, at_roots = constants
         low, zero_exponent = at_limit(), at_lowest()
         clamped = [self.select(self.less(x, low), zero_exponent, x) for x in xs]
-        # Adding 1.5 * 2**shift rounds to a whole number and leaves it in the lowest mantissa bits.
+        # Adding 1.5 * 2**shift rounds to a multiple of 1 / entries and leaves it in the lowest mantissa bits.
         rounder = magic()
         shifted = [self.add(x, rounder) for x in clamped]
         whole = [self.sub(x, rounder) for x in shifted]
         fraction = [self.sub(x, n) for x, n in zip(clamped, whole, strict=True)]
+        shifts = ir.Constant(self.bits, [shift] * self.lanes)
+        numbers = [b.bitcast(x, self.bits) for x in shifted]
+        exponents = [b.shl(n, shifts) for n in numbers]
+        if entries > 1:
+            chosen = at_roots()
+            steps = [
+                b.add(b.bitcast(self._permute(chosen, n), self.bits), e)
+                for n, e in zip(numbers, exponents, strict=True)
+            ]
+            steps = [b.bitcast(step, self.type) for step in steps]
+            growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients[1:], fraction), strict=True)]
+            return [self.fma(step, g, step) for step, g in zip(steps, growth, strict=True)]
         square = [self.mul(f, f) for f in fraction]
         # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
         even, odd = (self._horner(coefficients[start::2], square) for start in (0, 1))
         power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
-        shifts = ir.Constant(self.bits, [shift] * self.lanes)
-        exponent = [b.shl(b.bitcast(x, self.bits), shifts) for x in shifted]
-        return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponent, strict=True)]
+        return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponents, strict=True)]
+
+    def _lanes_of_one_register(self) -> int:
+        """Lanes of a vector, if it is a register whose lanes another may be made of in any order; 1 otherwise."""
+        return self.lanes if target.HAS_AVX512 and self.bytes == 64 else 1
+
+    def _permute(self, x: Value, lanes: Value) -> Value:
+        """Lane n of the result is the lane of x that the lowest bits of lane n of `lanes` say."""
+        kind = ir.FunctionType(self.type, [self.type, self.bits])
+        name = "sf" if self.size == 4 else "df"
+        return self.builder.call(self._function(f"llvm.x86.avx512.permvar.{name}.512", kind), [x, lanes])
 
     def tanh(self, *ys: Value) -> list[Value]:
         """Hyperbolic tangent of several vectors, to a few units in the last place, of tiny numbers too.
@@ -294,17 +321,18 @@ class Vectors:
             values = [self.fma(value, x, c) for value, x in zip(values, xs, strict=True)]
         return values
 
-    def _table(self, values: Sequence[float]) -> Value:
+    def _table(self, rows: Sequence[float | Sequence[float]]) -> Value:
         """Address of constants, a whole vector each, that LLVM reads where they are used.
 
         Constants that it knows it would load before the loops, and then spill: there are more than registers.
         """
-        module, kind = self.builder.module, ir.ArrayType(self.type, len(values))
+        module, kind = self.builder.module, ir.ArrayType(self.type, len(rows))
         name = f"numba_attn.constants.{self.type.element}"
         if name not in module.globals:
             table = ir.GlobalVariable(module, kind, name)
             table.linkage, table.global_constant, table.align = "internal", True, self.bytes
-            table.initializer = ir.Constant(kind, [self.constant(x) for x in values])
+            vectors = [[row] * self.lanes if isinstance(row, float) else row for row in rows]
+            table.initializer = ir.Constant(kind, [ir.Constant(self.type, [*map(self.rounded, v)]) for v in vectors])
         return self.opaque(self.builder.bitcast(module.globals[name], I8.as_pointer()))
 
     # Shuffles -------------------------------------------------------------------------------------------------------
@@ -527,12 +555,15 @@ pointee_bytes = _constant_of_pointee("pointee_bytes", types.int64, lambda dtype:
 
 @intrinsic
 def fetch_add(context: Any, counters: types.Array, row: types.Integer) -> Any:
-    """Add 1 to counters[row, 0], atomically, and return what it was."""
+    """Add 1 to counters[row, 0], atomically, and return what it was.
+
+    What a thread has written before is seen by those that add after it.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
         array = context.make_array(signature.args[0])(context, builder, values[0])
         stride = builder.extract_value(array.strides, 0)
         data = offset_pointer(builder, array.data, builder.mul(values[1], stride))
-        return builder.atomic_rmw("add", data, ir.Constant(I64, 1), "monotonic")
+        return builder.atomic_rmw("add", data, ir.Constant(I64, 1), "acq_rel")
 
     return types.int64(counters, types.int64), codegen

@@ -12,12 +12,14 @@ from numba import prange, types
 
 from numba_attn import threads
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
+from numba_attn.cpu import launch
 from numba_attn.cpu.jit import Compiled, compiled, kernel, parallel_kernel
 from numba_attn.cpu.simd import address, moved
 from numba_attn.cpu.user_functions import MASK, call_pass, integers, make_pass, position
 
 # Elements below which waking up threads costs more than they save.
 SERIAL_ELEMENTS = 1 << 16
+OPERATIONS = 50  # multiply-adds that take as long as a mask function for one element
 
 
 def _state_pass(user: Any) -> Callable[..., None]:
@@ -58,9 +60,9 @@ def classify(code, captured, states, Lq, Lk, rows, keys, first, end):
 
 
 @parallel_kernel
-def classify_together(code, captured, states, Lq, Lk, rows, keys):
-    """`classify`, by all of Numba's threads."""
-    for row in prange(states.shape[0] * states.shape[1] * states.shape[2]):
+def classify_together(code, captured, states, Lq, Lk, rows, keys, first, end):
+    """`classify`, by Numba's threads."""
+    for row in prange(first, end):
         classify(code, captured, states, Lq, Lk, rows, keys, row, row + 1)
 
 
@@ -69,13 +71,13 @@ def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size
     (B, Hq, Lq, Lk), (rows, keys) = shape, block_size
     made = make_pass(STATE, mask_mod, np.uint8)
     states = np.empty((B, Hq, -(-Lq // rows), -(-Lk // keys)), np.uint8)
-    arguments = (made.code, made.captured, states, Lq, Lk, rows, keys)
-    if B * Hq * Lq * Lk > SERIAL_ELEMENTS and threads.count() > 1:
-        with threads.pool() as mine:
-            if mine:
-                _parallel().call(*arguments)
-                return states
-    _serial().call(*arguments, 0, B * Hq * states.shape[2])
+    lines, elements = B * Hq * states.shape[2], B * Hq * Lq * Lk
+    workers = threads.count() if elements > SERIAL_ELEMENTS else 1
+    with threads.pool(workers) as mine:
+        entry = _parallel() if mine else _serial()
+        for counters in launch.slices(1, lines, elements * OPERATIONS):
+            first, end = counters[0, :2].tolist()
+            entry.call(made.code, made.captured, states, Lq, Lk, rows, keys, first, min(end, lines))
     return states
 
 
@@ -89,4 +91,4 @@ def _serial() -> Compiled:
 
 @functools.cache
 def _parallel() -> Compiled:
-    return compiled(classify_together, (*_ARRAYS, *integers(4)))
+    return compiled(classify_together, (*_ARRAYS, *integers(6)))

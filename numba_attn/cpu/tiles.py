@@ -20,13 +20,14 @@ from numba import types
 
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.plan import HEIGHTS
-from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I32, PAIRS, Value, Vectors, emits
 
 LOG2_E = math.log2(math.e)
 INFINITY = math.inf
-# A row's reference maximum is raised only when a score exceeds it by this much: probabilities up to 2**16 lose nothing
-# in floating point, and almost every tile can be exponentiated while its scores are still in registers.
-HEADROOM = 16.0
+# A row's reference is 0 at first, and becomes the largest score so far only when that is above it by HEADROOM or below
+# it by DEPTH: probabilities from 2**-32 to 2**16 lose nothing in floating point, and almost every tile can be
+# exponentiated while its scores are still in registers, the first one too.
+HEADROOM, DEPTH = 16.0, 32.0
 # Exponentials at once: more hide the latency of each, fewer leave more registers.
 AT_ONCE = 4
 
@@ -146,17 +147,12 @@ def _scores(v, width, k, k_row, k_step, n, D, qt, s):
     for_rows(v, n, HEIGHTS[width], tile)
 
 
-def _base(v: Vectors, reference: Value) -> Value:
-    """What is subtracted from scores: the reference, or 0 where nothing has been attended to yet."""
-    zero = v.constant(0.0)
-    return v.select(v.equal(reference, v.constant(-INFINITY)), zero, reference)
-
-
-def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total, sums, top, p):
+def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p):
     """p = exp2(scale * k.qt - reference) and total += its column sums, without the scores ever being stored.
 
-    top = the largest exponent of each query.  Returns whether none exceeds the headroom; else total is as it was, and
-    the tile is to be done again by way of `scores`.  The arithmetic is that of `scores` and `exponentiate`.
+    top = the largest exponent of each query, and best the largest score so far.  Returns whether every reference will
+    do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
+    arithmetic is that of `scores` and `exponentiate`.
     """
     row, factor, pairs = width * v.bytes, v.splat(scale), are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
@@ -193,12 +189,12 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, total
             v.store(total_p, sums, w * v.bytes)
 
     for_rows(v, n, heights, tile)
-    return _accept(v, v.index(width), top, [(total, sums)], ir.Constant(I1, 0))
+    return _accept(v, v.index(width), top, reference, best, [(total, sums)], ir.Constant(I1, 0))
 
 
 def paired(v: Vectors, rows: list[Value]) -> list[Value]:
-    """Rows of probabilities, two and two; a last one with zeros."""
-    rows = [*rows, v.constant(0.0)] if len(rows) % 2 else rows
+    """Rows of probabilities, two and two; a last one with a masked key's."""
+    rows = [*rows, v.constant(-0.0)] if len(rows) % 2 else rows
     return [v.pair(low, high) for low, high in zip(rows[::2], rows[1::2], strict=True)]
 
 
@@ -219,19 +215,44 @@ def _pair_up(v, width, p, n, k):
     for_vectors(v, width, vector)
 
 
-def _accept(v: Vectors, width: Value, top: Value, sums: Sequence[tuple[Value, Value]], final: Value) -> Value:
-    """Whether no `top` exceeds the headroom, or it is `final` anyway; if so, each total += its sum of the tile."""
+def _out_of_range(v: Vectors, top: Value, best: Value, reference: Value) -> Value:
+    """Whether a reference will not do: for a largest exponent of a tile, and the largest score with and before it."""
+    low = v.less(best, v.sub(reference, v.constant(DEPTH)))
+    attended = v.less(v.constant(-INFINITY), best)
+    return v.builder.or_(v.less(v.constant(HEADROOM), top), v.builder.and_(low, attended))
 
-    def exceeds(here: Value, found: list[Value]) -> list[Value]:
-        return [v.builder.or_(found[0], v.any(v.less(v.constant(HEADROOM), v.load(top, here))))]
 
+def _accept(
+    v: Vectors,
+    width: Value,
+    top: Value,
+    reference: Value,
+    best: Value,
+    sums: Sequence[tuple[Value, Value]],
+    final: Value,
+) -> Value:
+    """Whether every reference will do for a tile, or it is `final` anyway; if so, best and the totals take it in."""
     end = v.mul_index(width, v.bytes)
-    (exceeded,) = v.loop(0, end, v.bytes, [ir.Constant(I1, 0)], exceeds)
+
+    def highest(here: Value) -> Value:
+        # Where infinities have met, the sum is NaN, which is not the maximum.
+        return v.maximum(v.add(v.load(reference, here), v.load(top, here)), v.load(best, here))
+
+    def refused(here: Value, found: list[Value]) -> list[Value]:
+        out = _out_of_range(v, v.load(top, here), highest(here), v.load(reference, here))
+        return [v.builder.or_(found[0], v.any(out))]
+
+    (some_refused,) = v.loop(0, end, v.bytes, [ir.Constant(I1, 0)], refused)
     is_final = v.builder.icmp_signed("!=", final, ir.Constant(final.type, 0))
-    accepted = v.builder.or_(v.builder.not_(exceeded), is_final)
-    with v.builder.if_then(accepted):
+    accepted = v.builder.or_(v.builder.not_(some_refused), is_final)
+
+    def update(here: Value) -> None:
+        v.store(highest(here), best, here)
         for total, tile_sum in sums:
-            for_vectors(v, width, lambda here: v.store(v.add(v.load(total, here), v.load(tile_sum, here)), total, here))
+            v.store(v.add(v.load(total, here), v.load(tile_sum, here)), total, here)
+
+    with v.builder.if_then(accepted):
+        for_vectors(v, width, update)
     return accepted
 
 
@@ -338,7 +359,7 @@ def _settle(v, width, s, n, scale, bias, source, source_row):
 
 
 def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
-    """top = the largest of scale * s + bias - reference of each query (0 where it has no reference).
+    """top = the largest of scale * s + bias - reference of each query.
 
     A bias of -inf masks, whatever the score is.
     """
@@ -346,7 +367,7 @@ def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
     lowest, factor = v.constant(-INFINITY), v.splat(scale)
 
     def vector(here: Value) -> None:
-        base = _base(v, v.load(reference, here))
+        base = v.load(reference, here)
 
         def keys(j: Value, height: int, highest: list[Value]) -> list[Value]:
             found = list(highest)
@@ -366,41 +387,40 @@ def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
     for_vectors(v, width, vector)
 
 
-def _raise_reference(v, width, top, reference, total, moment, correction):
-    """Raise each query's reference by `top` where that is more than the headroom, or where it has none.
+def _move_reference(v, width, top, reference, best, total, moment, correction):
+    """Make the largest score, of a tile or so far, the reference of each query for which its own will not do.
 
     correction = the factor that takes old probabilities to the new reference, applied to total, and to the moment,
-    the sum of p * log2(p).  Returns bit 0: some correction is not 1; bit 1: some query is still without a reference.
+    the sum of p * log2(p).  Returns whether some correction is not 1.
     """
-    b = v.builder
-    lowest = v.constant(-INFINITY)
+    zero = v.constant(0.0)
 
-    def vector(here: Value, flags: list[Value]) -> list[Value]:
-        old, above = v.load(reference, here), v.load(top, here)
-        enough = v.select(v.equal(old, lowest), lowest, v.constant(HEADROOM))
-        exceeds = v.less(enough, above)
-        new = v.select(exceeds, v.add(_base(v, old), above), old)
-        sums, step = v.load(total, here), v.sub(_base(v, old), _base(v, new))
-        (factor,) = v.exp2(v.sub(old, _base(v, new)))
+    def vector(here: Value, found: list[Value]) -> list[Value]:
+        old, above, sums = v.load(reference, here), v.load(top, here), v.load(total, here)
+        highest = v.maximum(v.add(old, above), v.load(best, here))
+        moves = _out_of_range(v, above, highest, old)
+        new = v.select(moves, highest, old)
+        step = v.sub(old, new)
+        # Downwards only where there has been no key before, and so nothing to correct.
+        (factor,) = v.exp2(v.select(v.less(zero, step), zero, step))
         v.store(new, reference, here)
         v.store(factor, correction, here)
         moved = v.mul(v.fma(step, sums, v.load(moment, here)), factor)
         # Where nothing is left of the old probabilities, the step may be beyond what a product of it can be.
-        v.store(v.select(v.equal(factor, v.constant(0.0)), factor, moved), moment, here)
+        v.store(v.select(v.equal(factor, zero), zero, moved), moment, here)
         v.store(v.mul(sums, factor), total, here)
-        missing = b.shl(b.zext(v.any(v.equal(new, lowest)), I64), v.index(1))
-        return [b.or_(flags[0], b.or_(b.zext(v.any(exceeds), I64), missing))]
+        return [v.builder.or_(found[0], v.any(moves))]
 
-    return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [v.index(0)], vector)[0]
+    return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [ir.Constant(I1, 0)], vector)[0]
 
 
 def _exponentiate(
-    v, width, s, n, scale, bias, bias_row, reference, total, sums, top, moment, moments, final, *, weighted
+    v, width, s, n, scale, bias, bias_row, reference, best, total, sums, top, moment, moments, final, *, weighted
 ):  # fmt: skip
     """s = exp2(scale * s + bias - reference) in place, -0.0 where masked; total += its column sums.
 
-    If `weighted`, moment += the column sums of p * log2(p).  top and the result are as those of `probabilities`, but
-    for a `final` pass, with references just raised.  What still exceeds them by more than the headroom are scores so
+    If `weighted`, moment += the column sums of p * log2(p).  top, best and the result are as those of `probabilities`,
+    but for a `final` pass, with references just moved.  What still exceeds them by more than the headroom are scores so
     large that they were rounded by that much.
     """
     most = v.constant(HEADROOM)
@@ -408,7 +428,7 @@ def _exponentiate(
     lowest, masked, factor, zero = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale), v.constant(0.0)
 
     def vector(here: Value) -> None:
-        base = _base(v, v.load(reference, here))
+        base = v.load(reference, here)
 
         def keys(j: Value, height: int, carried: list[Value]) -> list[Value]:
             highest, *tile_sums = carried
@@ -433,23 +453,13 @@ def _exponentiate(
             v.store(result, to, here)
 
     for_vectors(v, width, vector)
-    return _accept(v, width, top, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
-
-
-def _follow(v, width, best, top, reference):
-    """best = the largest score so far, of a tile whose largest exponent against `reference` is `top`."""
-
-    def vector(here: Value) -> None:
-        above = v.add(_base(v, v.load(reference, here)), v.load(top, here))
-        v.store(v.maximum(above, v.load(best, here)), best, here)
-
-    for_vectors(v, width, vector)
+    return _accept(v, width, top, reference, best, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
 
 
 def _challenge(v, width, sink, reference, top):
-    """top = how far a sink is above each reference (0 where there is none): for `raise_reference`."""
+    """top = how far a sink is above each reference: for `move_reference`."""
     x = v.splat(sink)
-    for_vectors(v, width, lambda here: v.store(v.sub(x, _base(v, v.load(reference, here))), top, here))
+    for_vectors(v, width, lambda here: v.store(v.sub(x, v.load(reference, here)), top, here))
 
 
 def _add_sink(v, width, sink, reference, total, moment):
@@ -472,7 +482,9 @@ def _weigh(v, width, s, n, scale, bias, bias_row, lse, sums):
 
     def keys(j: Value, height: int) -> None:
         def vector(w: Value, added: list[Value]) -> list[Value]:
-            base = _base(v, v.load(lse, w))
+            # Where nothing is attended to, lse is -inf, and every key is masked.
+            base = v.load(lse, w)
+            base = v.select(v.equal(base, lowest), zero, base)
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
             loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
@@ -536,10 +548,9 @@ accumulate_carefully = emits(_accumulate_carefully)
 cap = emits(_cap)
 settle = emits(_settle)
 highest = emits(_highest)
-raise_reference = emits(_raise_reference, returns=types.int64)
+move_reference = emits(_move_reference, returns=types.boolean)
 exponentiate = emits(partial(_exponentiate, weighted=False), returns=types.boolean)
 exponentiate_weighted = emits(partial(_exponentiate, weighted=True), returns=types.boolean)
-follow = emits(_follow)
 challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)

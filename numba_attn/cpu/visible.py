@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import numpy as np
+
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import mask_tiles
 from numba_attn.cpu.jit import device
@@ -17,7 +19,7 @@ Position = namedtuple("Position", "offset kv_length left right")
 
 # A mask is known by the number of its kind, see narrow.MASKS.
 BOOLEAN = MASKS.index("?")
-MASK_BYTES = tuple(BYTES[STORED[name]] for name in MASKS)
+MASK_BYTES = np.array([BYTES[STORED[name]] for name in MASKS])
 
 
 @device

@@ -1,0 +1,363 @@
+"""The forward pass of a few query rows, as of one new token: the keys are split over the workers, and read once.
+
+A task is one key-value head and SPLIT keys.  The query rows of all heads that share it are done together, or one head
+after the other where masks and functions tell them apart; tile by tile as in `forward`, with the products of `rows`.
+The worker that finishes the last split of a head joins them, in the order of the keys.  Splits and tiles are cut by
+the number of keys alone, so the same bits come out for any number of threads, and for a sequence alone or in a batch.
+
+Flash-Decoding (Dao et al., 2023) for the split along the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import namedtuple
+
+import numpy as np
+from numba import prange, types
+
+from numba_attn import threads
+from numba_attn.block_mask import EMPTY
+from numba_attn.cpu import dropout, launch, pack, rows, tiles
+from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
+from numba_attn.cpu.score import (
+    SCORE,
+    Call,
+    Sequences,
+    Settings,
+    Sizes,
+    call_types,
+    change,
+    element,
+    head_of,
+    matrix,
+    select,
+)
+from numba_attn.cpu.simd import align_stack, as_element, fetch_add, moved
+from numba_attn.cpu.target import VECTOR_BYTES
+
+KEYS = 64  # of a tile: what is read of V a second time, for more rows, is still in the first-level cache
+SPLIT = 512  # keys of a task
+MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
+SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
+
+# How the problem is cut: query rows of a head, at most; query heads that are done at once, blocks of these of a
+# key-value head, splits of a sequence.
+Cut = namedtuple("Cut", "rows heads blocks splits")
+# Where things are in a worker's memory, in elements.
+Memory = namedtuple(
+    "Memory", "scores bias zero top sums moments correction low high kept factors others queries keys values size"
+)
+# Where the state of a block of rows is: four vectors (reference, total, moment, best), and the output rows.
+State = namedtuple("State", "lanes reference total moment best o")
+
+
+@device
+def padded(columns, lanes):
+    return (columns + lanes - 1) // lanes * lanes
+
+
+@device
+def power_of_two(count):
+    power = 1
+    while power < count:
+        power *= 2
+    return power
+
+
+@device
+def memory_map(D, Dv, lanes, blocks, height):
+    """For head sizes of whole vectors."""
+    lane_vectors = (KEYS + lanes) * lanes
+    first = lane_vectors + KEYS * lanes
+    queries = first + 13 * lanes
+    keys = queries + blocks * height * D
+    values = keys + KEYS * D
+    return Memory(
+        scores=0,
+        bias=lane_vectors,
+        zero=first,
+        top=first + lanes,
+        sums=first + 2 * lanes,
+        moments=first + 3 * lanes,
+        correction=first + 4 * lanes,
+        low=first + 5 * lanes,
+        high=first + 6 * lanes,
+        kept=first + 7 * lanes,
+        factors=first + 8 * lanes,
+        others=first + 9 * lanes,
+        queries=queries,
+        keys=keys,
+        values=values,
+        size=values + KEYS * Dv,
+    )
+
+
+@device
+def state_of(partial, i, height, Dv, lanes):
+    """The state of block i of a task, of which `partial` is the memory."""
+    start = i * (4 * lanes + height * padded(Dv, lanes))
+    return State(
+        lanes=start,
+        reference=element(partial, start),
+        total=element(partial, start + lanes),
+        moment=element(partial, start + 2 * lanes),
+        best=element(partial, start + 3 * lanes),
+        o=element(partial, start + 4 * lanes),
+    )
+
+
+@device
+def is_read_in_place(matrix, columns, lanes, itemsize):
+    """Whether rows are whole vectors in memory."""
+    return matrix.step == itemsize and columns % lanes == 0
+
+
+@device
+def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partial, memory, careful):
+    """Attend to the keys [low, high) of a key-value head: leaves the state of each block in `partial`.
+
+    Returns whether all of it is finite.
+    """
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    Lq = cut.rows
+    group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
+    height = power_of_two(min(cut.heads, group) * Lq)
+    sizes = Sizes(padded(D, lanes), padded(Dv, lanes), KEYS, lanes, lanes)
+    at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
+    scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
+    moments, correction = element(memory, at.moments), element(memory, at.correction)
+    pack.fill_lanes(element(memory, at.zero), nothing, 1)
+    for i in range(cut.blocks):
+        state = state_of(partial, i, height, Dv, lanes)
+        pack.fill_lanes(state.reference, nothing, 3)
+        pack.fill_lanes(state.best, lowest, 1)
+        pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
+    rising = 0  # bit i: scores of block i have been out of their reference's range
+    for start in range(low, high, KEYS):
+        stop, copied = min(start + KEYS, high), False
+        for i in range(cut.blocks):
+            first = shared * group + i * cut.heads
+            heads = min(cut.heads, (shared + 1) * group - first)
+            count = heads * Lq
+            head = head_of(arrays, sequences, functions, settings, b, first, nothing)
+            here = select(head, settings, 0, Lq, heads, start, stop, False, sizes, memory, at)
+            if here.kept == EMPTY:
+                continue
+            n = here.stop - here.start
+            k, v = head.k, head.v
+            k_here, v_here = moved(k.data, here.start * k.row), moved(v.data, here.start * v.row)
+            k_row, v_row = k.row, v.row
+            if not is_read_in_place(k, D, lanes, arrays.k.itemsize):
+                keys = as_element(element(memory, at.keys), arrays.k)
+                k_row = sizes.D * arrays.k.itemsize
+                if not copied:
+                    pack.copy_rows(moved(k.data, start * k.row), k.row, k.step, stop - start, D, sizes.D, keys)
+                k_here = moved(keys, (here.start - start) * k_row)
+            if not is_read_in_place(v, Dv, lanes, arrays.v.itemsize):
+                values = as_element(element(memory, at.values), arrays.v)
+                v_row = sizes.Dv * arrays.v.itemsize
+                if not copied:
+                    pack.copy_rows(moved(v.data, start * v.row), v.row, v.step, stop - start, Dv, sizes.Dv, values)
+                v_here = moved(values, (here.start - start) * v_row)
+            copied = True
+            state = state_of(partial, i, height, Dv, lanes)
+            queries = element(memory, at.queries + i * height * sizes.D)
+            # As in `forward`: where scores have risen once, they are expected to go on.
+            raising, done = rising >> i & 1 or functions.codes[SCORE] != 0, False
+            while not done:
+                rows.dots(height, k_here, k_row, n, sizes.D, queries, scores)
+                unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
+                if raising:
+                    tiles.highest(1, scores, n, unit, here.added, here.row, state.reference, top)
+                    if tiles.move_reference(1, top, state.reference, state.best, state.total, state.moment, correction):
+                        rows.weigh_rows(count, state.o, sizes.Dv, correction)
+                done = tiles.exponentiate_weighted(
+                    1, scores, n, unit, here.added, here.row,
+                    state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
+                )  # fmt: skip
+                if not done:
+                    rising |= 1 << i
+                    raising = True
+            if settings.threshold != 0:
+                dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
+            if careful:
+                rows.mix_carefully(count, v_here, v_row, sizes.Dv, n, scores, state.o)
+            else:
+                rows.mix(count, v_here, v_row, sizes.Dv, n, scores, state.o)
+    finite, one = True, memory.dtype.type(1)
+    pack.fill_lanes(element(memory, at.factors), one, 1)
+    for i in range(cut.blocks):
+        state = state_of(partial, i, height, Dv, lanes)
+        if rows.weigh_rows(height, state.o, sizes.Dv, element(memory, at.factors)):
+            finite = False
+    return finite
+
+
+@device
+def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
+    """Join the states of all splits of a key-value head, and write its results."""
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    Lq = cut.rows
+    group = Hq // arrays.k.shape[0]
+    height = power_of_two(min(cut.heads, group) * Lq)
+    Dv_padded = padded(Dv, lanes)
+    at = memory_map(padded(D, lanes), Dv_padded, lanes, cut.blocks, height)
+    kept, factors, others = element(memory, at.kept), element(memory, at.factors), at.others
+    for i in range(cut.blocks):
+        first = shared * group + i * cut.heads
+        count = min(cut.heads, (shared + 1) * group - first) * Lq
+        state = state_of(partials[0], i, height, Dv, lanes)
+        for s in range(1, cut.splits):
+            other = state_of(partials[s], i, height, Dv, lanes)
+            rows.join(state.reference, other.reference, kept, factors)
+            rows.add_rows(count, state.o, Dv_padded, kept, other.o, factors)
+        if arrays.sinks.size:
+            # A key without a value, which is not counted among the scores.
+            for lane in range(lanes):
+                memory[others + lane] = arrays.sinks[first + min(lane, count - 1) // Lq]
+                memory[others + lanes + lane], memory[others + 2 * lanes + lane] = 1, 0
+                memory[others + 3 * lanes + lane] = -math.inf
+            rows.join(state.reference, element(memory, others), kept, factors)
+            rows.weigh_rows(count, state.o, Dv_padded, kept)
+        rows.shares(state.reference, settings.gain, factors)
+        rows.weigh_rows(count, state.o, Dv_padded, factors)
+        partial, lane_0, valid = partials[0], state.lanes, sequences.intervals[b, 1]
+        for r in range(count):
+            h, row = first + r // Lq, r % Lq
+            if row < valid:
+                out = matrix(arrays.out, sequences.offsets[b, 4], h)
+                result = moved(out.data, row * out.row)
+                pack.write_row(moved(state.o, r * Dv_padded * memory.itemsize), Dv, result, out.step)
+                at_lane = lane_0 + r
+                write_statistics(
+                    *statistics_of(arrays, b, h), row,
+                    partial[at_lane], partial[at_lane + lanes], partial[at_lane + 2 * lanes],
+                    partial[at_lane + 3 * lanes],
+                )  # fmt: skip
+        for h in range(first, first + count // Lq):
+            fill_padding(arrays, sequences.offsets[b, 4], b, h, valid, arrays.q.shape[1])
+
+
+@device
+def pack_queries(arrays, sequences, cut, b, shared, memory):
+    """The query rows of the heads that share a key-value head, block by block; zeros for padding, which is not read."""
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    Lq = cut.rows
+    group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
+    height, columns = power_of_two(min(cut.heads, group) * Lq), padded(D, lanes)
+    at = memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height)
+    pack.fill_lanes(element(memory, at.queries), nothing, cut.blocks * height * columns // lanes)
+    for g in range(group):
+        q = matrix(arrays.q, sequences.offsets[b, 0], shared * group + g)
+        to = at.queries + (g // cut.heads * height + g % cut.heads * Lq) * columns
+        valid = min(Lq, sequences.intervals[b, 1])
+        pack.copy_rows(q.data, q.row, q.step, valid, D, columns, element(memory, to))
+
+
+@kernel
+def decode(memory, worker, counters, partials, finished, arrays, sequences, functions, settings, cut):
+    """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1)."""
+    align_stack()
+    shared_heads = arrays.k.shape[0]
+    tasks = sequences.numbers.shape[0] * shared_heads * cut.splits
+    helped = 0
+    while True:
+        task, helped = launch.take(counters, worker, helped, tasks)
+        if task < 0:
+            break
+        pair, split = task // cut.splits, task % cut.splits
+        b, shared = sequences.numbers[pair // shared_heads, 0], pair % shared_heads
+        offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
+        first = max(0, offset - settings.left) // SPLIT
+        low = (first + split) * SPLIT
+        high = min(low + SPLIT, kv_length, offset + cut.rows + settings.right)
+        pack_queries(arrays, sequences, cut, b, shared, memory)
+        finite = attend(
+            arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], memory, False
+        )
+        if not finite:
+            # As in `forward`: something attended to is not finite, or a masked value has met a zero.
+            attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], memory, True)
+        if fetch_add(finished, pair) == cut.splits - 1:
+            of_pair = partials[pair * cut.splits : (pair + 1) * cut.splits]
+            finish(arrays, sequences, settings, cut, b, shared, of_pair, memory)
+
+
+decode_through_pointer = through_pointer(decode.py_func)
+
+
+@parallel_kernel
+def decode_together(code, memory, counters, partials, finished, arrays, sequences, functions, settings, cut):
+    """`decode`, whose machine code is at `code`, by as many workers as there are rows of memory."""
+    for worker in prange(memory.shape[0]):
+        decode_through_pointer(
+            code, memory[worker], worker, counters, partials, finished, arrays, sequences, functions, settings, cut
+        )
+
+
+# From Python ----------------------------------------------------------------------------------------------------------
+
+
+def most_rows(itemsize: int) -> int:
+    """Query rows of a head, up to which they are better done here."""
+    return min(MOST_ROWS, VECTOR_BYTES // itemsize)
+
+
+def run(call: Call, kinds: tuple[str, types.Type], alike: bool, operations: float) -> None:
+    """Compute a call of elements and operands of these `kinds`; heads that share keys at once, if treated `alike`."""
+    (arrays, sequences, _, settings), dtype = call, call.arrays.lse.dtype
+    (Hq, Lq, D), (Hkv, _, Dv), lanes = arrays.q.shape, arrays.v.shape, VECTOR_BYTES // dtype.itemsize
+    group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
+    heads = max(1, min(group, lanes // rows)) if alike else 1
+    cut = Cut(rows, heads, -(-group // heads), splits_of(sequences, rows, settings))
+    tasks, (size, state) = pairs * cut.splits, _sizes(rows, heads, cut.blocks, D, Dv, lanes)
+    partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
+    workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
+    arguments = (partials, finished, *call, cut)
+    launch.run(serial, parallel, kinds, workers, tasks, operations, size, dtype, *arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(rows: int, heads: int, blocks: int, D: int, Dv: int, lanes: int) -> tuple[int, int]:
+    """Elements of a worker's memory, and of a task's state."""
+    height, D, Dv = power_of_two.py_func(heads * rows), padded.py_func(D, lanes), padded.py_func(Dv, lanes)
+    size = memory_map.py_func(D, Dv, lanes, blocks, height).size
+    return _whole_lines(size), _whole_lines(blocks * (4 * lanes + height * Dv))
+
+
+def splits_of(sequences: Sequences, rows: int, settings: Settings) -> int:
+    """The largest number of splits of a sequence's keys that some row may attend to, one at least."""
+    intervals, numbers = sequences.intervals, sequences.numbers
+    if len(numbers) == 1:  # as arrays, it would take longer than a small problem
+        offset, _, kv_length = intervals[numbers[0, 0]].tolist()
+        end = min(kv_length, offset + rows + settings.right)
+        return max(1, -(-end // SPLIT) - max(0, offset - settings.left) // SPLIT)
+    offset, _, kv_length = intervals[numbers[:, 0]].T
+    first = np.maximum(0, offset - settings.left) // SPLIT
+    end = np.minimum(kv_length, offset + rows + settings.right)
+    return max(1, int((-(-end // SPLIT) - first).max()))
+
+
+def _whole_lines(elements: int) -> int:
+    """Up to whole cache lines, so that workers do not share one."""
+    return -(-elements // 16) * 16
+
+
+def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """Of `decode`, for a kind of element and an operand, see `narrow`; the products here are those of elements."""
+    return (
+        types.Array(COMPUTED[kind], 1, "C"),
+        types.int64,
+        types.Array(types.int64, 2, "C"),
+        types.Array(COMPUTED[kind], 2, "C"),
+        types.Array(types.int64, 2, "C"),
+        *call_types(kind, operand),
+        types.NamedUniTuple(types.int64, 4, Cut),
+    )
+
+
+serial, parallel = launch.entries(decode, decode_together, signature)

@@ -1,0 +1,184 @@
+"""Attention over a key-value cache."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from numba_attn import checks
+from numba_attn.api import scaled_dot_product_attention
+from numba_attn.kv_cache import KVCache, Tokens, counts_of
+from numba_attn.problem import Aux
+
+
+def attention_with_kv_cache(
+    query: np.ndarray,
+    cache: KVCache,
+    key: np.ndarray | None = None,
+    value: np.ndarray | None = None,
+    *,
+    counts: Any = None,
+    rotary: tuple[np.ndarray, np.ndarray] | None = None,
+    is_causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    return_aux: tuple[str, ...] = (),
+    out: np.ndarray | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> np.ndarray | tuple[np.ndarray, Aux]:
+    """Append tokens to a cache, then attend to all that it holds: prefill, in one piece or several, and decoding.
+
+    Parameters
+    ----------
+    query : (B, Hq, n, D), of the cache's dtype; Hq a multiple of the cache's Hkv
+        The rows stand at the last n positions of each sequence, after the append.
+    cache : KVCache
+    key, value : (B, Hkv, n, D) and (B, Hkv, n, Dv), optional
+        Tokens to append first, one for each row of query.
+    counts : int or (B,) ints in [0, n], optional
+        How many of the n rows, from the first, each sequence has; the rest is padding, and gives 0.
+    rotary : (cos, sin), optional
+        Tables of `apply_rotary`, which is done to query, and to key before it is appended, at their positions.  They
+        reach as far as the last position, padding included.
+    is_causal : bool
+        Rows attend to keys up to their own position; otherwise to all that are held.
+    window, scale, softcap, alibi_slopes, sinks, score_mod, mask_mod, dropout_p, dropout_seed, return_aux, out,
+    precision, backend
+        As in `scaled_dot_product_attention`.  Functions get i and j as the row of query and the place in the cache;
+        "key_weight" is (B, Hq, cache.lengths.max()).  `sinks` are logits, and have nothing to do with tokens.
+
+    Returns
+    -------
+    out : (B, Hq, n, Dv) array; (out, Aux) if `return_aux` names anything.
+        A row without keys, as where a sequence is empty, is 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What `KVCache.append` or `scaled_dot_product_attention` refuse.  The cache is then as it was.
+
+    Notes
+    -----
+    How tokens are cut into calls changes nothing but the rounding, in a cache with a window too: there a causal row
+    attends to the first `cache.sinks` tokens and the last `cache.window` of the others, up to its own position.  When
+    several tokens come at once and overwrite some that rows before the last attend to, keys and values are copied; one
+    at a time, as in decoding, nothing is.  Rows without `key` see those of their keys that are still held.  Such
+    a cache keeps keys out of order: it takes no `window`, `alibi_slopes`, `score_mod`, `mask_mod` or "key_weight".
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 2, 4, 10, 16), dtype=np.float32)
+    >>> cache = numba_attn.KVCache(2, 4, 64, 16)
+    >>> prompt = attention_with_kv_cache(query[:, :, :9], cache, key[:, :, :9], value[:, :, :9])
+    >>> step = attention_with_kv_cache(query[:, :, 9:], cache, key[:, :, 9:], value[:, :, 9:])
+    >>> step.shape, cache.lengths
+    ((2, 4, 1, 16), array([10, 10]))
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a KVCache, got {checks.type_name(cache)}")
+    query, is_causal = _query(query, cache), checks.flag("is_causal", is_causal)
+    tokens = None if key is None and value is None else cache.checked(key, value, counts)
+    n = query.shape[2]
+    if tokens is not None and tokens.key.shape[2] != n:
+        raise ValueError(f"query and key must have the same length, got {n} and {tokens.key.shape[2]}")
+    rows = counts_of(counts, len(query), n)
+    totals = cache.totals if tokens is None else cache.totals + rows
+    offset = totals - rows
+    if cache.window is not None:
+        refused = {"window": window, "alibi_slopes": alibi_slopes, "score_mod": score_mod, "mask_mod": mask_mod}
+        _refuse_in_ring(refused, return_aux)
+    if rotary is not None:
+        query, tokens = _rotated(rotary, query, tokens, offset)
+
+    # Keys and values of a mask are made before the tokens are written: it is for those that are overwritten.
+    masked = is_causal and n > 1 and bool((totals > cache.capacity).any())
+    operands = _masked(cache, tokens, offset, n) if masked else None
+    with nullcontext() if tokens is None else cache.appended(tokens):
+        # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
+        keys, values, mask = operands or (*cache.used, None)
+        return scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            mask,
+            is_causal=is_causal and not masked,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=True,
+            query_offset=offset,
+            window=window,
+            query_lengths=None if counts is None else rows,
+            kv_lengths=None if masked else cache.lengths,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            dropout_seed=dropout_seed,
+            return_aux=return_aux,
+            out=out,
+            backend=backend,
+            precision=precision,
+        )
+
+
+def _masked(
+    cache: KVCache, tokens: Tokens | None, offset: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and values of a ring, those to be appended behind those held, and which of them n rows attend to."""
+    (key, value), positions = cache.used, cache.positions
+    p = offset[:, None] + np.arange(n)
+    if tokens is not None:
+        key, value = np.concatenate([key, tokens.key], axis=2), np.concatenate([value, tokens.value], axis=2)
+        positions = np.concatenate([positions, p], axis=1)
+    p, positions = p[:, :, None], positions[:, None, :]
+    assert cache.window is not None
+    kept = (positions < cache.sinks) | (positions > p - cache.window)
+    return key, value, ((positions >= 0) & (positions <= p) & kept)[:, None]
+
+
+def _rotated(
+    rotary: Any, query: np.ndarray, tokens: Tokens | None, offset: np.ndarray
+) -> tuple[np.ndarray, Tokens | None]:
+    from numba_attn.rotary import apply_rotary
+
+    if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+        raise TypeError(f"rotary must be a pair of tables (cos, sin), got {checks.type_name(rotary)}")
+    cos, sin = rotary
+    if tokens is not None:
+        tokens = tokens._replace(key=apply_rotary(tokens.key, cos, sin, position_offset=offset))
+    return apply_rotary(query, cos, sin, position_offset=offset), tokens
+
+
+def _query(query: Any, cache: KVCache) -> np.ndarray:
+    query = checks.numpy_array("query", query)
+    if query.dtype != cache.dtype:
+        raise TypeError(f"query must be {cache.dtype}, as the cache is, got {query.dtype}")
+    B, _, _, D = cache.key.shape
+    if query.ndim != 4 or query.shape[0] != B or query.shape[3] != D:
+        raise ValueError(f"query must have shape ({B}, Hq, n, {D}), got {query.shape}")
+    return query
+
+
+def _refuse_in_ring(options: dict[str, Any], return_aux: Any) -> None:
+    """What is about the places of keys, which in a ring are not their positions."""
+    names = [name for name, option in options.items() if option is not None]
+    if isinstance(return_aux, tuple | list | set | frozenset) and "key_weight" in return_aux:
+        names.append("return_aux 'key_weight'")
+    if names:
+        raise ValueError(
+            f"{names[0]} must not be given with a cache that has a window, which keeps keys out of order; a cache "
+            "without one takes it"
+        )

@@ -1,0 +1,399 @@
+"""A contiguous key-value cache for autoregressive decoding.
+
+Everything is allocated once; tokens are written behind those held, and attention reads views of the part in use.  With
+a window the cache is a ring: the first tokens stay, as attention sinks (Xiao et al., "Efficient Streaming Language
+Models with Attention Sinks", 2023), and of the others the last ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numba_attn import checks
+
+
+class Tokens(NamedTuple):
+    """What is to be appended, checked against a cache."""
+
+    key: np.ndarray  # (B, Hkv, n, D)
+    value: np.ndarray  # (B, Hkv, n, Dv)
+    counts: np.ndarray  # (B,) int64, how many of the n are for each sequence
+
+
+class KVCache:
+    """Keys and values of B sequences, which grow on their own.
+
+    Parameters
+    ----------
+    B, Hkv, capacity, D, Dv : int
+        Sequences, key-value heads, tokens that each sequence may hold, head size, value head size (D if None).
+    dtype : float32, float64, float16 or bfloat16 (of ml_dtypes)
+    buffers : (key, value), optional
+        Arrays to use instead of new ones, np.memmap for example: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), of
+        this dtype, writeable.  Their contents are not used: the cache begins empty.
+    window, sinks : int, optional
+        Keep the first `sinks` tokens and the last `window` of the others: `append` never runs out of room, it
+        overwrites the oldest.  The capacity is then sinks + window and may be given as None.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Sizes that are negative or do not fit each other; dtypes that are not among these.
+
+    Notes
+    -----
+    Methods that raise leave the cache as it was.  What is in unused capacity does not matter, NaN included.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cache = KVCache(2, 1, 8, 4)
+    >>> cache.append(np.ones((2, 1, 3, 4), np.float32), np.ones((2, 1, 3, 4), np.float32), counts=[3, 1])
+    >>> cache
+    KVCache(B=2, Hkv=1, capacity=8, D=4, Dv=4, dtype=float32, lengths=[3, 1])
+    >>> cache.reorder([0, 0])
+    >>> cache.truncate([3, 2])
+    >>> cache.lengths
+    array([3, 2])
+    """
+
+    def __init__(
+        self,
+        B: int,
+        Hkv: int,
+        capacity: int | None,
+        D: int,
+        Dv: int | None = None,
+        *,
+        dtype: Any = np.float32,
+        buffers: tuple[np.ndarray, np.ndarray] | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> None:
+        B, Hkv, D = _size("B", B), _size("Hkv", Hkv), _size("D", D)
+        Dv = D if Dv is None else _size("Dv", Dv)
+        self._window = None if window is None else _size("window", window, 1)
+        self._sinks = _size("sinks", sinks)
+        capacity = self._capacity(capacity)
+        dtype = _dtype(dtype)
+        shapes = (B, Hkv, capacity, D), (B, Hkv, capacity, Dv)
+        if buffers is None:
+            self._key, self._value = (np.empty(shape, dtype) for shape in shapes)
+        else:
+            self._key, self._value = _buffers(buffers, shapes, dtype)
+        self._totals = np.zeros(B, np.int64)
+        self._lengths = np.zeros(B, np.int64)
+
+    def _capacity(self, capacity: Any) -> int:
+        if self._window is None:
+            if self._sinks:
+                raise ValueError(f"sinks must be 0 without a window, got {self._sinks}")
+            return _size("capacity", capacity)
+        ring = self._sinks + self._window
+        if capacity is not None and _size("capacity", capacity) != ring:
+            raise ValueError(f"capacity must be sinks + window = {ring}, or None, got {capacity}")
+        return ring
+
+    @property
+    def key(self) -> np.ndarray:
+        """(B, Hkv, capacity, D): the whole array, of which the first `lengths[b]` tokens of sequence b are in use."""
+        return self._key[...]
+
+    @property
+    def value(self) -> np.ndarray:
+        """(B, Hkv, capacity, Dv), like `key`."""
+        return self._value[...]
+
+    @property
+    def used(self) -> tuple[np.ndarray, np.ndarray]:
+        """`key` and `value` up to the greatest length: (B, Hkv, lengths.max(), D) and (B, Hkv, lengths.max(), Dv)."""
+        longest = self._lengths.max(initial=0)
+        return self._key[:, :, :longest], self._value[:, :, :longest]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(B,) int64: tokens that each sequence holds; a read-only view, which follows the cache."""
+        return _read_only(self._lengths)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """(B,) int64: tokens that each sequence has seen, so the position of its next; like `lengths`, unless a window
+        has dropped some.
+        """
+        return _read_only(self._totals)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(B, lengths.max()) int64: the position in its sequence of the token in each place of `key`, -1 for none.
+
+        They rise from 0, but in a ring, where the place of the oldest has been taken by the newest.
+
+        >>> cache, x = KVCache(1, 1, None, 2, window=3, sinks=1), np.zeros((1, 1, 1, 2), np.float32)
+        >>> for _ in range(6):
+        ...     cache.append(x, x)
+        >>> cache.positions
+        array([[0, 4, 5, 3]])
+        """
+        place, total = np.arange(self._lengths.max(initial=0)), self._totals[:, None]
+        if self._window is None:
+            return np.where(place < total, place, -1)
+        latest = total - 1 - (total - 1 - place) % self._window  # the last position that belongs there
+        return np.where(place < np.minimum(total, self._sinks), place, np.where(latest < self._sinks, -1, latest))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each sequence may hold."""
+        return int(self._key.shape[2])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of keys and values, and of queries that attend to them."""
+        return self._key.dtype
+
+    @property
+    def window(self) -> int | None:
+        """How many of the last tokens are kept; None if all."""
+        return self._window
+
+    @property
+    def sinks(self) -> int:
+        """How many of the first tokens are kept beside the window."""
+        return self._sinks
+
+    @property
+    def nbytes(self) -> int:
+        """Of both arrays, whole."""
+        return self._key.nbytes + self._value.nbytes
+
+    def __repr__(self) -> str:
+        B, Hkv, capacity, D = self._key.shape
+        ring = "" if self._window is None else f", window={self._window}, sinks={self._sinks}"
+        lengths = np.array2string(self._lengths, separator=", ", threshold=16)
+        return (
+            f"KVCache(B={B}, Hkv={Hkv}, capacity={capacity}, D={D}, Dv={self._value.shape[3]}, dtype={self.dtype}"
+            f"{ring}, lengths={lengths})"
+        )
+
+    def append(self, key: np.ndarray, value: np.ndarray, counts: Any = None) -> None:
+        """Write tokens behind those that each sequence holds.
+
+        Parameters
+        ----------
+        key, value : (B, Hkv, n, D) and (B, Hkv, n, Dv), of the cache's dtype
+        counts : int or (B,) ints in [0, n], optional
+            How many of the n tokens, from the first, each sequence gets; all if None.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit, or too many tokens: more than there is room for or, with a window, more than the
+            window unless there is room.
+        TypeError
+            Another dtype.
+        """
+        with self.appended(self.checked(key, value, counts)):
+            pass
+
+    def truncate(self, lengths: Any) -> None:
+        """Forget the last tokens: sequence b keeps its first `lengths[b]`, for example those that a large model accepts
+        of the ones a small model has guessed.
+
+        `lengths` is an integer or (B,) integers, none above what is held.  A sequence of which a window has dropped
+        tokens cannot be cut (`ValueError`), as it would need these again.
+        """
+        kept = np.empty_like(self._lengths)
+        kept[:] = checks.integers("lengths", lengths, self._lengths.shape, 0, self.capacity)
+        for b in np.flatnonzero(kept != self._lengths):
+            if kept[b] > self._lengths[b]:
+                raise ValueError(
+                    f"lengths must be at most those held, got {kept[b]} for sequence {b}, "
+                    f"which holds {self._lengths[b]}"
+                )
+            if self._totals[b] > self.capacity:
+                raise ValueError(
+                    f"lengths must stay as they are where the window has dropped tokens, got {kept[b]} for sequence "
+                    f"{b}, which holds {self._lengths[b]} of {self._totals[b]} seen"
+                )
+        self._commit(np.where(kept == self._lengths, self._totals, kept))
+
+    def reorder(self, indices: Any) -> None:
+        """Sequence b becomes what sequence `indices[b]` was: the step of a beam search.
+
+        `indices` is (B,) integers in [0, B), of which some may be equal and some missing.  Only tokens held are copied,
+        of one sequence at a time, and those of sequences that stay where they are not at all.
+        """
+        B = len(self._lengths)
+        if np.ndim(indices) != 1:
+            raise ValueError(f"indices must have shape ({B},), got {np.shape(indices)}")
+        source = _indices("indices", indices, (B,), B)
+        pending = {b: int(a) for b, a in enumerate(source) if a != b}
+        readers = Counter(pending.values())
+        free = [b for b in pending if not readers[b]]
+        while free:
+            b = free.pop()
+            a = pending.pop(b)
+            self._write(b, *self._held(a))
+            readers[a] -= 1
+            if a in pending and not readers[a]:
+                free.append(a)
+        while pending:  # nothing but cycles: what is set aside of one sequence opens one
+            start = b = next(iter(pending))
+            aside = [x.copy() for x in self._held(start)]
+            while (a := pending.pop(b)) != start:
+                self._write(b, *self._held(a))
+                b = a
+            self._write(b, *aside)
+        self._commit(self._totals[source])
+
+    def reset(self, sequences: Any = None) -> None:
+        """Empty some sequences, an integer or integers in [0, B), or all."""
+        B = len(self._lengths)
+        totals = self._totals.copy()
+        if sequences is None:
+            totals[:] = 0
+        else:
+            totals[_indices("sequences", sequences, (np.size(sequences),), B)] = 0
+        self._commit(totals)
+
+    # What appending is made of, for `attention_with_kv_cache` too -----------------------------------------------------
+
+    def checked(self, key: Any, value: Any, counts: Any) -> Tokens:
+        """What may be appended, or an error."""
+        key, value = self._operand("key", key, self._key), self._operand("value", value, self._value)
+        n = key.shape[2]
+        if value.shape[2] != n:
+            raise ValueError(f"key and value must have the same length, got {n} and {value.shape[2]}")
+        added = counts_of(counts, len(self._totals), n)
+        totals = self._totals + added
+        for b in np.flatnonzero(totals > self.capacity):
+            if self._window is None:
+                raise ValueError(
+                    f"key must fit in the cache: sequence {b} holds {self._lengths[b]} tokens of at most "
+                    f"{self.capacity}, got {added[b]} more"
+                )
+            if added[b] > self._window:
+                raise ValueError(
+                    f"key must be no longer than the window of {self._window} where there is no room for it, got "
+                    f"{added[b]} tokens for sequence {b}, which holds {self._lengths[b]} of at most {self.capacity}"
+                )
+        return Tokens(key, value, added)
+
+    def _operand(self, name: str, x: Any, buffer: np.ndarray) -> np.ndarray:
+        x = checks.numpy_array(name, x)
+        if x.dtype != self.dtype:
+            raise TypeError(f"{name} must be {self.dtype}, as the cache is, got {x.dtype}")
+        B, Hkv, _, size = buffer.shape
+        if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != (B, Hkv, size):
+            raise ValueError(f"{name} must have shape ({B}, {Hkv}, n, {size}), got {x.shape}")
+        return x.copy() if np.may_share_memory(x, self._key) or np.may_share_memory(x, self._value) else x
+
+    @contextmanager
+    def appended(self, tokens: Tokens) -> Iterator[None]:
+        """The cache with these tokens, for good unless what is done with it raises."""
+        before = self._totals.copy()
+        spans = [(b, *span) for b in range(len(before)) for span in self._spans(before[b], tokens.counts[b])]
+        # In a ring they are written over others, which are wanted back then.
+        lost = [
+            (b, place, self._key[b, :, place].copy(), self._value[b, :, place].copy())
+            for b, place, _ in spans
+            if before[b] + tokens.counts[b] > self.capacity
+        ]
+        try:
+            for b, place, rows in spans:
+                self._key[b, :, place] = tokens.key[b, :, rows]
+                self._value[b, :, place] = tokens.value[b, :, rows]
+            self._commit(before + tokens.counts)
+            yield
+        except BaseException:
+            for b, place, key, value in lost:
+                self._key[b, :, place], self._value[b, :, place] = key, value
+            self._commit(before)
+            raise
+
+    def _spans(self, total: int, count: int) -> Iterator[tuple[slice, slice]]:
+        """Where the next `count` tokens of a sequence that has seen `total` go: places, and rows of what comes."""
+        position, end = int(total), int(total + count)
+        while position < end:
+            place = position
+            if self._window is not None and position >= self._sinks:
+                place = self._sinks + (position - self._sinks) % self._window
+            n = min(end - position, self.capacity - place)
+            yield slice(place, place + n), slice(position - total, position - total + n)
+            position += n
+
+    def _held(self, b: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a sequence: views, of what is in use."""
+        length = self._lengths[b]
+        return self._key[b, :, :length], self._value[b, :, :length]
+
+    def _write(self, b: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Make these the first tokens of a sequence, whatever its length."""
+        length = key.shape[1]
+        self._key[b, :, :length], self._value[b, :, :length] = key, value
+
+    def _commit(self, totals: np.ndarray) -> None:
+        self._totals[:] = totals
+        np.minimum(totals, self.capacity, out=self._lengths)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def counts_of(counts: Any, B: int, n: int) -> np.ndarray:
+    """(B,) how many of n rows each sequence has."""
+    added = np.full(B, n, np.int64)
+    if counts is not None:
+        added[:] = checks.integers("counts", counts, (B,), 0, n)
+    return added
+
+
+def _size(name: str, x: Any, low: int = 0) -> int:
+    n = checks.integer(name, x)
+    if n < low:
+        raise ValueError(f"{name} must be {low} or more, got {n}")
+    return n
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or not (found.char in "fde" or checks.is_bfloat16(found)) or not found.isnative:
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype!r}")
+    return found
+
+
+def _buffers(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(buffers, tuple | list) or len(buffers) != 2:
+        raise TypeError(f"buffers must be a pair of arrays (key, value), got {checks.type_name(buffers)}")
+    key, value = (np.asarray(checks.numpy_array("buffers", x)) for x in buffers)
+    for x, shape, given in zip((key, value), shapes, buffers, strict=True):
+        if x.dtype != dtype or not given.dtype.isnative:
+            raise TypeError(f"buffers must be {dtype}, got {given.dtype}")
+        if x.shape != shape:
+            raise ValueError(f"buffers must have shapes {shapes[0]} and {shapes[1]}, got {key.shape} and {value.shape}")
+        if not x.flags.writeable:
+            raise ValueError("buffers must be writeable")
+        if checks.overlaps_itself(x):
+            raise ValueError(f"buffers must not overlap themselves, got strides {x.strides} for shape {shape}")
+    if checks.overlap(key, value):
+        raise ValueError("buffers must not share memory with each other")
+    return key, value
+
+
+def _indices(name: str, x: Any, shape: tuple[int, ...], B: int) -> np.ndarray:
+    """Integers in [0, B), an empty list too."""
+    flat = np.asarray(x).reshape(-1) if np.size(x) else np.empty(0, np.int64)
+    return np.asarray(checks.integers(name, flat, shape, 0, B - 1))
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    view = x[...]
+    view.flags.writeable = False
+    return view
