@@ -178,6 +178,30 @@ def test_multiprocessing(tmp_path: Path, method: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+WORKERS = {
+    "joblib": """
+import joblib
+for kind in ("threading", "loky", "multiprocessing"):
+    results = joblib.Parallel(4, kind)(joblib.delayed(numba_attn.scaled_dot_product_attention)(x, x, x) for _ in range(16))
+    assert all(np.array_equal(r, expected) for r in results), kind
+""",
+    "dask": """
+import dask
+for kind in ("threads", "sync"):
+    results = dask.compute(*(dask.delayed(attention)() for _ in range(16)), scheduler=kind, num_workers=4)
+    assert all(np.array_equal(r, expected) for r in results), kind
+""",
+}
+
+
+@LAYERS
+@pytest.mark.parametrize("library", WORKERS)
+def test_workers_of_other_libraries(on_layer: Callable[..., str], library: str, layer: str) -> None:
+    """Threads and processes of theirs, started after the first call of their parent."""
+    pytest.importorskip(library)
+    on_layer("expected = attention()\n" + WORKERS[library], layer)
+
+
 LONG = """
 q = np.random.default_rng(0).standard_normal((16, 16384, 64), dtype=np.float32)
 long_call = lambda: numba_attn.scaled_dot_product_attention(q, q, q)

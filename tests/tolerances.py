@@ -97,7 +97,8 @@ def _complaints(
         elif name in ("lse", "max_score"):
             roundings += 11  # found as an exponent, of up to 16 in base 2, relative to another score
         elif name == "key_weight":
-            roundings += rows  # a sum over rows
+            # A sum over rows, of scores that are made a second time: few rows by products in another order.
+            roundings += rows + _largest_product(*arrays[:2], options.get("scale"))
         rough_error = float(np.nanmax(np.abs(rough - truth)))
         allowed = 2 * rough_error + roundings * float(np.finfo(working).eps) * scale
         if rough_error <= CAPS[working]:
@@ -122,6 +123,13 @@ def _largest(x: np.ndarray) -> float:
     """Of the finite numbers."""
     x = x.astype(np.float64)
     return float(np.abs(x[np.isfinite(x)]).max(initial=0))
+
+
+def _largest_product(query: np.ndarray, key: np.ndarray, scale: float | None) -> float:
+    """A bound for the terms that a score is the sum of, all together: what its rounding is relative to."""
+    D = query.shape[-1]
+    lengths = [_largest(np.linalg.norm(x.astype(np.float64), axis=-1)) if x.size else 0.0 for x in (query, key)]
+    return abs(1 / np.sqrt(max(D, 1)) if scale is None else scale) * lengths[0] * lengths[1]
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
