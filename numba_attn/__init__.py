@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from numba_attn.kv_attention import attention_with_kv_cache
     from numba_attn.kv_cache import KVCache
     from numba_attn.merge import merge_attention
+    from numba_attn.paged_kv_cache import PagedKVCache
     from numba_attn.problem import Aux
     from numba_attn.rotary import apply_rotary, rotary_tables
+    from numba_attn.varlen import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
     "Aux",
     "BlockMask",
     "KVCache",
+    "PagedKVCache",
     "and_masks",
     "apply_rotary",
     "attention_with_kv_cache",
@@ -41,6 +44,7 @@ __all__ = [
     "or_masks",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]
 
 # Public name -> the module that has it, or that it is, imported on first use: importing the package itself costs next
@@ -48,6 +52,7 @@ __all__ = [
 _HOMES = {
     "Aux": "problem",
     "KVCache": "kv_cache",
+    "PagedKVCache": "paged_kv_cache",
     "attention_with_kv_cache": "kv_attention",
     "BlockMask": "block_mask",
     "and_masks": "block_mask",
@@ -61,6 +66,7 @@ _HOMES = {
     "rotary_tables": "rotary",
     "scaled_dot_product_attention": "api",
     "threads": "threads",
+    "varlen_attention": "varlen",
 }
 
 

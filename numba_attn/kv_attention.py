@@ -10,12 +10,14 @@ import numpy as np
 from numba_attn import checks
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.kv_cache import KVCache, Tokens, counts_of
+from numba_attn.paged_kv_cache import PagedBatch
 from numba_attn.problem import Aux
+from numba_attn.storage import dequantize, quantize
 
 
 def attention_with_kv_cache(
     query: np.ndarray,
-    cache: KVCache,
+    cache: KVCache | PagedBatch,
     key: np.ndarray | None = None,
     value: np.ndarray | None = None,
     *,
@@ -42,7 +44,7 @@ def attention_with_kv_cache(
     ----------
     query : (B, Hq, n, D), of the cache's dtype; Hq a multiple of the cache's Hkv
         The rows stand at the last n positions of each sequence, after the append.
-    cache : KVCache
+    cache : KVCache, or what `PagedKVCache.batch` and `PagedKVCache.tables` give
     key, value : (B, Hkv, n, D) and (B, Hkv, n, Dv), optional
         Tokens to append first, one for each row of query.
     counts : int or (B,) ints in [0, n], optional
@@ -86,8 +88,8 @@ def attention_with_kv_cache(
     >>> step.shape, cache.lengths
     ((2, 4, 1, 16), array([10, 10]))
     """
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"cache must be a KVCache, got {checks.type_name(cache)}")
+    if not isinstance(cache, KVCache | PagedBatch):
+        raise TypeError(f"cache must be a KVCache or a batch of a PagedKVCache, got {checks.type_name(cache)}")
     query, is_causal = _query(query, cache), checks.flag("is_causal", is_causal)
     tokens = None if key is None and value is None else cache.checked(key, value, counts)
     n = query.shape[2]
@@ -107,7 +109,7 @@ def attention_with_kv_cache(
     operands = _masked(cache, tokens, offset, n) if masked else None
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
-        keys, values, mask = operands or (*cache.used, None)
+        keys, values, mask = operands or (*_held(cache), None)
         return scaled_dot_product_attention(
             query,
             keys,
@@ -134,19 +136,35 @@ def attention_with_kv_cache(
         )
 
 
+def _held(cache: KVCache | PagedBatch) -> tuple[Any, Any]:
+    """Key and value for attention: views of numbers, or all that is held as it is."""
+    if isinstance(cache, PagedBatch) or cache.quantize is not None:
+        return cache.storage(), None
+    return cache.used
+
+
 def _masked(
-    cache: KVCache, tokens: Tokens | None, offset: np.ndarray, n: int
+    cache: KVCache | PagedBatch, tokens: Tokens | None, offset: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys and values of a ring, those to be appended behind those held, and which of them n rows attend to."""
+    assert isinstance(cache, KVCache)  # others have no ring
     (key, value), positions = cache.used, cache.positions
     p = offset[:, None] + np.arange(n)
     if tokens is not None:
-        key, value = np.concatenate([key, tokens.key], axis=2), np.concatenate([value, tokens.value], axis=2)
+        new = (_as_held(x, cache) for x in (tokens.key, tokens.value))
+        key, value = (np.concatenate(pair, axis=2) for pair in zip((key, value), new, strict=True))
         positions = np.concatenate([positions, p], axis=1)
     p, positions = p[:, :, None], positions[:, None, :]
     assert cache.window is not None
     kept = (positions < cache.sinks) | (positions > p - cache.window)
     return key, value, ((positions >= 0) & (positions <= p) & kept)[:, None]
+
+
+def _as_held(x: np.ndarray, cache: KVCache) -> np.ndarray:
+    """Tokens with what quantisation takes from them."""
+    if cache.quantize is None:
+        return x
+    return dequantize(quantize(x, cache.quantize), cache.quantize, x.shape[-1]).astype(x.dtype, copy=False)
 
 
 def _rotated(
@@ -162,11 +180,11 @@ def _rotated(
     return apply_rotary(query, cos, sin, position_offset=offset), tokens
 
 
-def _query(query: Any, cache: KVCache) -> np.ndarray:
+def _query(query: Any, cache: KVCache | PagedBatch) -> np.ndarray:
     query = checks.numpy_array("query", query)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must be {cache.dtype}, as the cache is, got {query.dtype}")
-    B, _, _, D = cache.key.shape
+    B, _, D, _ = cache.shape
     if query.ndim != 4 or query.shape[0] != B or query.shape[3] != D:
         raise ValueError(f"query must have shape ({B}, Hq, n, {D}), got {query.shape}")
     return query

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
+from numba_attn.storage import QUANTIZED, Storage, dequantize, quantize, row_bytes
 
 
 class Tokens(NamedTuple):
@@ -33,9 +34,14 @@ class KVCache:
     B, Hkv, capacity, D, Dv : int
         Sequences, key-value heads, tokens that each sequence may hold, head size, value head size (D if None).
     dtype : float32, float64, float16 or bfloat16 (of ml_dtypes)
+        Of the keys and values that come in, and of queries.
+    quantize : None, "int8" or "int4"
+        Keep them as integers of so many bits, of which each token and head has a scale, at "int4" one for each 32
+        elements; they are widened where attention reads them.  Not of float64.  See `numba_attn.storage`.
     buffers : (key, value), optional
         Arrays to use instead of new ones, np.memmap for example: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), of
-        this dtype, writeable.  Their contents are not used: the cache begins empty.
+        this dtype; if quantised uint8, with `storage.row_bytes(quantize, D)` in the place of D, and likewise of Dv.
+        Writeable.  Their contents are not used: the cache begins empty.
     window, sinks : int, optional
         Keep the first `sinks` tokens and the last `window` of the others: `append` never runs out of room, it
         overwrites the oldest.  The capacity is then sinks + window and may be given as None.
@@ -71,21 +77,18 @@ class KVCache:
         Dv: int | None = None,
         *,
         dtype: Any = np.float32,
+        quantize: str | None = None,
         buffers: tuple[np.ndarray, np.ndarray] | None = None,
         window: int | None = None,
         sinks: int = 0,
     ) -> None:
-        B, Hkv, D = _size("B", B), _size("Hkv", Hkv), _size("D", D)
-        Dv = D if Dv is None else _size("Dv", Dv)
-        self._window = None if window is None else _size("window", window, 1)
-        self._sinks = _size("sinks", sinks)
+        B, Hkv, D = size_of("B", B), size_of("Hkv", Hkv), size_of("D", D)
+        Dv = D if Dv is None else size_of("Dv", Dv)
+        self._window = None if window is None else size_of("window", window, 1)
+        self._sinks = size_of("sinks", sinks)
         capacity = self._capacity(capacity)
-        dtype = _dtype(dtype)
-        shapes = (B, Hkv, capacity, D), (B, Hkv, capacity, Dv)
-        if buffers is None:
-            self._key, self._value = (np.empty(shape, dtype) for shape in shapes)
-        else:
-            self._key, self._value = _buffers(buffers, shapes, dtype)
+        self._dtype, self._quantize, self._sizes = dtype_of(dtype, quantize), quantize, (D, Dv)
+        self._key, self._value = pools((B, Hkv, capacity), D, Dv, self._dtype, quantize, buffers)
         self._totals = np.zeros(B, np.int64)
         self._lengths = np.zeros(B, np.int64)
 
@@ -93,15 +96,18 @@ class KVCache:
         if self._window is None:
             if self._sinks:
                 raise ValueError(f"sinks must be 0 without a window, got {self._sinks}")
-            return _size("capacity", capacity)
+            return size_of("capacity", capacity)
         ring = self._sinks + self._window
-        if capacity is not None and _size("capacity", capacity) != ring:
+        if capacity is not None and size_of("capacity", capacity) != ring:
             raise ValueError(f"capacity must be sinks + window = {ring}, or None, got {capacity}")
         return ring
 
     @property
     def key(self) -> np.ndarray:
-        """(B, Hkv, capacity, D): the whole array, of which the first `lengths[b]` tokens of sequence b are in use."""
+        """(B, Hkv, capacity, D): the whole array, of which the first `lengths[b]` tokens of sequence b are in use.
+
+        If quantised, rows of bytes, see `numba_attn.storage`.
+        """
         return self._key[...]
 
     @property
@@ -111,21 +117,32 @@ class KVCache:
 
     @property
     def used(self) -> tuple[np.ndarray, np.ndarray]:
-        """`key` and `value` up to the greatest length: (B, Hkv, lengths.max(), D) and (B, Hkv, lengths.max(), Dv)."""
+        """Keys and values up to the greatest length: (B, Hkv, lengths.max(), D) and (B, Hkv, lengths.max(), Dv).
+
+        Views, or new arrays of this dtype if quantised.
+        """
         longest = self._lengths.max(initial=0)
-        return self._key[:, :, :longest], self._value[:, :, :longest]
+        parts = self._key[:, :, :longest], self._value[:, :, :longest]
+        if self._quantize is None:
+            return parts
+        key, value = (dequantize(x, self._quantize, n) for x, n in zip(parts, self._sizes, strict=True))
+        return key.astype(self._dtype, copy=False), value.astype(self._dtype, copy=False)
+
+    def storage(self) -> Storage:
+        """What is held, as it is, for `attention_with_kv_cache`."""
+        return Storage(self._key, self._value, self._quantize, *self._sizes, int(self._lengths.max(initial=0)))
 
     @property
     def lengths(self) -> np.ndarray:
         """(B,) int64: tokens that each sequence holds; a read-only view, which follows the cache."""
-        return _read_only(self._lengths)
+        return read_only(self._lengths)
 
     @property
     def totals(self) -> np.ndarray:
         """(B,) int64: tokens that each sequence has seen, so the position of its next; like `lengths`, unless a window
         has dropped some.
         """
-        return _read_only(self._totals)
+        return read_only(self._totals)
 
     @property
     def positions(self) -> np.ndarray:
@@ -153,7 +170,17 @@ class KVCache:
     @property
     def dtype(self) -> np.dtype:
         """Of keys and values, and of queries that attend to them."""
-        return self._key.dtype
+        return self._dtype
+
+    @property
+    def quantize(self) -> str | None:
+        """How keys and values are quantised."""
+        return self._quantize
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hkv, D, Dv)."""
+        return (*self._key.shape[:2], *self._sizes)
 
     @property
     def window(self) -> int | None:
@@ -171,12 +198,13 @@ class KVCache:
         return self._key.nbytes + self._value.nbytes
 
     def __repr__(self) -> str:
-        B, Hkv, capacity, D = self._key.shape
+        (B, Hkv, D, Dv), capacity = self.shape, self.capacity
+        quantized = "" if self._quantize is None else f", quantize={self._quantize!r}"
         ring = "" if self._window is None else f", window={self._window}, sinks={self._sinks}"
         lengths = np.array2string(self._lengths, separator=", ", threshold=16)
         return (
-            f"KVCache(B={B}, Hkv={Hkv}, capacity={capacity}, D={D}, Dv={self._value.shape[3]}, dtype={self.dtype}"
-            f"{ring}, lengths={lengths})"
+            f"KVCache(B={B}, Hkv={Hkv}, capacity={capacity}, D={D}, Dv={Dv}, dtype={self.dtype}"
+            f"{quantized}{ring}, lengths={lengths})"
         )
 
     def append(self, key: np.ndarray, value: np.ndarray, counts: Any = None) -> None:
@@ -230,7 +258,7 @@ class KVCache:
         B = len(self._lengths)
         if np.ndim(indices) != 1:
             raise ValueError(f"indices must have shape ({B},), got {np.shape(indices)}")
-        source = _indices("indices", indices, (B,), B)
+        source = indices_of("indices", indices, (B,), B)
         pending = {b: int(a) for b, a in enumerate(source) if a != b}
         readers = Counter(pending.values())
         free = [b for b in pending if not readers[b]]
@@ -257,14 +285,17 @@ class KVCache:
         if sequences is None:
             totals[:] = 0
         else:
-            totals[_indices("sequences", sequences, (np.size(sequences),), B)] = 0
+            totals[indices_of("sequences", sequences, (np.size(sequences),), B)] = 0
         self._commit(totals)
 
     # What appending is made of, for `attention_with_kv_cache` too -----------------------------------------------------
 
     def checked(self, key: Any, value: Any, counts: Any) -> Tokens:
         """What may be appended, or an error."""
-        key, value = self._operand("key", key, self._key), self._operand("value", value, self._value)
+        key, value = (
+            operand(name, x, self._dtype, (*self._key.shape[:2], columns), (self._key, self._value))
+            for name, x, columns in zip(("key", "value"), (key, value), self._sizes, strict=True)
+        )
         n = key.shape[2]
         if value.shape[2] != n:
             raise ValueError(f"key and value must have the same length, got {n} and {value.shape[2]}")
@@ -283,15 +314,6 @@ class KVCache:
                 )
         return Tokens(key, value, added)
 
-    def _operand(self, name: str, x: Any, buffer: np.ndarray) -> np.ndarray:
-        x = checks.numpy_array(name, x)
-        if x.dtype != self.dtype:
-            raise TypeError(f"{name} must be {self.dtype}, as the cache is, got {x.dtype}")
-        B, Hkv, _, size = buffer.shape
-        if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != (B, Hkv, size):
-            raise ValueError(f"{name} must have shape ({B}, {Hkv}, n, {size}), got {x.shape}")
-        return x.copy() if np.may_share_memory(x, self._key) or np.may_share_memory(x, self._value) else x
-
     @contextmanager
     def appended(self, tokens: Tokens) -> Iterator[None]:
         """The cache with these tokens, for good unless what is done with it raises."""
@@ -304,9 +326,9 @@ class KVCache:
             if before[b] + tokens.counts[b] > self.capacity
         ]
         try:
+            key, value = (stored(x, self._quantize) for x in (tokens.key, tokens.value))
             for b, place, rows in spans:
-                self._key[b, :, place] = tokens.key[b, :, rows]
-                self._value[b, :, place] = tokens.value[b, :, rows]
+                self._key[b, :, place], self._value[b, :, place] = key[b, :, rows], value[b, :, rows]
             self._commit(before + tokens.counts)
             yield
         except BaseException:
@@ -341,7 +363,38 @@ class KVCache:
         np.minimum(totals, self.capacity, out=self._lengths)
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
+# Shared with the paged cache ------------------------------------------------------------------------------------------
+
+
+def pools(
+    leading: tuple[int, int, int], D: int, Dv: int, dtype: np.dtype, quantize: str | None, buffers: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """New arrays for keys and values, or the ones given: three axes, then a row."""
+    shapes = (*leading, D), (*leading, Dv)
+    if quantize is not None:
+        shapes = (*leading, row_bytes(quantize, D)), (*leading, row_bytes(quantize, Dv))
+        dtype = np.dtype(np.uint8)
+    if buffers is None:
+        return np.empty(shapes[0], dtype), np.empty(shapes[1], dtype)
+    return buffers_of(buffers, shapes, dtype)
+
+
+def stored(x: np.ndarray, numbers: str | None) -> np.ndarray:
+    """Rows of keys or values as a cache keeps them."""
+    return x if numbers is None else quantize(x, numbers)
+
+
+def operand(
+    name: str, x: Any, dtype: np.dtype, shape: tuple[int, int, int], pools: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Tokens (B, Hkv, n, columns) to be appended, for a shape (B, Hkv, columns); not in the pools that they go to."""
+    x = checks.numpy_array(name, x)
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, as the cache is, got {x.dtype}")
+    B, Hkv, columns = shape
+    if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != shape:
+        raise ValueError(f"{name} must have shape ({B}, {Hkv}, n, {columns}), got {x.shape}")
+    return x.copy() if any(np.may_share_memory(x, pool) for pool in pools) else x
 
 
 def counts_of(counts: Any, B: int, n: int) -> np.ndarray:
@@ -352,24 +405,29 @@ def counts_of(counts: Any, B: int, n: int) -> np.ndarray:
     return added
 
 
-def _size(name: str, x: Any, low: int = 0) -> int:
+def size_of(name: str, x: Any, low: int = 0) -> int:
     n = checks.integer(name, x)
     if n < low:
         raise ValueError(f"{name} must be {low} or more, got {n}")
     return n
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def dtype_of(dtype: Any, quantize: Any = None) -> np.dtype:
     try:
         found = np.dtype(dtype)
     except TypeError:
         found = None
     if dtype is None or found is None or not (found.char in "fde" or checks.is_bfloat16(found)) or not found.isnative:
         raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype!r}")
+    if quantize is not None:
+        if not isinstance(quantize, str) or quantize not in QUANTIZED:
+            raise ValueError(f"quantize must be None, 'int8' or 'int4', got {quantize!r}")
+        if found.char == "d":
+            raise TypeError("dtype must be float32, float16 or bfloat16 of a quantised cache, got float64")
     return found
 
 
-def _buffers(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def buffers_of(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(buffers, tuple | list) or len(buffers) != 2:
         raise TypeError(f"buffers must be a pair of arrays (key, value), got {checks.type_name(buffers)}")
     key, value = (np.asarray(checks.numpy_array("buffers", x)) for x in buffers)
@@ -387,13 +445,13 @@ def _buffers(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype)
     return key, value
 
 
-def _indices(name: str, x: Any, shape: tuple[int, ...], B: int) -> np.ndarray:
+def indices_of(name: str, x: Any, shape: tuple[int, ...], B: int) -> np.ndarray:
     """Integers in [0, B), an empty list too."""
     flat = np.asarray(x).reshape(-1) if np.size(x) else np.empty(0, np.int64)
     return np.asarray(checks.integers(name, flat, shape, 0, B - 1))
 
 
-def _read_only(x: np.ndarray) -> np.ndarray:
+def read_only(x: np.ndarray) -> np.ndarray:
     view = x[...]
     view.flags.writeable = False
     return view

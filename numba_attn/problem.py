@@ -17,6 +17,7 @@ import numpy as np
 from numba_attn import checks
 from numba_attn.block_mask import BlockMask
 from numba_attn.masks import UNBOUNDED, KeyIntervals
+from numba_attn.storage import Storage
 
 AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
 MOD_PARAMETERS = {"score_mod": ("score", "b", "h", "i", "j"), "mask_mod": ("b", "h", "i", "j")}
@@ -46,13 +47,52 @@ class Dropout(NamedTuple):
     seed: int  # of 64 bits
 
 
+class Sizes(NamedTuple):
+    """The shape letters of a problem; Lq and Lk are those of the longest sequence."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+
+
+class Packed(NamedTuple):
+    """Where sequences begin that lie one behind the other, and where the last one ends."""
+
+    query_starts: np.ndarray  # (B + 1,) int64
+    key_starts: np.ndarray  # (B + 1,) int64
+
+
+class Sequence(NamedTuple):
+    """The arrays of one sequence: views, but for key and value of a cache."""
+
+    query: np.ndarray  # (Hq, Lq, D)
+    key: np.ndarray  # (Hkv, Lk, D)
+    value: np.ndarray  # (Hkv, Lk, Dv)
+    mask: np.ndarray | None  # (Hq, Lq, Lk), each axis full or 1
+    out: np.ndarray  # (Hq, Lq, Dv)
+    lse: np.ndarray | None  # (Hq, Lq)
+    max_score: np.ndarray | None
+    entropy: np.ndarray | None
+    key_weight: np.ndarray | None  # (Hq, Lk)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A validated call.  Arrays are views with heads before rows, (*batch, H, L, D), whatever the caller's layout."""
+    """A validated call.  Arrays are views with heads before rows, (*batch, H, L, D), whatever the caller's layout.
+
+    Of packed sequences they are (H, T, D), and `mask` alone has an axis of sequences; key and value of a cache are as
+    the `storage` says.
+    """
 
     query: np.ndarray  # (*batch, Hq, Lq, D)
     key: np.ndarray  # (*batch, Hkv, Lk, D)
     value: np.ndarray  # (*batch, Hkv, Lk, Dv)
+    storage: Storage | None
+    packed: Packed | None
     mask: np.ndarray | None  # bool or float, as many axes as the query, each full or 1: (*batch, Hq, Lq, Lk)
     intervals: KeyIntervals
     scale: float
@@ -71,6 +111,57 @@ class Problem:
     key_weight: np.ndarray | None  # (*batch, Hq, Lk)
     result: np.ndarray  # out as the caller gets it
     aux: Aux | None  # likewise
+
+    @property
+    def sizes(self) -> Sizes:
+        Hq, Lq, D = self.query.shape[-3:]
+        if self.storage is not None:
+            held = self.storage
+            return Sizes(len(self.query), Hq, self.key.shape[1], Lq, held.Lk, D, held.Dv)
+        (Hkv, Lk, _), Dv = self.key.shape[-3:], self.value.shape[-1]
+        B = math.prod(self.query.shape[:-3])
+        if self.packed is not None:
+            B = len(self.packed.query_starts) - 1
+            Lq, Lk = (int(np.diff(starts).max(initial=0)) for starts in self.packed)
+        return Sizes(B, Hq, Hkv, Lq, Lk, D, Dv)
+
+    def first_sequence(self) -> Sequence:
+        """The arrays of the first sequence as they are: of packed ones whole, of a cache its own, or its first page."""
+        results = self.lse, self.max_score, self.entropy, self.key_weight
+        if self.packed is not None:
+            mask = None if self.mask is None else self.mask[0]
+            return Sequence(self.query, self.key, self.value, mask, self.out, *results)
+        first = (0,) * (self.query.ndim - 3)
+        held = (0,) if self.storage is not None else first
+        return Sequence(
+            self.query[first], self.key[held], self.value[held], None if self.mask is None else self.mask[first],
+            self.out[first], *(None if x is None else x[first] for x in results),
+        )  # fmt: skip
+
+    def sequence(self, b: int) -> Sequence:
+        """The arrays of sequence b, whatever holds them."""
+        results = self.lse, self.max_score, self.entropy, self.key_weight
+        if self.packed is not None:
+            rows, keys = (slice(int(starts[b]), int(starts[b + 1])) for starts in self.packed)
+            mask = self.mask
+            if mask is not None:
+                mask = mask[b if len(mask) > 1 else 0]
+                lengths = rows.stop - rows.start, keys.stop - keys.start
+                mask = mask[
+                    (slice(None), *(slice(n if m > 1 else m) for n, m in zip(lengths, mask.shape[1:], strict=True)))
+                ]
+            return Sequence(
+                self.query[:, rows], self.key[:, keys], self.value[:, keys], mask, self.out[:, rows],
+                *(None if x is None else x[:, keys if x is self.key_weight else rows] for x in results),
+            )  # fmt: skip
+        index = tuple(int(i) for i in np.unravel_index(b, self.query.shape[:-3]))
+        key, value = (self.key[index], self.value[index]) if self.storage is None else self.storage.dense(b)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[tuple(i if n > 1 else 0 for i, n in zip(index, mask.shape[:-3], strict=True))]
+        return Sequence(
+            self.query[index], key, value, mask, self.out[index], *(None if x is None else x[index] for x in results)
+        )
 
     @classmethod
     def from_call(
@@ -99,29 +190,43 @@ class Problem:
         out: Any,
         layout: Any,
         precision: Any,
+        cu_seqlens: tuple[Any, Any] | None = None,
     ) -> Problem:
-        """Check the arguments of `numba_attn.scaled_dot_product_attention`, allocate the results, compute nothing."""
-        query, key, value = _operand("query", query), _operand("key", key), _operand("value", value)
-        if not query.dtype == key.dtype == value.dtype:
-            raise TypeError(
-                f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
-            )
-        if not query.ndim == key.ndim == value.ndim:
-            raise ValueError(
-                "query, key and value must have the same number of axes, "
-                f"got shapes {query.shape}, {key.shape} and {value.shape}"
-            )
+        """Check the arguments of `numba_attn.scaled_dot_product_attention`, allocate the results, compute nothing.
+
+        `cu_seqlens` are those of `numba_attn.varlen_attention`; the key may be the `Storage` of a cache, without value.
+        """
+        storage, packed = None, None
+        if isinstance(key, Storage):
+            storage, key, value = key, key.key, key.value
+            query = _operand("query", query)
+        else:
+            query, key, value = _operand("query", query), _operand("key", key), _operand("value", value)
+            _check_alike(query, key, value)
         layout = checks.layout(layout)
         names = _aux_names(return_aux)
 
-        q, k, v = (checks.heads_first(x, layout) for x in (query, key, value))
-        _check_shapes(q, k, v, checks.flag("enable_gqa", enable_gqa))
-        batch, (Hq, Lq), Lk = q.shape[:-3], q.shape[-3:-1], k.shape[-2]
+        q, k, v = query, key, value
+        batch: tuple[int, ...]
+        if storage is not None:
+            _check_heads(q.shape[1], k.shape[1], True)
+            batch, (Hq, Lq), Lk, Dv = q.shape[:1], q.shape[1:3], storage.Lk, storage.Dv
+        elif cu_seqlens is not None:
+            packed = _packed(q, k, v, *cu_seqlens)
+            q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+            _check_heads_and_sizes(q, k, v, True)
+            query_lengths, kv_lengths = (np.diff(starts) for starts in packed)
+            batch, Hq, Dv = query_lengths.shape, q.shape[0], v.shape[2]
+            Lq, Lk = (int(lengths.max(initial=0)) for lengths in (query_lengths, kv_lengths))
+        else:
+            q, k, v = (checks.heads_first(x, layout) for x in (query, key, value))
+            _check_shapes(q, k, v, checks.flag("enable_gqa", enable_gqa))
+            batch, (Hq, Lq), Lk, Dv = q.shape[:-3], q.shape[-3:-1], k.shape[-2], v.shape[-1]
         B = math.prod(batch)
-        return_shape = (*query.shape[:-1], value.shape[-1])
+        return_shape = (*query.shape[:-1], Dv)
         result = _result(out, return_shape, query.dtype)
 
-        mask = None if attn_mask is None else _mask(attn_mask, (*q.shape[:-1], Lk), query.ndim)
+        mask = None if attn_mask is None else _mask(attn_mask, (*batch, Hq, Lq, Lk), 4 if packed else query.ndim)
         intervals = _intervals(
             batch, Lq, Lk, query_offset, checks.flag("is_causal", is_causal), window, query_lengths, kv_lengths
         )
@@ -131,14 +236,18 @@ class Problem:
                     raise ValueError(f"out must not share memory with {name}")
         # Each result as the caller gets it: one number a row, or a key, of each head.
         rows = return_shape[:-1]
-        aux = {
-            name: np.empty(rows if name != "key_weight" else _per_key(rows, Lk, layout), statistics_dtype(query.dtype))
-            for name in names
-        }
+        keys = (len(key), Hq) if packed else _per_key(rows, Lk, layout)
+        aux = {name: np.empty(rows if name != "key_weight" else keys, statistics_dtype(query.dtype)) for name in names}
+
+        def heads_first(x: np.ndarray) -> np.ndarray:
+            return x.swapaxes(0, 1) if packed else checks.heads_first(x, layout)
+
         return cls(
             query=q,
             key=k,
             value=v,
+            storage=storage,
+            packed=packed,
             mask=mask,
             intervals=intervals,
             scale=_scale(scale, q.shape[-1], q.dtype),
@@ -150,13 +259,10 @@ class Problem:
             block_mask=_block_mask(block_mask, B, Hq, Lq, Lk),
             dropout=_dropout(dropout_p, dropout_seed),
             bfloat16_products=_precision(precision, query.dtype),
-            out=checks.heads_first(result, layout),
+            out=heads_first(result),
             result=result,
             aux=Aux(**aux) if names else None,
-            **{
-                name: None if name not in aux else checks.heads_first(aux[name][..., None], layout)[..., 0]
-                for name in AUX_NAMES
-            },
+            **{name: None if name not in aux else heads_first(aux[name][..., None])[..., 0] for name in AUX_NAMES},
         )
 
 
@@ -187,11 +293,57 @@ def _per_key(rows: tuple[int, ...], Lk: int, layout: str) -> tuple[int, ...]:
     return (*rows[:-2], Lk, rows[-1])
 
 
+def _check_alike(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
+    if not query.ndim == key.ndim == value.ndim:
+        raise ValueError(
+            "query, key and value must have the same number of axes, "
+            f"got shapes {query.shape}, {key.shape} and {value.shape}"
+        )
+
+
+def _packed(query: np.ndarray, key: np.ndarray, value: np.ndarray, query_starts: Any, key_starts: Any) -> Packed:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have 3 axes (tokens, heads, head size), got shape {x.shape}")
+    starts = [
+        _starts(name, given, len(x), of)
+        for name, given, x, of in (
+            ("cu_seqlens_q", query_starts, query, "query"), ("cu_seqlens_k", key_starts, key, "key"),
+        )
+    ]  # fmt: skip
+    if len(starts[0]) != len(starts[1]):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
+            f"got {len(starts[0]) - 1} and {len(starts[1]) - 1}"
+        )
+    return Packed(*starts)
+
+
+def _starts(name: str, starts: Any, T: int, of: str) -> np.ndarray:
+    """(B + 1,) int64 that rise from 0 to T."""
+    if np.ndim(starts) != 1 or not np.size(starts):
+        raise ValueError(f"{name} must have shape (B + 1,), got {np.shape(starts)}")
+    flat = np.asarray(checks.integers(name, starts, np.shape(starts), 0, T)).astype(np.int64)
+    if flat[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {flat[0]}")
+    if flat[-1] != T:
+        raise ValueError(f"{name} must end with the {T} tokens of {of}, got {flat[-1]}")
+    if (falls := np.flatnonzero(np.diff(flat) < 0)).size:
+        raise ValueError(f"{name} must not decrease, got {flat[falls[0]]} and then {flat[falls[0] + 1]}")
+    return flat
+
+
 def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool) -> None:
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ValueError(
             f"query, key and value must have the same batch axes, got {q.shape[:-3]}, {k.shape[:-3]} and {v.shape[:-3]}"
         )
+    _check_heads_and_sizes(q, k, v, enable_gqa)
+
+
+def _check_heads_and_sizes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool) -> None:
     Hq, Hkv = q.shape[-3], k.shape[-3]
     if v.shape[-3] != Hkv:
         raise ValueError(f"key and value must have the same number of heads, got {Hkv} and {v.shape[-3]}")
@@ -199,6 +351,10 @@ def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, enable_gqa: bool)
         raise ValueError(f"key and value must have the same length, got {k.shape[-2]} and {v.shape[-2]}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"query and key must have the same head size, got {q.shape[-1]} and {k.shape[-1]}")
+    _check_heads(Hq, Hkv, enable_gqa)
+
+
+def _check_heads(Hq: int, Hkv: int, enable_gqa: bool) -> None:
     if Hq != Hkv:
         if not enable_gqa:
             raise ValueError(

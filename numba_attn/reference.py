@@ -15,7 +15,7 @@ import numpy as np
 
 from numba_attn import random
 from numba_attn.block_mask import FULL, PARTIAL, BlockMask
-from numba_attn.problem import Problem, statistics_dtype
+from numba_attn.problem import Problem, Sequence, statistics_dtype
 
 
 class Head(NamedTuple):
@@ -33,27 +33,27 @@ def forward(problem: Problem, precision: type[np.floating] = np.float64) -> None
 
     Any other `precision` than float64 is for judging how accurate a computation in that precision can be.
     """
-    batch, Hq = problem.query.shape[:-3], problem.query.shape[-3]
-    for b, index in enumerate(np.ndindex(batch)):
+    B, Hq = problem.sizes[:2]
+    for b in range(B):
+        sequence = problem.sequence(b)
         for h in range(Hq):
-            head = attend(problem, b, index, h, precision)
-            problem.out[index][h] = head.out
+            head = attend(problem, sequence, b, h, precision)
+            sequence.out[h] = head.out
             for name in ("lse", "max_score", "entropy"):
-                if (written := getattr(problem, name)) is not None:
-                    written[index][h] = getattr(head, name)
-            if problem.key_weight is not None:
-                problem.key_weight[index][h] = head.weight.sum(axis=0)
+                if (written := getattr(sequence, name)) is not None:
+                    written[h] = getattr(head, name)
+            if sequence.key_weight is not None:
+                sequence.key_weight[h] = head.weight.sum(axis=0)
 
 
-def attend(problem: Problem, b: int, index: tuple[int, ...], h: int, precision: type[np.floating] = np.float64) -> Head:
-    """Head h of sequence b, which has that index on the batch axes, in a precision."""
-    shared = h // (problem.query.shape[-3] // problem.key.shape[-3])
-    query, key, value = (
-        x.astype(precision) for x in (problem.query[index][h], problem.key[index][shared], problem.value[index][shared])
-    )
-    attended = _attended(problem, b, index, h)
+def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type[np.floating] = np.float64) -> Head:
+    """Head h of sequence b, whose arrays are given, in a precision."""
+    shared = h // (len(sequence.query) // len(sequence.key))
+    query, key, value = (x.astype(precision) for x in (sequence.query[h], sequence.key[shared], sequence.value[shared]))
+    mask = None if sequence.mask is None else sequence.mask[h if len(sequence.mask) > 1 else 0]
+    attended = _attended(problem, mask, b, h, (len(query), len(key)))
     with np.errstate(all="ignore"):
-        score = _scores(problem, b, index, h, query, key, precision)
+        score = _scores(problem, mask, b, h, query, key, precision)
         # What is masked is never used, whatever it holds: selected away, not multiplied by zero.
         score = np.where(attended, score, precision(-np.inf))
         sink = precision(-np.inf if problem.sinks is None else problem.sinks[h])
@@ -76,8 +76,8 @@ def attend(problem: Problem, b: int, index: tuple[int, ...], h: int, precision: 
 
 def _scores(
     problem: Problem,
+    mask: np.ndarray | None,
     b: int,
-    index: tuple[int, ...],
     h: int,
     query: np.ndarray,
     key: np.ndarray,
@@ -92,34 +92,26 @@ def _scores(
         position = np.arange(Lq)[:, None] + int(problem.intervals.table[b, 0])
         slope = problem.slopes[b if len(problem.slopes) > 1 else 0, h]
         score = score - precision(slope) * np.abs(position - np.arange(Lk)).astype(precision)
-    if problem.mask is not None and problem.mask.dtype != bool:
-        score = score + _rounded(problem, _mask_of(problem, index, h)).astype(precision)
+    if mask is not None and mask.dtype != bool:
+        score = score + _rounded(problem, mask).astype(precision)
     if problem.score_mod is not None:
         score = _apply(problem.score_mod, precision, (Lq, Lk), b, h, score)
     return score
 
 
-def _attended(problem: Problem, b: int, index: tuple[int, ...], h: int) -> np.ndarray:
+def _attended(problem: Problem, mask: np.ndarray | None, b: int, h: int, shape: tuple[int, int]) -> np.ndarray:
     """(Lq, Lk) bool: which keys each query of one head may attend to."""
-    Lq, Lk = problem.query.shape[-2], problem.key.shape[-2]
+    Lq, Lk = shape
     low, high = problem.intervals.bounds(b, Lq)
     keys = np.arange(Lk)
     attended: np.ndarray = (low[:, None] <= keys) & (keys < high[:, None])
-    if problem.mask is not None:
-        mask = _mask_of(problem, index, h)
+    if mask is not None:
         attended &= mask if mask.dtype == bool else _rounded(problem, mask) != -np.inf
     if problem.mask_mod is not None:
         attended &= _apply(problem.mask_mod, np.bool_, (Lq, Lk), b, h)
     if problem.block_mask is not None:
-        attended &= dense(problem.block_mask, b, h)
+        attended &= dense(problem.block_mask, b, h)[:Lq, :Lk]
     return attended
-
-
-def _mask_of(problem: Problem, index: tuple[int, ...], h: int) -> np.ndarray:
-    assert problem.mask is not None
-    at = tuple(i if n > 1 else 0 for i, n in zip((*index, h), problem.mask.shape[:-2], strict=True))
-    one: np.ndarray = problem.mask[at]
-    return one
 
 
 def _rounded(problem: Problem, mask: np.ndarray) -> np.ndarray:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange
+from numba import njit, prange, types
 
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.simd import Vectors, address, emits
@@ -24,6 +24,7 @@ from numba_attn.cpu.simd import Vectors, address, emits
 ACCUMULATORS = 10
 UNROLLED = 4  # times that each sum is added to in one turn of the loop
 TURN = 0.01  # seconds of one measurement
+SUMS = 8  # of vectors that are read: enough to have as many loads under way as a processor can
 READ_BYTES = 256_000_000  # far beyond any cache
 
 
@@ -86,13 +87,25 @@ _multiply_add_on_all = _on_all(emits(_multiply_add))
 _dot_on_all = _on_all(emits(functools.partial(_multiply_add, dot=True)))
 
 
+def _sum(v: Vectors, words: Any, vectors: Any) -> Any:
+    """Some sum of `vectors` vectors, a multiple of SUMS: of integers, as those are never denormal."""
+    b = v.builder
+
+    def turn(i: Any, sums: list[Any]) -> list[Any]:
+        at = v.mul_index(i, v.bytes)
+        return [b.add(total, v.load_pairs(words, v.add_index(at, j * v.bytes))) for j, total in enumerate(sums)]
+
+    sums = v.loop(0, vectors, SUMS, [ir.Constant(v.bits, [0] * v.lanes)] * SUMS, turn)
+    return b.extract_element(functools.reduce(b.add, sums), v.index(0))
+
+
+_sum_of = emits(_sum, returns=types.int32)
+
+
 @njit(parallel=True, nogil=True)
-def _sum_on_all(words, totals):  # type: ignore[no-untyped-def]
-    for row in prange(words.shape[0]):
-        total = 0
-        for word in words[row]:
-            total += word
-        totals[row] = total
+def _sum_on_all(rows, vectors, totals):  # type: ignore[no-untyped-def]
+    for row in prange(rows.shape[0]):
+        totals[row] = _sum_of(address(rows[row]), vectors)
 
 
 class MultiplyAdd:
@@ -135,16 +148,32 @@ def measures(dtype: str) -> list[MultiplyAdd]:
     return [MultiplyAdd(kind) for kind in {"float16": ["float32"], "bfloat16": bfloat16}.get(dtype, [dtype])]
 
 
+class Reading:
+    """All threads together add up arrays, contiguous ones, whatever numbers they hold: all but a few bytes of them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        count = 16 * numba.get_num_threads()
+        self._vectors = [x.nbytes // (count * SUMS * target.VECTOR_BYTES) * SUMS for x in arrays]
+        self._rows = [
+            x.reshape(-1).view(np.uint8)[: count * vectors * target.VECTOR_BYTES].reshape(count, -1)
+            for x, vectors in zip(arrays, self._vectors, strict=True)
+        ]
+        self._totals = np.empty(count, np.int32)
+        self.bytes = sum(rows.nbytes for rows in self._rows)
+        self()  # compiles
+
+    def __call__(self) -> None:
+        for rows, vectors in zip(self._rows, self._vectors, strict=True):
+            _sum_on_all(rows, vectors, self._totals)
+
+
 def read_bandwidth() -> float:
     """GB/s at which all threads together add up an array: the best of five."""
-    rows = 16 * numba.get_num_threads()
-    words = np.ones((rows, READ_BYTES // 8 // rows), np.int64)
-    totals = np.empty(rows, np.int64)
+    reading = Reading([np.ones(READ_BYTES, np.uint8)])
 
     def seconds() -> float:
         start = time.perf_counter()
-        _sum_on_all(words, totals)
+        reading()
         return time.perf_counter() - start
 
-    seconds()
-    return float(words.nbytes / min(seconds() for _ in range(5)) / 1e9)
+    return float(reading.bytes / min(seconds() for _ in range(5)) / 1e9)

@@ -7,7 +7,7 @@ has no argument for is given to it as an explicit mask, as its users would; what
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -27,18 +27,28 @@ class Prepared(NamedTuple):
     call: Callable[[], Any]
     array: Callable[[Any], np.ndarray]
     """Makes (B, Hq, Lq, Dv) of what the call returns."""
+    bytes: int = 0
+    """Of keys and values as they are kept, if reading them is what takes time."""
+    read: tuple[np.ndarray, ...] = ()
+    """Those arrays, of which reading alone is measured too."""
 
 
 class Peer:
     """A library in its own process."""
 
     packages: tuple[str, ...]
+    forms: tuple[str, ...] = ()
+    """Of those that a case may have, what the library has too."""
 
     def __init__(self, threads: int) -> None:
         """Most libraries take their number of threads from the environment."""
 
     def prepare(self, case: Case) -> Prepared:
         """Raises Unsupported."""
+        raise NotImplementedError
+
+    def prepare_form(self, case: Case, form: str) -> Prepared:
+        """The same for one of `forms`."""
         raise NotImplementedError
 
 
@@ -126,3 +136,29 @@ def refuse_size(case: Case, copies: int) -> None:
 def rows_first(x: np.ndarray) -> np.ndarray:
     """A copy (B, L, H, D) of (B, H, L, D)."""
     return np.ascontiguousarray(x.swapaxes(1, 2))
+
+
+# Sequences of different lengths ---------------------------------------------------------------------------------------
+
+
+def within(case: Case, x: np.ndarray) -> np.ndarray:
+    """(B, H, L, size), with 0 behind the end of each sequence."""
+    return np.where((np.arange(x.shape[2]) < lengths(case)[:, None])[:, None, :, None], x, x.dtype.type(0))
+
+
+def joined(case: Case, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """(B, H, L, size) of one (H, length, size) for each sequence."""
+    out = np.zeros((case.B, case.Hq, case.Lq, case.Dv or case.D), case.numpy_dtype)
+    for b, x in enumerate(sequences):
+        out[b, :, : x.shape[1]] = x
+    return out
+
+
+def sequences(case: Case, x: np.ndarray) -> list[np.ndarray]:
+    """(H, length, size) of each sequence of (B, H, L, size), views."""
+    return [one[:, :length] for one, length in zip(x, lengths(case), strict=True)]
+
+
+def lengths(case: Case) -> np.ndarray:
+    """(B,), of queries and keys alike."""
+    return np.broadcast_to(case.options["kv_lengths"], case.B)

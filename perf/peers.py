@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from cases import SIXTEEN_BITS, Case
-from peer import (
-    Peer,
-    Prepared,
-    Unsupported,
-    explicit_mask,
-    only_causal,
-    own_mask,
-    refuse_options,
-    refuse_size,
-    rows_first,
-)
+from forms import FORMS
+from onnx_peers import OnnxAttention, OnnxGroupQueryAttention, OnnxMultiHeadAttention
+from peer import Peer, Prepared, Unsupported, explicit_mask, own_mask, refuse_options, refuse_size, rows_first
 from torch_peers import FlexAttention, Torch
 
 
@@ -26,105 +17,23 @@ class Ours(Peer):
     """This package."""
 
     packages = ("numba", "llvmlite", "numpy")
+    forms = tuple(FORMS)
 
     def prepare(self, case: Case) -> Prepared:
         from numba_attn import scaled_dot_product_attention
 
-        call = functools.partial(scaled_dot_product_attention, *case.arrays(), **case.keywords())
-        return Prepared(call, lambda result: result[0] if isinstance(result, tuple) else result)
-
-
-class OnnxMultiHeadAttention(Peer):
-    """ONNX Runtime's own operator, `com.microsoft.MultiHeadAttention`, on (B, L, H * D)."""
-
-    packages = ("onnxruntime", "onnx")
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-
-    def prepare(self, case: Case) -> Prepared:
-        if case.dtype != "float32":
-            raise Unsupported(case.dtype)
-        if case.Hkv not in (None, case.Hq):
-            raise Unsupported("grouped heads")
-        causal = only_causal(case)
-        mask = None if causal else explicit_mask(case)
-        if causal or mask is not None:  # only the plain case has a kernel without the matrix
-            refuse_size(case, copies=2)
-        query, key, value = (rows_first(x).reshape(case.B, -1, x.shape[1] * x.shape[3]) for x in case.arrays())
-        inputs = {"query": query, "key": key, "value": value, **self._masks(case, mask)}
-        names = ("query", "key", "value", "bias", "key_padding_mask", "attention_bias")
-        call = _onnx_session(
-            self._threads,
-            "MultiHeadAttention",
-            [name if name in inputs else "" for name in names],
-            inputs,
-            domain="com.microsoft",
-            num_heads=case.Hq,
-            unidirectional=int(causal),
+        arrays = case.arrays()
+        read = arrays[1:] if "reads" in case.tags else ()
+        call = functools.partial(scaled_dot_product_attention, *arrays, **case.keywords())
+        return Prepared(
+            call,
+            lambda result: result[0] if isinstance(result, tuple) else result,
+            sum(x.nbytes for x in read),
+            read,
         )
-        return Prepared(call, lambda out: out[0].reshape(case.B, case.Lq, case.Hq, -1).swapaxes(1, 2))
 
-    @staticmethod
-    def _masks(case: Case, mask: np.ndarray | None) -> dict[str, np.ndarray]:
-        """One of the operator's two: for keys alone (B, Lk) integers, or a bias for each pair."""
-        if mask is None:
-            return {}
-        if mask.dtype == bool and mask.shape[1:3] == (1, 1):
-            return {"key_padding_mask": np.broadcast_to(mask[:, 0, 0], (case.B, case.Lk)).astype(np.int32)}
-        if mask.dtype == bool:
-            mask = np.where(mask, np.float32(0), np.float32(-np.inf))
-        return {"attention_bias": np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:2], case.Lq, case.Lk)))}
-
-
-class OnnxAttention(Peer):
-    """The standard ONNX operator `Attention` of opset 23, on (B, H, L, D), in ONNX Runtime."""
-
-    packages = ("onnxruntime", "onnx")
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-
-    def prepare(self, case: Case) -> Prepared:
-        if case.dtype == "bfloat16":
-            raise Unsupported(case.dtype)
-        causal = only_causal(case)
-        mask = None if causal else explicit_mask(case)
-        refuse_size(case, copies=2)
-        inputs = dict(zip(("Q", "K", "V"), case.arrays(), strict=True))
-        if mask is not None:  # the last two axes must be whole
-            whole = np.broadcast_to(mask, (*mask.shape[:2], case.Lq, case.Lk))
-            inputs["attn_mask"] = np.ascontiguousarray(whole)
-        call = _onnx_session(self._threads, "Attention", list(inputs), inputs, is_causal=int(causal))
-        return Prepared(call, lambda out: np.asarray(out[0]))
-
-
-def _onnx_session(
-    threads: int, operator: str, names: list[str], inputs: dict[str, np.ndarray], **attributes: Any
-) -> Callable[[], Any]:
-    """A model of one node, fed with `inputs`; a name "" is an optional input left out."""
-    import onnxruntime
-    from onnx import helper
-
-    def described(name: str, x: np.ndarray) -> Any:
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
-
-    while not names[-1]:
-        names.pop()
-    first = next(iter(inputs.values()))
-    output = helper.make_tensor_value_info("out", helper.np_dtype_to_tensor_dtype(first.dtype), None)
-    node = helper.make_node(operator, names, ["out"], **attributes)
-    graph = helper.make_graph([node], "attention", [described(*item) for item in inputs.items()], [output])
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
-        raise Unsupported(str(error).splitlines()[0]) from error
-    return functools.partial(session.run, None, inputs)
+    def prepare_form(self, case: Case, form: str) -> Prepared:
+        return FORMS[form](case)
 
 
 class Jax(Peer):
@@ -217,6 +126,7 @@ PEERS: dict[str, type[Peer]] = {
     "flex": FlexAttention,
     "onnx_mha": OnnxMultiHeadAttention,
     "onnx_attention": OnnxAttention,
+    "onnx_gqa": OnnxGroupQueryAttention,
     "jax": Jax,
     "numpy": NumPy,
 }

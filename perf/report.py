@@ -20,7 +20,7 @@ OURS = "ours"
 RIVALS = {
     "PyTorch": ("torch",),
     "flex_attention": ("flex",),
-    "ONNX Runtime": ("onnx_mha", "onnx_attention"),
+    "ONNX Runtime": ("onnx_mha", "onnx_attention", "onnx_gqa"),
     "JAX": ("jax",),
     "NumPy": ("numpy",),
 }
@@ -30,11 +30,30 @@ NAMES = {
     "flex": "PyTorch `flex_attention`",
     "onnx_mha": "ONNX Runtime `MultiHeadAttention`",
     "onnx_attention": "ONNX Runtime `Attention`",
+    "onnx_gqa": "ONNX Runtime `GroupQueryAttention`",
     "jax": "JAX",
     "numpy": "NumPy",
 }
 NONE = "–"
 BFLOAT16 = {"amx": "AMX tiles", "dot": "dot products of pairs", "widened": "as float32"}
+
+# Forms of a case, by what the driver calls them, of which the first takes so many times as long as the second; and
+# whether that is to be more than 1.
+COMPARED = (
+    ("bfloat16 / int8", "ours bfloat16", "ours int8", True),
+    ("bfloat16 / int4", "ours bfloat16", "ours int4", True),
+    ("float32 / bfloat16", "ours float32", "ours bfloat16", True),
+    ("ONNX Runtime's int8 / ours", "onnx_gqa int8", "ours int8", True),
+    ("its int4 / ours", "onnx_gqa int4", "ours int4", True),
+    ("pages of 16 tokens / contiguous", "ours paged", "ours float32", False),
+    ("tree / one token", "ours", "ours token", False),
+    ("its mask as a function / as an array", "ours function", "ours", False),
+    ("a call for each / packed", "ours loop", "ours varlen", True),
+    ("padded / packed", "ours padded", "ours varlen", True),
+    ("padded with lengths / packed", "ours", "ours varlen", True),
+    ("PyTorch, a call for each / packed", "torch loop", "ours varlen", True),
+    ("PyTorch, padded / packed", "torch padded", "ours varlen", True),
+)
 
 Result = dict[str, Any]
 Row = Sequence[str]
@@ -118,7 +137,49 @@ def section(results: Result) -> str:
     lines += extra_lines(results["extras"]) if results["extras"] else []
     parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(environment_sentence(results))
+    parts += decoding(cases)
     return "\n\n".join(part for part in parts if part)
+
+
+def decoding(cases: Sequence[Result]) -> list[str]:
+    """What is bound by reading keys and values, as decoding is, and what else caches and batches may look like."""
+    found = tagged(cases, "decode")
+    tables = [
+        main_table(
+            f"{dtype}, query / key-value heads x keys, head size",
+            [case for case in found if case["dtype"] == dtype],
+            speed={
+                "GB/s": lambda case: f"{case['peers'][OURS]['gb_per_s']:.1f}",
+                "of reading": lambda case: f"{100 * case['fraction_of_read']:.0f} %",
+            },
+        )
+        for dtype in dict.fromkeys(case["dtype"] for case in found)
+    ]
+    lines = [f"* {line}" for case in tagged(cases, "cache") for line in comparisons(case)]
+    if not tables and not lines:
+        return []
+    text = (
+        'One new token attends to a cache: GB/s are of keys and values, and "of reading" is against a sum of the same '
+        f"arrays by all threads, measured in the same turns ({reading_range(cases)} GB/s)."
+    )
+    return ["### Decoding", *([text, *tables] if tables else []), "\n".join(lines)]
+
+
+def reading_range(cases: Iterable[Result]) -> str:
+    """Slowest to fastest."""
+    rates = [case["read_gb_per_s"] for case in cases if "read_gb_per_s" in case]
+    return " to ".join(dict.fromkeys(f"{rate:.0f}" for rate in (min(rates), max(rates))))
+
+
+def comparisons(case: Result) -> list[str]:
+    """One line, of the forms of a case that were measured."""
+    parts = []
+    for text, first, second, gain in COMPARED:
+        found = [case["peers"].get(name, {}).get("median") for name in (first, second)]
+        if None not in found:
+            value = found[0] / found[1]
+            parts.append(f"{text} {times(value) if gain else f'{value:.2f}'}")
+    return [f"{case['name']}, how many times as long: {', '.join(parts)}."] if parts else []
 
 
 def tagged(cases: Iterable[Result], tag: str) -> list[Result]:
@@ -128,7 +189,7 @@ def tagged(cases: Iterable[Result], tag: str) -> list[Result]:
 
 def untagged(cases: Iterable[Result]) -> list[Result]:
     """The rows of no other table."""
-    return [case for case in cases if not {"table", "narrow", "variant"} & set(case["tags"])]
+    return [case for case in cases if not {"table", "narrow", "variant", "decode", "cache"} & set(case["tags"])]
 
 
 def table(head: Row, rows: Iterable[Row]) -> str:
@@ -137,7 +198,18 @@ def table(head: Row, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
 
 
-def main_table(title: str, cases: Sequence[Result], of_float32: Sequence[Result] = ()) -> str:
+SPEED: dict[str, Callable[[Result], str]] = {
+    "GFLOP/s": lambda case: f"{case['peers'][OURS]['gflops']:.0f}",
+    "of peak": lambda case: f"{100 * case['fraction_of_peak']:.0f} %",
+}
+
+
+def main_table(
+    title: str,
+    cases: Sequence[Result],
+    of_float32: Sequence[Result] = (),
+    speed: dict[str, Callable[[Result], str]] = SPEED,
+) -> str:
     """Our time and speed, and the time of others divided by ours; in bold what we lose.
 
     Another column has the time of the same problem in float32, where that is among `of_float32`, divided likewise.
@@ -145,13 +217,12 @@ def main_table(title: str, cases: Sequence[Result], of_float32: Sequence[Result]
     if not cases:
         return ""
     columns = rivals(cases)
-    head = ["ms", "GFLOP/s", "of peak", *(f"{name} / ours" for name in (*(["float32"] * bool(of_float32)), *columns))]
+    head = ["ms", *speed, *(f"{name} / ours" for name in (*(["float32"] * bool(of_float32)), *columns))]
     rows = [
         [
             name_of(case, columns),
             milliseconds(case["peers"][OURS]["median"]),
-            f"{case['peers'][OURS]['gflops']:.0f}",
-            f"{100 * case['fraction_of_peak']:.0f} %",
+            *(tell(case) for tell in speed.values()),
             *([times(over_ours(float32_twin(case, of_float32), case))] if of_float32 else []),
             *(times(ratio(case, rival)) for rival in columns),
         ]
@@ -325,7 +396,7 @@ def environment_sentence(results: Result) -> str:
         f"{machine['isa']}), whose measured peak is {peaks}, "
         f"reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
         f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
-        "the faster of its two operators, NumPy by the formula written down; causal and documents count only the pairs "
+        "the fastest of its operators, NumPy by the formula written down; causal and documents count only the pairs "
         f"that are attended to. {versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
     )
 

@@ -4,11 +4,14 @@
     python perf/run.py -o perf/results.json                    the same, and all of it in JSON for report.py
     python perf/run.py --only "D 128" --repeats 5 --peers torch,onnx_mha
     python perf/run.py --tag variant --peers torch,flex        cap, ALiBi, functions, block masks; "narrow": 16 bits
+    python perf/run.py --tag decode --peers torch,onnx_gqa     one token of a model; "cache": kinds of caches, batches
 
 Each library runs in a process of its own, which is stopped (SIGSTOP) while another is timed: so each may let its idle
 threads spin as it likes, and none takes the processors away from another.  The repeats are interleaved, one timing of
 each library in turn, in an order that rotates: a machine that slows down does so for all of them.  The rate of
-multiply-adds that the machine reaches is measured in the same turns.  Linux only.
+multiply-adds that the machine reaches is measured in the same turns, and so is the rate at which it reads the keys and
+values of a case that is bound by that.  A case may have other forms, which some libraries are timed with too.  Linux
+only.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ from workers import OURS, PeerError, Team, Worker, thread_environment, worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3  # on results of order 1: enough to tell that all compute the same thing
-ROUNDING = {"float16": 2**-8, "bfloat16": 2**-5}  # in addition, of the largest result: four units in its last place
+# In addition, of the largest result: four units in the last place of a type, and what integers may be off by, of which
+# a cache has one step for a whole head or a few numbers.
+ROUNDING = {"float16": 2**-8, "bfloat16": 2**-5, "int8": 2**-5, "int4": 2**-1}
 MOST_SCORES = 4e7  # for which a float64 reference is computed
 MOST_CALLS = 1e6  # of a user's function, in Python, for the same
-QUICK_FLOP = 2.5e9
+QUICK_FLOP, QUICK_BYTES = 2.5e9, 1.5e8
 UNDISTURBED = 0.85  # of the best peak, for a case to be taken seriously
 FEATURES = (
     *("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16"),
@@ -103,6 +108,7 @@ def measure(team: Team, case: Case, repeats: int, folder: Path, progress: Callab
     progress(0)
     peers = prepare_all(team, case, folder)
     peaks: list[float] = []
+    reads: list[float] = []
     for repeat in range(repeats):
         progress(repeat)
         able = [name for name, peer in peers.items() if "calls" in peer]
@@ -110,27 +116,42 @@ def measure(team: Team, case: Case, repeats: int, folder: Path, progress: Callab
         for name in able[shift:] + able[:shift]:
             if name == OURS:
                 peaks.append(team.ask(OURS, "peak", dtype=case.dtype))
+                if "bytes" in peers[OURS]:
+                    reads.append(team.ask(OURS, "read"))
+            peer, form = split(name)
             try:
-                peers[name]["seconds"].append(team.ask(name, "time"))
+                peers[name]["seconds"].append(team.ask(peer, "time", form=form))
             except PeerError as error:
                 if name == OURS:
                     raise
                 peers[name] = {error.kind: str(error)}
-    return summary(case, peers, peaks)
+    return summary(case, peers, peaks, reads)
+
+
+def split(name: str) -> tuple[str, str]:
+    """Peer and form, "" the plain one.
+
+    >>> split("ours int8"), split("torch")
+    (('ours', 'int8'), ('torch', ''))
+    """
+    peer, _, form = name.partition(" ")
+    return peer, form
 
 
 def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
-    """What each peer can say of a case before the timings; our own failure is everyone's."""
+    """What each peer can say of a case, and of its forms, before the timings; our own failure is everyone's."""
     reference = None
     if case.B * case.Hq * case.Lq * case.Lk <= (MOST_CALLS if "score_mod" in case.options else MOST_SCORES):
         team.ask(OURS, "reference", case=case.name, output=str(folder / "reference.npy"))
         reference = np.load(folder / "reference.npy")
     peers: dict[str, Result] = {}
     ours = np.empty(0)
-    for name in team.workers:
+    forms = [f"{name} {form}" for form in case.forms for name in team.workers if form in PEERS[name].forms]
+    for name in (*team.workers, *forms):
         output = folder / f"{name}.npy"
+        peer, form = split(name)
         try:
-            calls = team.ask(name, "prepare", case=case.name, output=str(output))
+            prepared = team.ask(peer, "prepare", case=case.name, form=form, output=str(output))
         except PeerError as error:
             if name == OURS:
                 raise
@@ -138,7 +159,7 @@ def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
             continue
         out = np.load(output)
         ours = out if name == OURS else ours
-        peers[name] = {"calls": calls, "seconds": [], "difference": float(np.abs(out - ours).max(initial=0))}
+        peers[name] = {**prepared, "seconds": [], "difference": float(np.abs(out - ours).max(initial=0))}
         peers[name]["largest"] = float(np.abs(out).max(initial=0))
         if reference is not None:
             error_of_out = out - reference
@@ -149,7 +170,7 @@ def prepare_all(team: Team, case: Case, folder: Path) -> dict[str, Result]:
     return peers
 
 
-def summary(case: Case, peers: dict[str, Result], peaks: list[float]) -> Result:
+def summary(case: Case, peers: dict[str, Result], peaks: list[float], reads: list[float]) -> Result:
     """The numbers that follow from the timings."""
     peak = statistics.median(peaks)
     for peer in peers.values():
@@ -170,7 +191,22 @@ def summary(case: Case, peers: dict[str, Result], peaks: list[float]) -> Result:
         "peaks_gflops": peaks,
         "peak_gflops": peak,
         "fraction_of_peak": peers[OURS]["gflops"] / peak,
+        **(reading(peers, reads) if reads else {}),
         "peers": peers,
+    }
+
+
+def reading(peers: dict[str, Result], reads: list[float]) -> Result:
+    """Numbers of a case that is bound by reading; a peer that does not say what it reads does what we do."""
+    size, read = peers[OURS]["bytes"], statistics.median(reads)
+    for peer in peers.values():
+        if "median" in peer:
+            peer["gb_per_s"] = peer.setdefault("bytes", size) / peer["median"] / 1e9
+    return {
+        "bytes": size,
+        "reads_gb_per_s": reads,
+        "read_gb_per_s": read,
+        "fraction_of_read": peers[OURS]["gb_per_s"] / read,
     }
 
 
@@ -183,10 +219,10 @@ def described_options(case: Case) -> Result:
 def text_line(result: Result) -> str:
     """Our time and speed, and how many times as long the others take."""
     ours = result["peers"][OURS]
-    words = [
-        f"{result['name']:<40}{1e3 * ours['median']:10.3f} ms{ours['gflops']:8.1f} GFLOP/s"
-        f"{100 * result['fraction_of_peak']:5.0f} %"
-    ]
+    speed, fraction = f"{ours['gflops']:8.1f} GFLOP/s", result["fraction_of_peak"]
+    if "read_gb_per_s" in result:
+        speed, fraction = f"{ours['gb_per_s']:8.1f} GB/s   ", result["fraction_of_read"]
+    words = [f"{result['name']:<50}{1e3 * ours['median']:10.3f} ms{speed}{100 * fraction:5.0f} %"]
     for name, peer in result["peers"].items():
         if name != OURS:
             words.append(f"{name} {peer['ratio']:5.2f}" if "ratio" in peer else f"{name}     -")
@@ -195,15 +231,17 @@ def text_line(result: Result) -> str:
 
 def disturbed(results: list[Result]) -> list[str]:
     """Cases during which the machine could do much less than during others: something else was running on it."""
-    best: dict[str, float] = {}
+    found = []
     for result in results:
-        best[result["dtype"]] = max(best.get(result["dtype"], 0.0), result["peak_gflops"])
-    return [
-        f"{result['name']}: the machine reached {result['peak_gflops']:.0f} GFLOP/s only, "
-        f"{best[result['dtype']]:.0f} in another case"
-        for result in results
-        if result["peak_gflops"] < UNDISTURBED * best[result["dtype"]]
-    ]
+        for name, unit, alike in (
+            ("peak_gflops", "GFLOP/s", [other for other in results if other["dtype"] == result["dtype"]]),
+            ("read_gb_per_s", "GB/s of reading", results),
+        ):
+            best = max((other[name] for other in alike if name in other), default=0.0)
+            if name in result and result[name] < UNDISTURBED * best:
+                reached = f"the machine reached {result[name]:.0f} {unit} only, {best:.0f} in another case"
+                found.append(f"{result['name']}: {reached}")
+    return found
 
 
 def peak_of(team: Team, dtype: str, results: list[Result], repeats: int) -> float:
@@ -216,8 +254,9 @@ def problems(results: list[Result]) -> list[str]:
     """Peers that failed, and results that are not ours."""
     found = []
     for result in results:
-        allowed = TOLERANCE + ROUNDING.get(result["dtype"], 0) * result["peers"][OURS]["largest"]
         for name, peer in result["peers"].items():
+            rounding = max(ROUNDING.get(numbers, 0) for numbers in (result["dtype"], split(name)[1]))
+            allowed = TOLERANCE + rounding * result["peers"][OURS]["largest"]
             if "failed" in peer:
                 found.append(f"{result['name']}: {name} failed: {peer['failed']}")
             elif "difference" in peer and not peer["difference"] < allowed:
@@ -292,7 +331,9 @@ SOURCES = (
     "workers.py",
     "peer.py",
     "peers.py",
+    "forms.py",
     "torch_peers.py",
+    "onnx_peers.py",
     "peak.py",
     "extras.py",
     "processes.py",
@@ -318,7 +359,7 @@ def select(only: Sequence[str], tag: str | None, quick: bool) -> list[Case]:
         for case in PERF
         if (not only or any(part in case.name for part in only))
         and (tag is None or tag in case.tags)
-        and (not quick or case.flop <= QUICK_FLOP)
+        and (not quick or (case.flop <= QUICK_FLOP and case.kv_bytes <= QUICK_BYTES))
     ]
 
 
@@ -330,7 +371,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--repeats", type=int, help="timings of each (11; 3 if --quick)")
     one.add_argument("--threads", type=int, default=2, help="for every library (2)")
     one.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)} (all); ours is always there")
-    one.add_argument("--quick", action="store_true", help=f"3 repeats of the cases up to {QUICK_FLOP / 1e9} GFLOP")
+    one.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"3 repeats of the cases up to {QUICK_FLOP / 1e9} GFLOP and {QUICK_BYTES / 1e6:.0f} MB of keys and values",
+    )
     one.add_argument(
         "--extras",
         action=argparse.BooleanOptionalAction,

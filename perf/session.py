@@ -24,41 +24,60 @@ TURN = 0.02  # seconds that a timing takes at least
 PR_SET_PDEATHSIG = 1
 
 
+class Timed:
+    """A call, and how many of them make a timing."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self.calls = call, 1
+        while (seconds := self.calls * self._mean()) < TURN:
+            self.calls = math.ceil(self.calls * min(10, 1.2 * TURN / seconds))
+
+    def seconds(self) -> float:
+        """Of one call, the mean over a timing."""
+        if self.calls > 1:
+            self._call()  # what was stopped has threads to wake and caches to fill
+        return self._mean()
+
+    def _mean(self) -> float:
+        call, calls = self._call, range(self.calls)
+        start = time.perf_counter()
+        for _ in calls:
+            call()
+        return (time.perf_counter() - start) / self.calls
+
+
 class Session:
-    """One peer, and the case that it is at; each public method is a request."""
+    """One peer, and the case that it is at, in its forms; each public method is a request."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._peer = PEERS[name](threads)
         self._cases = {case.name: case for case in (*PERF, extras.LONG)}
         self._peaks: dict[str, list[Any]] = {}
+        self._timed: dict[str, Timed] = {}  # by form, "" the plain one
+        self._read: tuple[np.ndarray, ...] = ()
+        self._reading: tuple[Timed, int] | None = None
 
     def versions(self) -> dict[str, str]:
         return versions(self._peer)
 
-    def prepare(self, case: str, output: str) -> int:
-        """Make the arrays and whatever else the library needs, save the first result; returns the calls of a timing."""
-        self._call: Callable[[], Any] | None = None  # the arrays of the case before are free from here
-        prepared = self._peer.prepare(self._cases[case])
+    def prepare(self, case: str, form: str, output: str) -> dict[str, int]:
+        """Make the arrays and whatever else the library needs, save the first result.
+
+        Returns the calls of a timing, and the bytes that each reads if it does little else; the plain form comes first.
+        """
+        problem = self._cases[case]
+        if not form:  # the arrays of the case before are free from here
+            self._timed.clear()
+            self._read, self._reading = (), None
+        prepared = self._peer.prepare_form(problem, form) if form else self._peer.prepare(problem)
         save(output, prepared.array(prepared.call()))
-        self._call, self._calls = prepared.call, 1
-        while (seconds := self._calls * self._mean()) < TURN:
-            self._calls = math.ceil(self._calls * min(10, 1.2 * TURN / seconds))
-        return self._calls
+        self._timed[form] = Timed(prepared.call)
+        self._read = prepared.read or self._read
+        return {"calls": self._timed[form].calls, **({"bytes": prepared.bytes} if prepared.bytes else {})}
 
-    def time(self) -> float:
-        """Seconds of one call, the mean over a timing."""
-        assert self._call is not None
-        if self._calls > 1:
-            self._call()  # what was stopped has threads to wake and caches to fill
-        return self._mean()
-
-    def _mean(self) -> float:
-        call, calls = self._call, range(self._calls)
-        assert call is not None
-        start = time.perf_counter()
-        for _ in calls:
-            call()
-        return (time.perf_counter() - start) / self._calls
+    def time(self, form: str) -> float:
+        """Seconds of one call."""
+        return self._timed[form].seconds()
 
     def memory(self, case: str) -> int:
         """Bytes that the first call of a case takes in a process that has done small ones."""
@@ -75,6 +94,16 @@ class Session:
         if dtype not in self._peaks:
             self._peaks[dtype] = measures(dtype)
         return max(one.gflops() for one in self._peaks[dtype])
+
+    def read(self) -> float:
+        """GB/s at which the keys and values of the case can be read, now."""
+        from peak import Reading
+
+        if self._reading is None:
+            reading = Reading(self._read)
+            self._reading = Timed(reading), reading.bytes
+        timed, size = self._reading
+        return size / timed.seconds() / 1e9
 
     def bandwidth(self) -> float:
         from peak import read_bandwidth

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from cases import Case, dtype_of
-from peer import Peer, Prepared, Unsupported, explicit_mask, only_causal
+from peer import Peer, Prepared, Unsupported, explicit_mask, joined, only_causal, sequences, within
 
 BFLOAT16 = "bfloat16"
 
@@ -17,6 +17,7 @@ class Torch(Peer):
     """`torch.nn.functional.scaled_dot_product_attention`."""
 
     packages = ("torch",)
+    forms: tuple[str, ...] = ("loop", "padded")
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -38,9 +39,23 @@ class Torch(Peer):
         )
         return Prepared(call, array)
 
+    def prepare_form(self, case: Case, form: str) -> Prepared:
+        """Sequences of many lengths in a call for each, or as if all were of the greatest."""
+        import torch
+
+        attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+        if form == "padded":
+            whole = functools.partial(attention, *(tensor(x) for x in case.arrays()))
+            return Prepared(whole, lambda out: within(case, array(out)))
+        each = [[tensor(one[None]) for one in sequences(case, x)] for x in case.arrays()]
+        calls = [functools.partial(attention, *operands) for operands in zip(*each, strict=True)]
+        return Prepared(lambda: [call() for call in calls], lambda outs: joined(case, (array(out)[0] for out in outs)))
+
 
 class FlexAttention(Torch):
     """`flex_attention`, compiled: for what changes single scores, and for masks of which it knows the tiles."""
+
+    forms = ()
 
     def prepare(self, case: Case) -> Prepared:
         import torch

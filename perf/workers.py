@@ -38,6 +38,8 @@ class Worker:
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Let it run, and stop it when it has answered."""
+        if self.ended:
+            raise PeerError("failed", "its process has ended")
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         os.kill(self._process.pid, signal.SIGCONT)

@@ -36,6 +36,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
     documents: int = 0  # that each sequence is packed from, if any: then there is a block mask of them
+    forms: tuple[str, ...] = ()  # of the same problem, beside the plain one: what else to measure
 
     @property
     def rng(self) -> np.random.Generator:
@@ -74,18 +75,22 @@ class Case:
         D, Dv = self.D, self.Dv or self.D
         if self.documents:
             return 2 * self.B * self.Hq * (D + Dv) * int((np.bincount(self.document_ids()) ** 2).sum())
-        i, j = np.arange(self.Lq)[:, None], np.arange(self.Lk)
+        i = np.arange(self.Lq)[:, None]
         offset = self.options.get("query_offset", 0)
         offset = self.Lk - self.Lq if offset == "bottom_right" else offset
         left, right = self.options.get("window") or (None, None)
         low = 0 if left is None else np.maximum(0, i + offset - left)
         right = 0 if self.causal else right
-        high = self.Lk if right is None else np.minimum(self.Lk, i + offset + right + 1)
-        pairs = int(np.maximum(0, high - low + 0 * i).sum()) if Dv and j.size else 0
-        lengths = self.options.get("kv_lengths")
-        if lengths is not None:
-            return int(2 * self.Hq * (D + Dv) * self.Lq * np.sum(lengths))
-        return 2 * self.B * self.Hq * (D + Dv) * pairs
+        lengths = np.broadcast_to(self.options.get("kv_lengths", self.Lk), self.B)
+        high = lengths if right is None else np.minimum(lengths, i + offset + right + 1)
+        attended = np.where(i < self.options.get("query_lengths", self.Lq), np.maximum(0, high - low), 0)
+        return 2 * self.Hq * (D + Dv) * int(attended.sum())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of keys and values."""
+        D = self.D + (self.Dv or self.D)
+        return self.B * (self.Hkv or self.Hq) * self.Lk * D * self.numpy_dtype.itemsize
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -104,6 +109,19 @@ def _blocks(case: Case, size: int) -> np.ndarray:
 def _padding(case: Case) -> np.ndarray:
     lengths = np.linspace(case.Lk, case.Lk / 4, case.B).astype(int)
     return np.arange(case.Lk) < lengths[:, None, None, None]
+
+
+def tree_parents(nodes: int) -> np.ndarray:
+    """Of a tree in which each node has two children, level by level."""
+    return (np.arange(nodes) - 1) // 2
+
+
+def _tree(case: Case) -> np.ndarray:
+    """The queries are the nodes of a tree, whose keys come after those that all of them attend to."""
+    ancestors = np.eye(case.Lq, dtype=bool)
+    for node, parent in list(enumerate(tree_parents(case.Lq)))[1:]:
+        ancestors[node] |= ancestors[parent]
+    return np.concatenate([np.ones((case.Lq, case.Lk - case.Lq), bool), ancestors], axis=1)
 
 
 def _half(case: Case, rng: np.random.Generator, lowest: float) -> np.ndarray:
@@ -125,6 +143,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], np.ndarray]] = {
     "bool (B,Hq,Lq,Lk)": lambda c, rng: rng.random((c.B, c.Hq, c.Lq, c.Lk)) < 0.3,
     "bool (Hq,1,Lk)": lambda c, rng: rng.random((c.Hq, 1, c.Lk)) < 0.5,
     "bool transposed": lambda c, rng: (rng.random((c.Lk, c.Lq)) < 0.5).T,
+    "bool tree": lambda c, rng: _tree(c),
     "bool reversed": lambda c, rng: (rng.random((c.Lq, c.Lk)) < 0.5)[::-1, ::-1],
     "additive": lambda c, rng: rng.standard_normal((c.Lq, c.Lk)).astype(c.numpy_dtype),
     "additive zeros": lambda c, rng: np.zeros((c.Lq, c.Lk), c.numpy_dtype),
@@ -164,8 +183,32 @@ def _slopes(*shape: int) -> np.ndarray:
     return (heads if len(shape) == 1 else heads * np.linspace(1, 2, shape[0])[:, None]).astype(np.float32)
 
 
+def _decode(Hq: int, Hkv: int, Lk: int, D: int, B: int = 1, dtype: str = "float32") -> Case:
+    name = f"{'' if dtype == 'float32' else f'{dtype}, '}one token, {_sizes(Hq, Hkv, Lk, D, B)}"
+    shared = None if Hkv == Hq else Hkv
+    return Case(name, Hq, 1, Lk, D, B=B, Hkv=shared, dtype=dtype, tags=_PERF | {"decode", "reads"})
+
+
+def _cache(what: str, Hq: int, Lq: int, Hkv: int, Lk: int, D: int, **rest: Any) -> Case:
+    shared = None if Hkv == Hq else Hkv
+    return Case(f"{what}, {_sizes(Hq, Hkv, Lk, D)}", Hq, Lq, Lk, D, Hkv=shared, tags=_PERF | {"cache", "reads"}, **rest)
+
+
+def _sizes(Hq: int, Hkv: int, Lk: int, D: int, B: int = 1) -> str:
+    return f"{f'{B} of ' if B > 1 else ''}{Hq}/{Hkv} x {Lk}, D {D}"
+
+
+def _packed() -> Case:
+    lengths = np.random.default_rng(0).integers(10, 1000, 64, endpoint=True)
+    options = {**CAUSAL, "query_lengths": lengths, "kv_lengths": lengths}
+    name = "lengths 10 to 1000, 64 of 8, D 64, causal"
+    return _perf(name, 8, 1000, 64, B=64, options=options, forms=("varlen", "loop", "padded"), tags="cache")
+
+
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
-# 16-bit types; "variant": what changes scores, probabilities or results.
+# 16-bit types; "variant": what changes scores, probabilities or results; "decode": one new token, with the keys of a
+# cache; "cache": what a cache or a batch may look like; "reads": those of both in which reading keys and values, which
+# no processor's caches hold, is what takes time.
 PERF = [
     *(
         _perf(f"{H} x {L}, D {D}{', causal' if options else ''}", H, L, D, options=options, tags="table")
@@ -217,6 +260,31 @@ PERF = [
         }.items()
     ),
     _perf("documents, 16 in 2 x 8192, D 64", 2, 8192, 64, documents=16, tags="variant"),
+    *(
+        _decode(*sizes, dtype=dtype)
+        for dtype in ("float32", *SIXTEEN_BITS[1:])
+        for sizes in [
+            (32, 32, 4096, 128),
+            (32, 32, 8192, 128),
+            (32, 8, 16384, 128),
+            (32, 8, 32768, 64),
+            (28, 4, 32768, 128),
+            (32, 4, 32768, 128),
+            (16, 16, 4096, 64, 8),
+            (32, 8, 4096, 128, 8),
+            (14, 2, 16384, 64, 8),
+            (32, 4, 16384, 128, 8),
+        ]
+    ),
+    *(
+        case
+        for sizes in [(32, 8192, 128), (8, 16384, 128)]
+        for case in (
+            _cache("caches", 32, 1, *sizes, forms=("float32", *SIXTEEN_BITS[1:], "int8", "int4", "paged")),
+            _cache("tree of 8", 32, 8, *sizes, mask="bool tree", forms=("function", "token")),
+        )
+    ),
+    _packed(),
 ]
 
 

@@ -23,17 +23,23 @@ MODULES = {
 # Module -> what of this package it may import.  What is not named here may import nothing.
 MAY_IMPORT = {
     # For type checkers; at run time on first use.
-    "__init__": {"api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "problem", "rotary", "threads"},
+    "__init__": {
+        *("api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "paged_kv_cache", "problem", "rotary"),
+        *("threads", "varlen"),
+    },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
-    "problem": {"block_mask", "checks", "masks"},
+    "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "problem", "random"},
     "dispatch": {"problem"},
     "api": {"dispatch", "problem"},
     "merge": {"checks"},
     "rotary": {"checks"},
-    "kv_cache": {"checks"},
-    "kv_attention": {"api", "checks", "kv_cache", "problem", "rotary"},  # the last when it is asked for
+    "varlen": {"dispatch", "problem"},
+    "kv_cache": {"checks", "storage"},
+    "paged_kv_cache": {"checks", "kv_cache", "storage"},
+    # Rotary when it is asked for.
+    "kv_attention": {"api", "checks", "kv_cache", "paged_kv_cache", "problem", "rotary", "storage"},
     "onnx": {"api", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
@@ -45,7 +51,8 @@ MAY_IMPORT = {
     "cpu.cache": {"cpu.target"},
     "cpu.jit": {"cpu.cache"},
     "cpu.amx": {"cpu.simd"},
-    "cpu.narrow": {"checks", "cpu.simd", "cpu.target"},
+    "cpu.narrow": {"checks", "cpu.simd", "cpu.target", "storage"},
+    "cpu.stored": {"cpu.jit", "cpu.pack", "cpu.simd", "cpu.visible"},
     "cpu.tiles": {"cpu.amx", "cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.mask_tiles": {"block_mask", "cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.pack": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
@@ -57,21 +64,21 @@ MAY_IMPORT = {
     "cpu.visible": {"block_mask", "cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
     "cpu.score": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"),
-        *("block_mask", "cpu.user_functions", "cpu.visible"),
+        *("block_mask", "cpu.stored", "cpu.user_functions", "cpu.visible"),
     },
     "cpu.key_weight": {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
-        *("block_mask", "cpu.launch", "cpu.plan", "cpu.tiles"),
+        *("block_mask", "cpu.launch", "cpu.plan", "cpu.results", "cpu.stored", "cpu.tiles"),
     },
     "cpu.rows": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.score", "cpu.simd"},
     "cpu.forward": {
         *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),
-        *("cpu.score", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
+        *("cpu.score", "cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
         *("cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows", "cpu.score"),
-        *("cpu.simd", "cpu.target", "cpu.tiles", "block_mask", "threads"),
+        *("cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "block_mask", "threads"),
     },
     "cpu.attention": {
         *("cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.launch", "cpu.narrow", "cpu.plan", "cpu.score"),

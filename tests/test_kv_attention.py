@@ -316,7 +316,7 @@ QUERY, KEY, VALUE = numbers(27, 2)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"cache": 3}, TypeError, "cache must be a KVCache, got int"),
+        ({"cache": 3}, TypeError, "cache must be a KVCache or a batch of a PagedKVCache, got int"),
         ({"query": [1]}, TypeError, "query must be a NumPy array, got list"),
         ({"query": QUERY[0]}, ValueError, r"query must have shape \(3, Hq, n, 8\), got \(4, 2, 8\)"),
         ({"query": QUERY[:2]}, ValueError, r"query must have shape \(3, Hq, n, 8\), got \(2, 4, 2, 8\)"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -24,52 +23,90 @@ SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are
 
 def forward(problem: Problem) -> None:
     """Compute `problem` and write its results."""
-    q, k, v, out = problem.query, problem.key, problem.value, problem.out
-    batch, (Hq, Lq, D), (Lk, Dv) = q.shape[:-3], q.shape[-3:], v.shape[-2:]
-    B = math.prod(batch)
+    B, Hq, _, Lq, Lk, D, Dv = problem.sizes
     if problem.key_weight is not None and Lq == 0:
         problem.key_weight[...] = 0
     if B * Hq * Lq == 0:
         return
-    dtype, kind = statistics_dtype(q.dtype), kind_of(q.dtype)
-    kinds = kind, narrow.operand(kind, problem.bfloat16_products)
-    first = (0,) * len(batch)
-    lse = _rows(problem.lse, (B, Hq, Lq), dtype)
-    if problem.key_weight is not None and not lse.size:
-        lse = np.empty((B, Hq, Lq), dtype)
+    dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
+    held = (problem.storage and problem.storage.numbers) or kind
+    kinds = kind, narrow.operand(kind, problem.bfloat16_products), held
+    first, offsets = problem.first_sequence(), _offsets(problem)
+    lse = first.lse
+    if problem.key_weight is not None and lse is None:
+        offsets = offsets.copy()
+        offsets[:, 5] = np.arange(B) * (Hq * Lq * dtype.itemsize)
+        every_lse = np.empty((B, Hq, Lq), dtype)
+        lse = every_lse[0]
+    statistics = [_nothing(2, dtype) if x is None else x for x in (lse, first.max_score, first.entropy)]
     arrays = Arrays(
-        bits_of(q[first]), bits_of(k[first]), bits_of(v[first]),
-        _NO_MASK if problem.mask is None else narrow.bytes_of(problem.mask[first]), bits_of(out[first]),
-        lse, _rows(problem.max_score, (B, Hq, Lq), dtype), _rows(problem.entropy, (B, Hq, Lq), dtype),
+        bits_of(first.query), _held(first.key, held), _held(first.value, held),
+        _NO_MASK if first.mask is None else narrow.bytes_of(first.mask), bits_of(first.out),
+        *statistics,  # type: ignore[call-arg]
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
         _nothing(1, np.dtype(np.uint32 if kinds[1] == PAIRS else dtype)),
     )  # fmt: skip
-    strides = q.strides, k.strides, v.strides, launch.mask_strides(problem.mask, batch), out.strides
-    offsets, table = launch.batch_offsets(batch, *strides), problem.intervals.table
+    pages = _NO_PAGES if problem.storage is None or problem.storage.pages is None else problem.storage.pages
+    table = problem.intervals.table
     functions, alive = _functions(problem, dtype)
-    call = Call(arrays, Sequences(offsets, table, _numbers(B)), functions, _settings(problem))
+    call = Call(arrays, Sequences(offsets, table, _numbers(B), pages), functions, _settings(problem))
 
-    operations = B * Hq * Lq * Lk * (D + Dv)
+    operations = _pairs(problem) * Hq * (D + Dv)
     workers = threads.count() if operations > SERIAL_WORK else 1
-    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers)
+    mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
+    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers, mean_rows)
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
     for numbers, kernels in ((few, decode), (many, prefill)):
         if not len(numbers):
             continue
-        some = call._replace(sequences=Sequences(offsets, table, numbers))
+        some = call._replace(sequences=call.sequences._replace(numbers=numbers))
         of_kernels = kinds
         if kernels is decode:
             # Of elements as they are: reading them is what takes time.
-            of_kernels = kind, COMPUTED[kind]
+            of_kernels = kind, COMPUTED[kind], held
             some = some._replace(arrays=arrays._replace(operands=_nothing(1, dtype)))
             decode.run(some, of_kernels, _heads_alike(problem), operations)
         else:
             prefill.run(some, of_kernels, whole, workers, operations)
-        if problem.key_weight is not None and Lk:
-            weights = problem.key_weight.reshape(B, Hq, Lk)
-            key_weight.run(some, of_kernels, weights, whole, workers, operations)
+        if first.key_weight is not None and Lk:
+            key_weight.run(some, of_kernels, first.key_weight, whole, workers, operations)
     del alive
+
+
+def _held(x: np.ndarray, held: str) -> np.ndarray:
+    """Keys or values as kernels take them; quantised ones are bytes in the problem."""
+    return x.view(np.int8) if held == "int8" else bits_of(x)
+
+
+def _offsets(problem: Problem) -> np.ndarray:
+    """(B, 9) int64: where in each array the sequences start, in bytes; see `score.Sequences`."""
+    results = problem.lse, problem.max_score, problem.entropy, problem.key_weight
+    if problem.packed is not None:
+        rows, keys = problem.packed.query_starts[:-1], problem.packed.key_starts[:-1]
+        q, k, v, out = problem.query, problem.key, problem.value, problem.out
+        columns = [rows * q.strides[1], keys * k.strides[1], keys * v.strides[1]]
+        mask = launch.mask_strides(problem.mask, (len(rows),))
+        columns += [np.arange(len(rows)) * mask[0], rows * out.strides[1]]
+        columns += [(rows if x is not results[3] else keys) * (0 if x is None else x.strides[1]) for x in results]
+        return np.stack(columns, axis=1)
+    batch = problem.query.shape[:-3]
+    in_pages = problem.storage is not None and problem.storage.pages is not None
+    held = (None, None) if in_pages else (problem.key, problem.value)  # in pages, every sequence starts at page 0
+    none = (0,) * len(batch)
+    strides = [
+        none if x is None else x.strides[: len(batch)] for x in (problem.query, *held, None, problem.out, *results)
+    ]
+    strides[3] = launch.mask_strides(problem.mask, batch)
+    return launch.batch_offsets(batch, *strides)
+
+
+def _pairs(problem: Problem) -> float:
+    """Queries x keys, of all sequences."""
+    if problem.packed is None:
+        B, _, _, Lq, Lk, _, _ = problem.sizes
+        return B * Lq * Lk
+    return float(np.dot(np.diff(problem.packed.query_starts), np.diff(problem.packed.key_starts)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,7 +122,7 @@ def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, n
     everyone, none = _numbers(B), _numbers(0)
     if Lq <= few:
         return everyone, none
-    if not problem.intervals.padded:
+    if not problem.intervals.padded and problem.packed is None:
         return none, everyone
     short = problem.intervals.table[:, 1] <= few
     return everyone[short], everyone[~short]
@@ -99,6 +136,7 @@ def _heads_alike(problem: Problem) -> bool:
 
 def _settings(problem: Problem) -> Settings:
     p, seed = problem.dropout or (0.0, 0)
+    paged = problem.storage if problem.storage is not None and problem.storage.pages is not None else None
     tile_rows, tile_keys = (0, 0) if problem.block_mask is None else problem.block_mask.block_size
     return Settings(
         left=problem.intervals.left,
@@ -112,6 +150,12 @@ def _settings(problem: Problem) -> Settings:
         tile_rows=tile_rows,
         tile_keys=tile_keys,
         mask_kind=0 if problem.mask is None else narrow.MASKS.index(kind_of(problem.mask.dtype)),
+        packed=int(problem.packed is not None),
+        page_rows=0 if paged is None else paged.key.shape[2],
+        page_k=0 if paged is None else paged.key.strides[0],
+        page_v=0 if paged is None else paged.value.strides[0],
+        Lq=problem.sizes.Lq,
+        Lk=problem.sizes.Lk,
     )
 
 
@@ -131,19 +175,13 @@ def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]
 
 _NO_FUNCTIONS = Functions(np.zeros(3, np.intp), *[np.zeros(1, np.int64)] * 3)
 _NO_MASK = np.empty((0, 0, 0), np.uint8)
-
-
+_NO_PAGES = np.zeros((1, 1), np.int64)
 _NO_STATES = np.empty((0, 0, 0, 0), np.uint8)
 
 
 @functools.cache
 def _nothing(ndim: int, dtype: np.dtype) -> np.ndarray:
     return np.empty((0,) * ndim, dtype)
-
-
-def _rows(x: np.ndarray | None, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
-    """One number a row, as (B, Hq, Lq); empty if there is none."""
-    return _nothing(3, dtype) if x is None else x.reshape(shape)
 
 
 def _base_2(x: np.ndarray | None, ndim: int, dtype: np.dtype) -> np.ndarray:
@@ -155,12 +193,11 @@ def warmup() -> list[str]:
     """Compile every kernel, or load it from the cache; returns their names."""
     names = []
     for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
-        kinds = kind, narrow.operand(kind, bfloat16_products)
         for module in (prefill, key_weight):
-            names.append(_compile(module, *kinds))
+            names.append(_compile(module, kind, narrow.operand(kind, bfloat16_products), kind))
     for kind, computed in COMPUTED.items():
         for module in (decode, key_weight):
-            names.append(_compile(module, kind, computed))
+            names.append(_compile(module, kind, computed, kind))
     return names
 
 

@@ -69,7 +69,9 @@ def fingerprint() -> str:
     versions = numba.__version__, llvmlite.__version__, sys.implementation.cache_tag, target.ISA, target.BFLOAT16
     digest = hashlib.sha256(repr(versions).encode())
     here = Path(__file__).parent
-    above = [here.parent / name for name in ("block_mask.py", "random.py")]  # of which kernels have constants
+    above = [
+        here.parent / name for name in ("block_mask.py", "random.py", "storage.py")
+    ]  # of which kernels have constants
     for source in [*sorted(here.glob("*.py")), *above]:
         digest.update(source.read_bytes())
     return digest.hexdigest()

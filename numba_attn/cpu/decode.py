@@ -26,6 +26,7 @@ from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     SCORE,
     Call,
+    Kinds,
     Sequences,
     Settings,
     Sizes,
@@ -36,13 +37,17 @@ from numba_attn.cpu.score import (
     matrix,
     select,
 )
-from numba_attn.cpu.simd import align_stack, as_element, fetch_add, moved
+from numba_attn.cpu.simd import address, align_stack, as_element, fetch_add, moved, pointee_bytes
+from numba_attn.cpu.stored import is_quantized, offset_of
 from numba_attn.cpu.target import VECTOR_BYTES
 
+# Bytes of K or V that are asked for before they are needed: less comes too late, more pushes out what is still to come.
+AHEAD, MOST_AHEAD = 32 * 1024, 512  # and rows of them, at most
 KEYS = 64  # of a tile: what is read of V a second time, for more rows, is still in the first-level cache
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
+TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
 
 # How the problem is cut: query rows of a head, at most; query heads that are done at once, blocks of these of a
 # key-value head, splits of a sequence.
@@ -111,18 +116,52 @@ def state_of(partial, i, height, Dv, lanes):
 
 
 @device
-def is_read_in_place(matrix, columns, lanes, itemsize):
+def is_read_in_place(rows, columns, lanes):
     """Whether rows are whole vectors in memory."""
-    return matrix.step == itemsize and columns % lanes == 0
+    return is_quantized(rows) or (rows.step == pointee_bytes(rows.data) and columns % lanes == 0)
 
 
 @device
-def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partial, memory, careful):
+def list_rows(rows, first, count, end, table):
+    """Fill a table with the offsets of `count` rows from the first one on, the one before `end` again beyond it."""
+    exist = min(count, end - first)
+    if rows.page_rows == 0:
+        for i in range(exist):
+            table[i] = (first + i) * rows.row
+    else:
+        for i in range(exist):
+            table[i] = offset_of(rows, first + i)
+    for i in range(exist, count):
+        table[i] = table[exist - 1]
+
+
+@device
+def list_copies(row, table):
+    """Fill a table with the offsets of the rows of a tile that have been copied."""
+    for i in range(KEYS):
+        table[i] = i * row
+
+
+@device
+def copy_rows(rows, table, n, D, columns, out):
+    """Copy the n rows of a table, filled up to whole vectors."""
+    for i in range(n):
+        to = moved(out, i * columns * pointee_bytes(out))
+        pack.copy_rows(moved(rows.data, table[i]), 0, rows.step, 1, D, columns, to)
+
+
+@device
+def rows_ahead(rows, columns):
+    return min(MOST_AHEAD, AHEAD // (columns * pointee_bytes(rows.data) + 1))
+
+
+@device
+def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partial, tables, memory, careful):
     """Attend to the keys [low, high) of a key-value head: leaves the state of each block in `partial`.
 
     Returns whether all of it is finite.
     """
-    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
     height = power_of_two(min(cut.heads, group) * Lq)
@@ -136,6 +175,25 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         pack.fill_lanes(state.reference, nothing, 3)
         pack.fill_lanes(state.best, lowest, 1)
         pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
+    head = head_of(arrays, sequences, functions, settings, b, shared * group, nothing)
+    k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
+    keys = as_element(element(memory, at.keys), arrays.k)
+    values = as_element(element(memory, at.values), arrays.v)
+    k_in_place, v_in_place = is_read_in_place(k, D, lanes), is_read_in_place(v, Dv, lanes)
+    # Where the rows of K and V are, and where those of a tile are that have been copied.
+    k_table, v_table, k_copies, v_copies = tables[0], tables[1], tables[2], tables[3]
+    k_ahead = v_ahead = 0
+    if low < high:
+        if k_in_place:
+            k_ahead = rows_ahead(k, sizes.D)
+        else:
+            list_copies(sizes.D * arrays.k.itemsize, k_copies)
+        if v_in_place:
+            v_ahead = rows_ahead(v, sizes.Dv)
+        else:
+            list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
+        list_rows(k, low, high - low + k_ahead, kv_length, k_table)
+        list_rows(v, low, high - low + v_ahead, kv_length, v_table)
     rising = 0  # bit i: scores of block i have been out of their reference's range
     for start in range(low, high, KEYS):
         stop, copied = min(start + KEYS, high), False
@@ -148,28 +206,23 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             if here.kept == EMPTY:
                 continue
             n = here.stop - here.start
-            k, v = head.k, head.v
-            k_here, v_here = moved(k.data, here.start * k.row), moved(v.data, here.start * v.row)
-            k_row, v_row = k.row, v.row
-            if not is_read_in_place(k, D, lanes, arrays.k.itemsize):
-                keys = as_element(element(memory, at.keys), arrays.k)
-                k_row = sizes.D * arrays.k.itemsize
+            k_base, k_at = k.data, moved(address(k_table), (here.start - low) * 8)
+            v_base, v_at = v.data, moved(address(v_table), (here.start - low) * 8)
+            if not k_in_place:
                 if not copied:
-                    pack.copy_rows(moved(k.data, start * k.row), k.row, k.step, stop - start, D, sizes.D, keys)
-                k_here = moved(keys, (here.start - start) * k_row)
-            if not is_read_in_place(v, Dv, lanes, arrays.v.itemsize):
-                values = as_element(element(memory, at.values), arrays.v)
-                v_row = sizes.Dv * arrays.v.itemsize
+                    copy_rows(k, k_table[start - low :], stop - start, D, sizes.D, keys)
+                k_base, k_at = keys, moved(address(k_copies), (here.start - start) * 8)
+            if not v_in_place:
                 if not copied:
-                    pack.copy_rows(moved(v.data, start * v.row), v.row, v.step, stop - start, Dv, sizes.Dv, values)
-                v_here = moved(values, (here.start - start) * v_row)
+                    copy_rows(v, v_table[start - low :], stop - start, Dv, sizes.Dv, values)
+                v_base, v_at = values, moved(address(v_copies), (here.start - start) * 8)
             copied = True
             state = state_of(partial, i, height, Dv, lanes)
             queries = element(memory, at.queries + i * height * sizes.D)
             # As in `forward`: where scores have risen once, they are expected to go on.
             raising, done = rising >> i & 1 or functions.codes[SCORE] != 0, False
             while not done:
-                rows.dots(height, k_here, k_row, n, sizes.D, queries, scores)
+                rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, scores)
                 unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
                 if raising:
                     tiles.highest(1, scores, n, unit, here.added, here.row, state.reference, top)
@@ -185,9 +238,9 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             if settings.threshold != 0:
                 dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
             if careful:
-                rows.mix_carefully(count, v_here, v_row, sizes.Dv, n, scores, state.o)
+                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, scores, state.o)
             else:
-                rows.mix(count, v_here, v_row, sizes.Dv, n, scores, state.o)
+                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, scores, state.o)
     finite, one = True, memory.dtype.type(1)
     pack.fill_lanes(element(memory, at.factors), one, 1)
     for i in range(cut.blocks):
@@ -200,7 +253,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
 @device
 def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
     """Join the states of all splits of a key-value head, and write its results."""
-    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group = Hq // arrays.k.shape[0]
     height = power_of_two(min(cut.heads, group) * Lq)
@@ -234,18 +287,18 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
                 pack.write_row(moved(state.o, r * Dv_padded * memory.itemsize), Dv, result, out.step)
                 at_lane = lane_0 + r
                 write_statistics(
-                    *statistics_of(arrays, b, h), row,
+                    statistics_of(arrays, sequences, b, h), row,
                     partial[at_lane], partial[at_lane + lanes], partial[at_lane + 2 * lanes],
                     partial[at_lane + 3 * lanes],
                 )  # fmt: skip
         for h in range(first, first + count // Lq):
-            fill_padding(arrays, sequences.offsets[b, 4], b, h, valid, arrays.q.shape[1])
+            fill_padding(arrays, sequences, b, h, valid, valid if settings.packed else arrays.q.shape[1])
 
 
 @device
 def pack_queries(arrays, sequences, cut, b, shared, memory):
     """The query rows of the heads that share a key-value head, block by block; zeros for padding, which is not read."""
-    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.v.shape[2], VECTOR_BYTES // memory.itemsize
+    (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
     height, columns = power_of_two(min(cut.heads, group) * Lq), padded(D, lanes)
@@ -259,8 +312,11 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
 
 
 @kernel
-def decode(memory, worker, counters, partials, finished, arrays, sequences, functions, settings, cut):
-    """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1)."""
+def decode(memory, worker, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
+    """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1).
+
+    The tables of a worker are four of TABLE offsets.
+    """
     align_stack()
     shared_heads = arrays.k.shape[0]
     tasks = sequences.numbers.shape[0] * shared_heads * cut.splits
@@ -277,11 +333,15 @@ def decode(memory, worker, counters, partials, finished, arrays, sequences, func
         high = min(low + SPLIT, kv_length, offset + cut.rows + settings.right)
         pack_queries(arrays, sequences, cut, b, shared, memory)
         finite = attend(
-            arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], memory, False
-        )
+            arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], tables[worker], memory,
+            False,
+        )  # fmt: skip
         if not finite:
             # As in `forward`: something attended to is not finite, or a masked value has met a zero.
-            attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], memory, True)
+            attend(
+                arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], tables[worker],
+                memory, True,
+            )  # fmt: skip
         if fetch_add(finished, pair) == cut.splits - 1:
             of_pair = partials[pair * cut.splits : (pair + 1) * cut.splits]
             finish(arrays, sequences, settings, cut, b, shared, of_pair, memory)
@@ -291,12 +351,13 @@ decode_through_pointer = through_pointer(decode.py_func)
 
 
 @parallel_kernel
-def decode_together(code, memory, counters, partials, finished, arrays, sequences, functions, settings, cut):
+def decode_together(code, memory, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
     """`decode`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
         decode_through_pointer(
-            code, memory[worker], worker, counters, partials, finished, arrays, sequences, functions, settings, cut
-        )
+            code, memory[worker], worker, counters, tables, partials, finished, arrays, sequences, functions, settings,
+            cut,
+        )  # fmt: skip
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -307,17 +368,18 @@ def most_rows(itemsize: int) -> int:
     return min(MOST_ROWS, VECTOR_BYTES // itemsize)
 
 
-def run(call: Call, kinds: tuple[str, types.Type], alike: bool, operations: float) -> None:
+def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
     """Compute a call of elements and operands of these `kinds`; heads that share keys at once, if treated `alike`."""
     (arrays, sequences, _, settings), dtype = call, call.arrays.lse.dtype
-    (Hq, Lq, D), (Hkv, _, Dv), lanes = arrays.q.shape, arrays.v.shape, VECTOR_BYTES // dtype.itemsize
+    (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
+    Dv, Lq = arrays.out.shape[2], settings.Lq
     group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
     heads = max(1, min(group, lanes // rows)) if alike else 1
     cut = Cut(rows, heads, -(-group // heads), splits_of(sequences, rows, settings))
     tasks, (size, state) = pairs * cut.splits, _sizes(rows, heads, cut.blocks, D, Dv, lanes)
     partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
     workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
-    arguments = (partials, finished, *call, cut)
+    arguments = (np.empty((workers, 4, TABLE), np.int64), partials, finished, *call, cut)
     launch.run(serial, parallel, kinds, workers, tasks, operations, size, dtype, *arguments)
 
 
@@ -347,15 +409,19 @@ def _whole_lines(elements: int) -> int:
     return -(-elements // 16) * 16
 
 
-def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `decode`, for a kind of element and an operand, see `narrow`; the products here are those of elements."""
+def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
+    """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`.
+
+    The products here are those of elements.
+    """
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
+        types.Array(types.int64, 3, "C"),
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
-        *call_types(kind, operand),
+        *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 

@@ -27,6 +27,7 @@ from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
     Call,
+    Kinds,
     Sizes,
     call_types,
     columns_of,
@@ -41,12 +42,15 @@ from numba_attn.cpu.score import (
     select,
 )
 from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved
+from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix, visible
 
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
-    "Memory", "scores bias keys values clean zero top sums moments correction low high state qt_rows ot_rows state_size"
+    "Memory",
+    "scores bias keys values clean rows_k rows_v zero top sums moments correction low high state qt_rows ot_rows "
+    "state_size",
 )
 # The state of a row block, in memory: what it is made of, and what has come of it so far.
 State = namedtuple("State", "qt ot reference total moment best")
@@ -70,13 +74,17 @@ def memory_map(sizes):
     copied = 2 * keys * block
     values = copied + (keys + 32) * qt_rows
     clean = values + keys * ot_rows + 32
-    lanes = clean + keys * ot_rows // 2 + 32
+    rows_k = clean + keys * ot_rows // 2 + 32
+    rows_v = rows_k + keys * sizes.D
+    lanes = (rows_v + keys * sizes.Dv + 15) // 16 * 16
     return Memory(
         scores=0,
         bias=keys * block,
         keys=copied,
         values=values,
         clean=clean,
+        rows_k=rows_k,
+        rows_v=rows_v,
         zero=lanes,
         top=lanes + block,
         sums=lanes + 2 * block,
@@ -114,7 +122,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
     `weighted` is whether the moment, for the entropy, is wanted.
     """
     D, Dv, keys, block, lanes = sizes
-    q, k, v = head.q, head.k, head.v
+    q, k, v = head.q, in_place(head.k, memory), in_place(head.v, memory)
     at = memory_map(sizes)
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
@@ -162,6 +170,10 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
             state = state_of(memory, at, sizes, operands, i)
 
             if not packed:
+                if is_gathered(head.k):
+                    n_rows = tile_high - tile_low
+                    k = gather(head.k, tile_low, n_rows, D, memory, element(memory, at.rows_k))
+                    v = gather(head.v, tile_low, n_rows, Dv, memory, element(memory, at.rows_v))
                 if copying:
                     k_low = moved(k.data, tile_low * k.row)
                     pack.copy_rows(k_low, k.row, k.step, tile_high - tile_low, D, columns_of(D, operands), copied)
@@ -241,11 +253,8 @@ def include_sink(sink, first, end, sizes, operands, memory):
 
 
 @device
-def finish(out, lse, max_score, entropy, first, end, sizes, operands, gain, memory):
-    """Normalise and write the rows [first, end), and of (Lq,) lse, max_score and entropy what is not empty.
-
-    Returns whether every result is finite.
-    """
+def finish(out, statistics, first, end, sizes, operands, gain, memory):
+    """Normalise and write the rows [first, end), and their statistics.  Returns whether every result is finite."""
     Dv, block, lanes = sizes.Dv, sizes.block, sizes.lanes
     at = memory_map(sizes)
     finite = True
@@ -262,7 +271,7 @@ def finish(out, lse, max_score, entropy, first, end, sizes, operands, gain, memo
                 finite = False
             reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
             moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
-            write_statistics(lse, max_score, entropy, row + lane, reference, total, moment, best)
+            write_statistics(statistics, row + lane, reference, total, moment, best)
     return finite
 
 
@@ -273,7 +282,7 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
         amx.configure(address(memory))
-    (Hq, Lq, D), Dv = arrays.q.shape, arrays.v.shape[2]
+    (Hq, _, D), Dv, Lq = arrays.q.shape, arrays.out.shape[2], settings.Lq
     sizes = Sizes(D, Dv, cut.keys, cut.block, cut.lanes)
     per_task = cut.blocks * cut.block
     per_head = (Lq + per_task - 1) // per_task
@@ -285,25 +294,23 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
             break
         b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         first = (per_head - 1 - task % per_head) * per_task
-        end = min(first + per_task, Lq)
+        end = min(first + per_task, sequences.intervals[b, 1] if settings.packed else Lq)
         valid = max(first, min(end, sequences.intervals[b, 1]))
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
-        lse, max_score, entropy = statistics_of(arrays, b, h)
-        careful = False
+        statistics = statistics_of(arrays, sequences, b, h)
+        weighted, careful = arrays.entropy.size > 0, False
         while valid > first:
-            attend(head, first, valid, sizes, settings, arrays.operands, entropy.size > 0, memory, careful)
+            attend(head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful)
             if arrays.sinks.size:
                 include_sink(arrays.sinks[h], first, valid, sizes, arrays.operands, memory)
-            finite = finish(
-                out_head, lse, max_score, entropy, first, valid, sizes, arrays.operands, settings.gain, memory
-            )
+            finite = finish(out_head, statistics, first, valid, sizes, arrays.operands, settings.gain, memory)
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
             # tells them apart.
             careful = True
-        fill_padding(arrays, sequences.offsets[b, 4], b, h, valid, end)
+        fill_padding(arrays, sequences, b, h, valid, end)
     if on_tiles:
         amx.release(address(memory))
 
@@ -321,10 +328,10 @@ def work_together(code, memory, counters, arrays, sequences, functions, settings
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def run(call: Call, kinds: tuple[str, types.Type], whole: Plan, workers: int, operations: float) -> None:
+def run(call: Call, kinds: Kinds, whole: Plan, workers: int, operations: float) -> None:
     """Compute a call of elements and operands of these `kinds`, cut as the plan says, on so many workers."""
     arrays, dtype = call.arrays, call.arrays.lse.dtype
-    (Hq, _, D), Dv = arrays.q.shape, arrays.v.shape[2]
+    (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
     cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
     size = memory_size(whole, D, Dv, cut.lanes)
@@ -338,13 +345,13 @@ def memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
 
 
-def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `work`, for a kind of element and an operand, see `narrow`."""
+def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
+    """Of `work`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
-        *call_types(kind, operand),
+        *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import numba
@@ -41,6 +41,10 @@ class _Part(JITCodeLibrary):
         self._finalized = True
 
 
+def _nothing() -> Generator[None]:
+    yield
+
+
 class _PartCompiler(compiler.Compiler):
     """Numba's compiler, without what is for calls from Python: a third of the time that a kernel takes to compile."""
 
@@ -49,7 +53,7 @@ class _PartCompiler(compiler.Compiler):
         self.state.flags.no_compile = True
         result = super().compile_extra(function)
         # Numba knows a function by its entry from Python: a builtin of its own, which raises if it is called.
-        result = result._replace(entry_point=(nothing for nothing in ()).throw)
+        result = result._replace(entry_point=_nothing().throw)
         self.state.targetctx.insert_user_function(result.entry_point, result.fndesc, [result.library])
         return result
 

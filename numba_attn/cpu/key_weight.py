@@ -19,9 +19,11 @@ from numba_attn.cpu import amx, launch, pack, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
+from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import (
     ON_TILES,
     Call,
+    Kinds,
     Sizes,
     call_types,
     columns_of,
@@ -33,11 +35,12 @@ from numba_attn.cpu.score import (
     select,
 )
 from numba_attn.cpu.simd import address, align_stack, as_element, holds_pairs, moved
+from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 
 # Where things are in a worker's memory, in elements: qt, the lse of a row block, and one vector of sums a key.
-Memory = namedtuple("Memory", "scores bias keys zero low high lse qt sums")
+Memory = namedtuple("Memory", "scores bias keys rows zero low high lse qt sums")
 # How the problem is cut: keys of a key tile and of a task, query rows of a row block, lanes of a vector.
 Cut = namedtuple("Cut", "keys task_keys block lanes")
 
@@ -49,11 +52,13 @@ def memory_map(sizes):
     # Rows and columns filled up to what tile registers hold.
     keys, qt_rows = (sizes.keys + 31) // 32 * 32, (sizes.D + 15) // 16 * 16
     copied = 2 * keys * sizes.block
-    lanes = copied + keys * qt_rows
+    rows = copied + keys * qt_rows
+    lanes = (rows + keys * sizes.D + 15) // 16 * 16
     return Memory(
         scores=0,
         bias=keys * sizes.block,
         keys=copied,
+        rows=rows,
         zero=lanes,
         low=lanes + sizes.block,
         high=lanes + 2 * sizes.block,
@@ -81,7 +86,7 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
         packed = False
         for lane in range(width * lanes):
             # Of lanes without a row, every probability is 0.
-            memory[at.lse + lane] = lse[row + lane] * LOG2_E if lane < rows else math.inf
+            memory[at.lse + lane] = read(lse, row + lane) * LOG2_E if lane < rows else math.inf
         for number in range(low // keys, (high + keys - 1) // keys):
             start, stop = max(number * keys, low), min((number + 1) * keys, high)
             here = select(head, settings, row, rows, 1, start, stop, False, sizes, memory, at)
@@ -92,7 +97,9 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
                 pack.fill_lanes(qt, nothing, (sizes.D + 15) // 16 * 16 * width)
                 pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, qt)
                 packed = True
-            k, n = head.k, here.stop - here.start
+            k, n = in_place(head.k, memory), here.stop - here.start
+            if is_gathered(head.k):
+                k = gather(head.k, here.start, n, sizes.D, memory, element(memory, at.rows))
             if copies_keys(k, sizes.D, operands):
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
@@ -103,12 +110,12 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
 
 @kernel
 def weigh(memory, worker, counters, weights, arrays, sequences, functions, settings, cut):
-    """Do tasks until there are none; weights is (B, Hq, Lk), and arrays.lse that of the forward pass."""
+    """Do tasks until there are none; weights is (heads, keys), and arrays.lse that of the forward pass."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
         amx.configure(address(memory))
-    (Hq, _, D), Lk = arrays.q.shape, arrays.k.shape[1]
+    (Hq, _, D), Lk = arrays.q.shape, settings.Lk
     sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
     per_head = (Lk + cut.task_keys - 1) // cut.task_keys
     tasks = sequences.numbers.shape[0] * Hq * per_head
@@ -119,15 +126,18 @@ def weigh(memory, worker, counters, weights, arrays, sequences, functions, setti
             break
         b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         low = task % per_head * cut.task_keys
-        high = min(low + cut.task_keys, Lk)
+        high = max(low, min(low + cut.task_keys, sequences.intervals[b, 2] if settings.packed else Lk))
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
-        add_up(head, arrays.lse[b, h], sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
-        start = memory_map(sizes).sums
+        if low == high:
+            continue
+        lse = column_of(arrays.lse, sequences.offsets[b, 5], h)
+        add_up(head, lse, sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
+        start, weight = memory_map(sizes).sums, column_of(weights, sequences.offsets[b, 8], h)
         for key in range(high - low):
             total = memory.dtype.type(0)
             for lane in range(cut.lanes):
                 total += memory[start + key * cut.lanes + lane]
-            weights[b, h, low + key] = total
+            write(weight, low + key, total)
     if on_tiles:
         amx.release(address(memory))
 
@@ -147,12 +157,10 @@ def weigh_together(code, memory, counters, weights, arrays, sequences, functions
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def run(
-    call: Call, kinds: tuple[str, types.Type], weights: np.ndarray, whole: Plan, workers: int, operations: float
-) -> None:
-    """Write the weights (B, Hq, Lk) of a call whose lse has been written."""
+def run(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float) -> None:
+    """Write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
     arrays, dtype = call.arrays, call.arrays.lse.dtype
-    (Hq, Lq, D), Lk = arrays.q.shape, arrays.k.shape[1]
+    (Hq, _, D), Lq, Lk = arrays.q.shape, call.settings.Lq, call.settings.Lk
     heads = len(call.sequences.numbers) * Hq
     cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
@@ -174,14 +182,14 @@ def memory_size(cut: Cut, D: int) -> int:
     return -(-(at.sums + cut.task_keys * cut.lanes) // 16) * 16
 
 
-def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `weigh`, for a kind of element and an operand, see `narrow`."""
+def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
+    """Of `weigh`, for a kind of element, an operand and how keys are held, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,
         types.Array(types.int64, 2, "C"),
-        types.Array(COMPUTED[kind], 3, "A"),
-        *call_types(kind, operand),
+        types.Array(COMPUTED[kind], 2, "A"),
+        *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 4, Cut),
     )
 

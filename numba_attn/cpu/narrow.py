@@ -1,7 +1,8 @@
-"""Numbers of 16 bits in memory, float16 and bfloat16, as the float32 numbers that kernels compute with.
+"""Numbers of 16 bits and fewer in memory, as the float32 numbers that kernels compute with.
 
-Numba has no arrays of them on a CPU.  In kernels they are arrays of their bits, told apart by the sign of the integer
-type: int16 for float16, uint16 for bfloat16.  Every operation takes scalars as well as vectors.
+Numba has no arrays of float16 and bfloat16 on a CPU.  In kernels they are arrays of their bits, told apart by the sign
+of the integer type: int16 for float16, uint16 for bfloat16.  Every operation takes scalars as well as vectors.  So are
+quantised rows, see `numba_attn.storage`: int8 for integers of 8 bits, uint8 for those of 4.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from numba import types
 
 from numba_attn.checks import is_bfloat16
 from numba_attn.cpu import target
-from numba_attn.cpu.simd import BYTES, I16, I32, PAIRS, Value, Vectors
+from numba_attn.cpu.simd import BYTES, I8, I16, I32, PAIRS, Value, Vectors
+from numba_attn.storage import GROUP
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
+INT8, INT4 = types.int8, types.uint8
 # Kinds of element, by name: how Numba sees them in memory, and what they are computed in.
 STORED = {
-    "?": types.boolean, "f": types.float32, "d": types.float64, "float16": FLOAT16, "bfloat16": BFLOAT16
+    "?": types.boolean, "f": types.float32, "d": types.float64, "float16": FLOAT16, "bfloat16": BFLOAT16,
+    "int8": INT8, "int4": INT4,
 }  # fmt: skip
 COMPUTED = {"f": types.float32, "d": types.float64, "float16": types.float32, "bfloat16": types.float32}
 
@@ -50,6 +54,34 @@ def bytes_of(mask: np.ndarray) -> np.ndarray:
     """A mask as kernels take it: the first byte of every element."""
     first_byte = np.dtype({"names": ["first"], "formats": ["u1"], "itemsize": mask.dtype.itemsize})
     return mask.view(first_byte)["first"]
+
+
+def load_integers(v: Vectors, row: Value, d: Value, stored: types.Type) -> Value:
+    """Elements d, d + 1, ... of a quantised row, a vector of them, without their scale; d is a whole number of vectors.
+
+    Of float32 vectors: their lanes, at most 16, are of one half of a group.
+    """
+    b, words = v.builder, ir.VectorType(I32, v.lanes)
+    if stored == INT8:
+        x = b.load(v.at(row, d), align=1, typ=ir.VectorType(I8, v.lanes))
+        return b.sitofp(b.sext(x, words), v.type)
+    half = v.index(GROUP // 2)
+    group, inside = b.sdiv(d, v.index(GROUP)), b.srem(d, v.index(GROUP))
+    at = v.add_index(v.mul_index(group, GROUP // 2), b.srem(inside, half))
+    x = b.zext(b.load(v.at(row, at), align=1, typ=ir.VectorType(I8, v.lanes)), words)
+    shift = v.splat(b.trunc(v.mul_index(b.sdiv(inside, half), 4), I32))
+    x = b.and_(b.lshr(x, shift), _constant(words, 15))
+    return b.sitofp(b.sub(x, _constant(words, 8)), v.type)
+
+
+def load_scale(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
+    """Of element d of a quantised row of D elements, of which the integers fill whole groups."""
+    b = v.builder
+    groups = b.sdiv(v.add_index(D, GROUP - 1), v.index(GROUP))
+    if stored == INT8:
+        return v.load_scalar(row, v.mul_index(groups, GROUP))
+    at = v.add_index(v.mul_index(groups, GROUP // 2), v.mul_index(b.sdiv(d, v.index(GROUP)), 4))
+    return v.load_scalar(row, at)
 
 
 def load(v: Vectors, pointer: Value, offset: int | Value, stored: types.Type, scalar: bool = False) -> Value:

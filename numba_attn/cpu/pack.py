@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from llvmlite import ir
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I32, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.tiles import lane_rows
 
 
@@ -61,6 +62,9 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
 def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
     """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type of out, or bfloat16 for pairs."""
     stored = v.pointees["k"]
+    if BYTES[stored] == 1:
+        _dequantise_rows(v, stored, k, k_row, rows, D, columns, out)
+        return
     kept = narrow.BFLOAT16 if v.pointees["out"] == PAIRS else v.pointees["out"]
     size, kept_size = BYTES[stored], BYTES[kept]
     whole = _whole_vectors(v, k_step, size, D)
@@ -81,6 +85,36 @@ def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
         v.loop(0, whole, v.lanes, [], partial(move, scalar=False))
         v.loop(whole, D, 1, [], partial(move, scalar=True))
         v.loop(D, columns, 1, [], zero)
+
+    v.each(rows, row)
+
+
+def _dequantise_rows(
+    v: Vectors, stored: Any, k: Value, k_row: Value, rows: Value, D: Value, columns: Value, out: Value
+) -> None:
+    """out (rows, columns), contiguous numbers, = k (rows, D); what is left of a last vector is not written."""
+    whole = v.whole_steps(v.index(0), D, v.lanes)
+
+    def row(i: Value) -> None:
+        source = v.at(k, v.mul_index(i, k_row))
+        to = v.at(out, v.mul_index(v.mul_index(i, columns), v.size))
+
+        def numbers(d: Value) -> Value:
+            scale = v.splat(narrow.load_scale(v, source, d, D, stored))
+            return v.mul(narrow.load_integers(v, source, d, stored), scale)
+
+        def vector(d: Value, _: list[Value]) -> list[Value]:
+            v.store(numbers(d), to, v.mul_index(d, v.size))
+            return []
+
+        v.loop(0, whole, v.lanes, [], vector)
+        with v.builder.if_then(v.builder.icmp_signed("<", whole, D)):
+            rest = numbers(whole)
+            for lane in range(v.lanes - 1):
+                d = v.add_index(whole, lane)
+                with v.builder.if_then(v.builder.icmp_signed("<", d, D)):
+                    x = v.builder.extract_element(rest, ir.Constant(I32, lane))
+                    narrow.store(v, x, to, v.mul_index(d, v.size), v.dtype)
 
     v.each(rows, row)
 

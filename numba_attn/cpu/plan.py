@@ -41,8 +41,10 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int, workers: int) -> Plan:
-    """Cut `heads` (B x Hq) problems with Lq query rows and Lk keys into tasks.
+def plan(
+    heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int, workers: int, mean_rows: int | None = None
+) -> Plan:
+    """Cut `heads` (B x Hq) problems with Lq query rows, or `mean_rows` on the average, and Lk keys into tasks.
 
     The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
     blocks in the second: the larger a task, the less often keys are fetched from beyond.  But there are eight tasks or
@@ -54,7 +56,8 @@ def plan(heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int, workers: 
         keys -= 48
     rows = -(-Lq // block)
     fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
-    blocks = _within(heads * rows // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
+    mean_rows = Lq if mean_rows is None else mean_rows
+    blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
     return Plan(keys, block, blocks, -(-rows // blocks))
 
 

@@ -3,54 +3,67 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 from numba_attn.cpu import pack
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.score import matrix
-from numba_attn.cpu.simd import moved
+from numba_attn.cpu.simd import address, get, moved, put
 
 LN_2 = math.log(2.0)
 
-
-@device
-def write_statistics(lse, max_score, entropy, row, reference, total, moment, best):
-    """Of (Lq,) lse, max_score and entropy, write what is not empty, from the state of a row; see `tiles`."""
-    if lse.size:
-        lse[row] = -math.inf if total == 0 else (reference + math.log2(total)) * LN_2
-    if max_score.size:
-        max_score[row] = best * LN_2 if total == total else total
-    if entropy.size:
-        # Without a key, a sink may have a part in the total, but nothing is uncertain.
-        empty = total == 0 or (best == -math.inf and total == total)
-        entropy[row] = 0 if empty else (math.log2(total) - moment / total) * LN_2
+# One number a row of a head: the address of the first, the bytes from row to row, and whether they are wanted.
+Column = namedtuple("Column", "data row wanted")
 
 
 @device
-def of_head(rows, b, h):
-    return rows[b, h] if rows.size else rows[0, 0]
+def column_of(array, b_offset, h):
+    """Of head h of the sequence that starts `b_offset` bytes after the first element of an array (heads, rows)."""
+    return Column(moved(address(array), b_offset + h * array.strides[0]), array.strides[1], array.size > 0)
 
 
 @device
-def fill_rows(rows, first, end, value):
-    if rows.size:
-        for row in range(first, end):
-            rows[row] = value
+def statistics_of(arrays, sequences, b, h):
+    """The columns of lse, max_score and entropy of a head."""
+    offsets = sequences.offsets
+    return (
+        column_of(arrays.lse, offsets[b, 5], h),
+        column_of(arrays.max_score, offsets[b, 6], h),
+        column_of(arrays.entropy, offsets[b, 7], h),
+    )
 
 
 @device
-def statistics_of(arrays, b, h):
-    """(Lq,) lse, max_score and entropy of a head; empty where they are not wanted."""
-    return of_head(arrays.lse, b, h), of_head(arrays.max_score, b, h), of_head(arrays.entropy, b, h)
+def read(column, row):
+    return get(column.data, row * column.row)
 
 
 @device
-def fill_padding(arrays, b_offset, b, h, first, end):
-    """Write the rows [first, end) of a head, which are padding; `b_offset` is where the sequence's output starts."""
-    lse, max_score, entropy = statistics_of(arrays, b, h)
+def write(column, row, value):
+    if column.wanted:
+        put(column.data, row * column.row, value)
+
+
+@device
+def write_statistics(statistics, row, reference, total, moment, best):
+    """Write what is wanted of a row's statistics, from its state; see `tiles`."""
+    lse, max_score, entropy = statistics
+    write(lse, row, -math.inf if total == 0 else (reference + math.log2(total)) * LN_2)
+    write(max_score, row, best * LN_2 if total == total else total)
+    # Without a key, a sink may have a part in the total, but nothing is uncertain.
+    empty = total == 0 or (best == -math.inf and total == total)
+    write(entropy, row, 0 if empty else (math.log2(total) - moment / total) * LN_2)
+
+
+@device
+def fill_padding(arrays, sequences, b, h, first, end):
+    """Write the rows [first, end) of a head, which are padding."""
     if first < end:
-        out, zero = matrix(arrays.out, b_offset, h), arrays.lse.dtype.type(0)
+        lse, max_score, entropy = statistics_of(arrays, sequences, b, h)
+        out, zero = matrix(arrays.out, sequences.offsets[b, 4], h), arrays.lse.dtype.type(0)
         padding = moved(out.data, first * out.row)
         pack.fill(padding, out.row, out.step, end - first, arrays.out.shape[2], zero)
-        fill_rows(lse, first, end, arrays.sinks[h] * LN_2 if arrays.sinks.size else -math.inf)
-        fill_rows(max_score, first, end, -math.inf)
-        fill_rows(entropy, first, end, 0.0)
+        for row in range(first, end):
+            write(lse, row, arrays.sinks[h] * LN_2 if arrays.sinks.size else -math.inf)
+            write(max_score, row, -math.inf)
+            write(entropy, row, 0.0)

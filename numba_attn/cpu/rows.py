@@ -2,8 +2,9 @@
 
 With a row or a few to a key, the two products are not what takes time, but reading K and V.  So both are read in whole
 rows, once for all query rows of a group, and asked for ahead of their use; each row of Q, and of the output, is
-contiguous.  Scores are a tile (n keys, 1 vector) with a query row in each lane, as in `tiles`, whose softmax, masks and
-user functions are used as they are.
+contiguous.  Where the rows of K and V are is in tables of their offsets, so that pages take no longer than rows one
+behind the other.  Scores are a tile (n keys, 1 vector) with a query row in each lane, as in `tiles`, whose softmax,
+masks and user functions are used as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from functools import partial
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, for_rows
 
-# Bytes of K or V that are asked for before they are needed: less comes too late, more pushes out what is still to come.
-AHEAD = 32 * 1024
 # Rows that are read side by side: in the order of memory but for that, which hardware foresees.
 BESIDE = 2
 # Output rows and vectors of each that are accumulated at once, in registers.
@@ -28,48 +27,72 @@ def powers_of_two(lanes: int) -> list[int]:
     return [1 << i for i in range(lanes.bit_length())]
 
 
-def _ahead(v: Vectors, row: Value, columns: Value, stored: types.Type) -> Value:
-    """How far ahead memory is asked for, in bytes: whole rows; one byte more, as there may be no columns."""
-    return v.mul_index(row, v.builder.sdiv(v.index(AHEAD), v.add_index(v.mul_index(columns, BYTES[stored]), 1)))
+def _row(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
+    """Where row j starts: `offsets` are those of all rows from `base`, in bytes."""
+    return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
 
 
-def _dots(v, height, k, k_row, n, D, q, s):
+def _ask_for(v: Vectors, row: Value, columns: Value, stored: types.Type) -> None:
+    """Prefetch a row, a cache line at a time."""
+
+    def line(at: Value, _: list[Value]) -> list[Value]:
+        v.prefetch(row, at)
+        return []
+
+    v.loop(0, v.mul_index(columns, BYTES[stored]), 64, [], line, rolled=True)
+
+
+def _dots(v, height, k, offsets, ahead, n, D, q, s):
     """s (n, 1 vector) = k (n, D).q (height, D) for a height that is a power of two; 0 in the other lanes.
 
-    D is whole vectors.  Rows of s up to a multiple of the lanes are written.
+    D is whole vectors.  Rows of s up to a multiple of the lanes are written.  The row `ahead` of each row is asked for.
     """
-    v.choose(height, {rows: partial(_dots_of, v, rows, k, k_row, n, D, q, s) for rows in powers_of_two(v.lanes)})
+    v.choose(
+        height, {rows: partial(_dots_of, v, rows, k, offsets, ahead, n, D, q, s) for rows in powers_of_two(v.lanes)}
+    )
 
 
-def _dots_of(v: Vectors, height: int, k: Value, k_row: Value, n: Value, D: Value, q: Value, s: Value) -> None:
+def _dots_of(
+    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, s: Value
+) -> None:
     stored = v.pointees["k"]
     keys, last = v.lanes // height, v.add_index(n, -1)
-    ahead = _ahead(v, k_row, D, stored)
 
     def step(j: Value, _: list[Value]) -> list[Value]:
-        rows = [v.at(k, v.mul_index(v.least(v.add_index(j, i), last), k_row)) for i in range(keys)]
+        numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
+        rows = [_row(v, k, offsets, number) for number in numbers]
         sums = []
         for first in range(0, keys, BESIDE):
-            sums += _dots_beside(v, rows[first : first + BESIDE], height, ahead, D, q)
+            for number in numbers[first : first + BESIDE]:
+                _ask_for(v, _row(v, k, offsets, v.add_index(number, ahead)), D, stored)
+            sums += _dots_beside(v, rows[first : first + BESIDE], height, D, q)
         totals = _sums_across(v, sums)
         for i in range(keys):
             lanes = [i * height + r for r in range(height)] + [v.lanes] * (v.lanes - height)
-            v.store(v.shuffle(totals, v.constant(0.0), lanes), v.at(s, v.mul_index(v.add_index(j, i), v.bytes)))
+            scores = v.shuffle(totals, v.constant(0.0), lanes)
+            if stored == narrow.INT8:
+                scores = v.mul(scores, v.splat(narrow.load_scale(v, rows[i], v.index(0), D, stored)))
+            v.store(scores, v.at(s, v.mul_index(v.add_index(j, i), v.bytes)))
         return []
 
     v.loop(0, n, keys, [], step)
 
 
-def _dots_beside(v: Vectors, rows: list[Value], height: int, ahead: Value, D: Value, q: Value) -> list[Value]:
+def _numbers(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
+    """A vector of the elements of a row from d on; of 8-bit integers without their scale."""
+    if BYTES[stored] > 1:
+        return narrow.load(v, row, v.mul_index(d, BYTES[stored]), stored)
+    integers = narrow.load_integers(v, row, d, stored)
+    return integers if stored == narrow.INT8 else v.mul(integers, v.splat(narrow.load_scale(v, row, d, D, stored)))
+
+
+def _dots_beside(v: Vectors, rows: list[Value], height: int, D: Value, q: Value) -> list[Value]:
     """Vectors of partial sums, of each of a few rows of K with every row of q."""
     stored = v.pointees["k"]
     q_row = v.mul_index(D, v.size)
 
     def columns(d: Value, sums: list[Value]) -> list[Value]:
-        here = v.mul_index(d, BYTES[stored])
-        for row in rows:
-            v.prefetch(row, v.add_index(here, ahead))
-        keys = [narrow.load(v, row, here, stored) for row in rows]
+        keys = [_numbers(v, row, d, D, stored) for row in rows]
         queries = [v.load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, v.size)) for r in range(height)]
         return [
             v.fma(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
@@ -90,30 +113,38 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
     return vectors[0]
 
 
-def _mix(v, rows, value, value_row, Dv, n, p, o):
-    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, 1 vector) and Dv is whole vectors."""
+def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
+    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, 1 vector) and Dv is whole vectors.
+
+    Rows of the value are as those of k in `_dots`.
+    """
     stored = v.pointees["value"]
-    ahead = _ahead(v, value_row, Dv, stored)
+    line = max(1, 64 // (v.lanes * BYTES[stored]))  # vectors of a cache line
 
     def some(first: Value, height: int) -> None:
         def block(vector: Value, width: int) -> None:
             column = v.mul_index(vector, v.lanes)
             outs = [v.at(o, v.mul_index(v.add_index(v.mul_index(v.add_index(first, r), Dv), column), v.size))
                     for r in range(height)]  # fmt: skip
-            start = v.at(value, v.mul_index(column, BYTES[stored]))
             weights = v.at(p, v.mul_index(first, v.size))
 
             def key(j: Value, carried: list[Value]) -> list[Value]:
-                row, weight, *acc = carried
-                for w in range(0, width, max(1, 64 // (v.lanes * BYTES[stored]))):
-                    v.prefetch(row, v.add_index(ahead, w * v.lanes * BYTES[stored]))
-                factors = [v.splat(v.load_scalar(weight, r * v.size)) for r in range(height)]
-                values = [narrow.load(v, row, w * v.lanes * BYTES[stored], stored) for w in range(width)]
+                weight, *acc = carried
+                row = _row(v, value, offsets, j)
+                later = v.at(_row(v, value, offsets, v.add_index(j, ahead)), v.mul_index(column, BYTES[stored]))
+                for w in range(0, width, line):
+                    v.prefetch(later, w * v.lanes * BYTES[stored])
+                numbers = [v.load_scalar(weight, r * v.size) for r in range(height)]
+                if stored == narrow.INT8:
+                    scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
+                    numbers = [v.builder.fmul(x, scale) for x in numbers]
+                factors = [v.splat(x) for x in numbers]
+                values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
                 acc = [v.fma(values[w], factors[r], acc[r * width + w]) for r in range(height) for w in range(width)]
-                return [v.at(row, value_row), v.at(weight, v.bytes), *acc]
+                return [v.at(weight, v.bytes), *acc]
 
             zero = [v.constant(0.0)] * (height * width)
-            acc = v.loop(0, n, 1, [start, weights, *zero], key, rolled=True)[2:]
+            acc = v.loop(0, n, 1, [weights, *zero], key, rolled=True)[1:]
             for r in range(height):
                 for w in range(width):
                     total = v.add(v.load(outs[r], w * v.bytes), acc[r * width + w])
@@ -124,7 +155,7 @@ def _mix(v, rows, value, value_row, Dv, n, p, o):
     for_rows(v, rows, HEIGHTS, some)
 
 
-def _mix_carefully(v, rows, value, value_row, Dv, n, p, o):
+def _mix_carefully(v, rows, value, offsets, Dv, n, p, o):
     """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
     stored, b = v.pointees["value"], v.builder
     masked = b.bitcast(v.constant(-0.0), v.bits)
@@ -133,9 +164,15 @@ def _mix_carefully(v, rows, value, value_row, Dv, n, p, o):
         at = v.at(o, v.mul_index(v.add_index(v.mul_index(row, Dv), column), v.size))
 
         def key(j: Value, acc: list[Value]) -> list[Value]:
-            weight = v.splat(v.load_scalar(v.at(p, v.mul_index(j, v.bytes)), v.mul_index(row, v.size)))
-            x = narrow.load(v, v.at(value, v.mul_index(j, value_row)), v.mul_index(column, BYTES[stored]), stored)
-            x = v.select(b.icmp_signed("==", b.bitcast(weight, v.bits), masked), v.constant(0.0), x)
+            number = v.load_scalar(v.at(p, v.mul_index(j, v.bytes)), v.mul_index(row, v.size))
+            of_key = _row(v, value, offsets, j)
+            x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
+            is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
+            if stored == narrow.INT8:
+                weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, v.index(0), Dv, stored)))
+            zero = v.constant(0.0)
+            # A scale may be what is not finite, and is in the weight then.
+            x, weight = v.select(is_masked, zero, x), v.select(is_masked, zero, weight)
             return [v.fma(x, weight, acc[0])]
 
         v.store(v.add(v.load(at), v.loop(0, n, 1, [v.constant(0.0)], key)[0]), at)

@@ -16,6 +16,7 @@ from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.stored import rows_of
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
@@ -26,22 +27,29 @@ Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functi
 # Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
 Tile = namedtuple("Tile", "start stop added row kept")
 
-# The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (B, Hq, Lq), or
+# The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows), or
 # empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
 # operands is empty: its type is that of what products are made of, the element type or PAIRS.
 Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
-# offsets (B, 5): where in q, k, v, mask and out sequences start, in bytes; intervals (B, 3), see masks.KeyIntervals;
-# numbers (n, 1): the sequences that are wanted.
-Sequences = namedtuple("Sequences", "offsets intervals numbers")
+# offsets (B, 9): where in q, k, v, mask, out and statistics, up to the weights of keys, sequences start, in bytes;
+# intervals (B, 3), see masks.KeyIntervals; numbers (n, 1): the sequences that are wanted; pages (B, n), see storage.
+Sequences = namedtuple("Sequences", "offsets intervals numbers pages")
 # The user's functions, compiled: codes (3,), of score_mod, mask_mod and that of the block mask, 0 where there is none;
 # and what each has captured, see `user_functions`.
 Functions = namedtuple("Functions", "codes score mask block")
 SCORE, MASK, BLOCK = range(3)
-# Numbers of a call; mask_kind as in narrow.MASKS; softcap, threshold and tile_rows are 0 where there is no such thing.
-Settings = namedtuple("Settings", "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys mask_kind")
+# Numbers of a call; mask_kind as in narrow.MASKS; softcap, threshold, tile_rows and page_rows are 0 where there is no
+# such thing; packed is whether sequences have no padding in the arrays; Lq and Lk are those of the longest sequence.
+Settings = namedtuple(
+    "Settings",
+    "left right scale scale_2 softcap gain threshold seed tile_rows tile_keys mask_kind packed page_rows page_k page_v "
+    "Lq Lk",
+)
 
 # All of these.
 Call = namedtuple("Call", "arrays sequences functions settings")
+# What a kernel is compiled for: a kind of element, an operand of the products, how keys and values are held.
+Kinds = tuple[str, types.Type, str]
 
 ON_TILES = target.BFLOAT16 == "amx"
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
@@ -72,8 +80,8 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
     )
     return Head(
         q=matrix(arrays.q, offsets[b, 0], h),
-        k=matrix(arrays.k, offsets[b, 1], shared),
-        v=matrix(arrays.v, offsets[b, 2], shared),
+        k=rows_of(arrays.k, offsets[b, 1], shared, sequences.pages, b, settings.page_rows, settings.page_k),
+        v=rows_of(arrays.v, offsets[b, 2], shared, sequences.pages, b, settings.page_rows, settings.page_v),
         mask=mask_head,
         mask_kind=settings.mask_kind if mask.size > 0 else -1,
         position=Position(intervals[b, 0], intervals[b, 2], settings.left, settings.right),
@@ -227,20 +235,23 @@ def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     return memory.dtype.type(LOG2_E)
 
 
-def call_types(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """The types of Arrays, Sequences, Functions and Settings, for a kind of element and an operand, see `narrow`."""
+def call_types(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
+    """The types of Arrays, Sequences, Functions and Settings, for a kind of element and an operand, see `narrow`.
+
+    Keys and values are `held` as another kind, if they are quantised.
+    """
     element_type = COMPUTED[kind]
-    given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
+    given, keys = (types.Array(STORED[name], 3, "A", readonly=True, aligned=False) for name in (kind, held))
     mask = types.Array(types.uint8, 3, "A", readonly=True)
-    written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 3, "A")
+    written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 2, "A")
     states, operands = types.Array(types.uint8, 4, "A", readonly=True), types.Array(operand, 1, "C")
     slopes, sinks = (types.Array(element_type, ndim, "C") for ndim in (2, 1))
-    arrays = [given, given, given, mask, written, rows, rows, rows, slopes, sinks, states, operands]
+    arrays = [given, keys, keys, mask, written, rows, rows, rows, slopes, sinks, states, operands]
     table = types.Array(types.int64, 2, "C", readonly=True)
-    settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 5
+    settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 11
     return (
         types.NamedTuple(arrays, Arrays),
-        types.NamedUniTuple(table, 3, Sequences),
+        types.NamedUniTuple(table, 4, Sequences),
         types.NamedTuple([types.Array(types.intp, 1, "C"), *[types.Array(types.int64, 1, "C")] * 3], Functions),
         types.NamedTuple(settings, Settings),
     )

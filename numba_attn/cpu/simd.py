@@ -31,10 +31,12 @@ ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 PAIRS = types.uint32  # two bfloat16 numbers, the first in the low half: how Numba sees the operands of `dot`
 BYTES = {
     types.boolean: 1,
+    types.int8: 1,
     types.uint8: 1,
     types.int16: 2,
     types.uint16: 2,
     types.uint32: 4,
+    types.int64: 8,
     types.float32: 4,
     types.float64: 8,
 }
@@ -524,6 +526,41 @@ def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any
         return builder.bitcast(values[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(array.dtype)(pointer, array), codegen
+
+
+@intrinsic
+def as_plain(context: Any, pointer: types.CPointer, rows: types.CPointer, memory: types.Array) -> Any:
+    """The pointer as one to what `stored.gather` makes of rows: numbers of the memory's type, if they are quantised."""
+    kind = types.CPointer(memory.dtype) if BYTES[rows.dtype] == 1 else rows
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return kind(pointer, rows, memory), codegen
+
+
+@intrinsic
+def put(context: Any, pointer: types.CPointer, offset: types.Integer, value: types.Float) -> Any:
+    """Write a number `offset` bytes on, at any alignment."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        pointer, offset, value = values
+        at = builder.bitcast(offset_pointer(builder, pointer, offset), value.type.as_pointer())
+        builder.store(value, at, align=1)
+        return context.get_dummy_value()
+
+    return types.none(pointer, types.int64, pointer.dtype), codegen
+
+
+@intrinsic
+def get(context: Any, pointer: types.CPointer, offset: types.Integer) -> Any:
+    """The number `offset` bytes on, at any alignment."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        at = offset_pointer(builder, *values)
+        return builder.load(at, align=1, typ=context.get_value_type(signature.return_type))
+
+    return pointer.dtype(pointer, types.int64), codegen
 
 
 @intrinsic

@@ -1,0 +1,108 @@
+"""Other forms of a case, by the public interface: what a cache keeps, and how sequences of many lengths are given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cases import Case, dtype_of, tree_parents
+from peer import Prepared, joined, lengths, sequences, within
+
+import numba_attn
+
+PAGE = 16  # tokens
+
+
+def _cache(case: Case, dtype: str = "float32", **kept: Any) -> tuple[np.ndarray, Any]:
+    """Query, and a contiguous cache that is full."""
+    query, key, value = (x.astype(dtype_of(dtype)) for x in case.arrays())
+    cache = numba_attn.KVCache(case.B, key.shape[1], case.Lk, case.D, dtype=query.dtype, **kept)
+    cache.append(key, value)
+    return query, cache
+
+
+def _cached(case: Case, dtype: str = "float32", **kept: Any) -> Prepared:
+    query, cache = _cache(case, dtype, **kept)
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache)
+    return Prepared(call, lambda out: out.astype(np.float32), cache.nbytes)
+
+
+def _paged(case: Case) -> Prepared:
+    """In pages whose order is any."""
+    query, key, value = case.arrays()
+    B, Hkv, _, D = key.shape
+    each = -(-case.Lk // PAGE)
+    table = case.rng.permutation(B * each).reshape(B, each)
+    cache = numba_attn.PagedKVCache(B * each, Hkv, PAGE, D)
+    for pages, x in ((cache.key, key), (cache.value, value)):
+        pages[table] = x.reshape(B, Hkv, each, PAGE, D).swapaxes(1, 2)
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache.tables(table, np.full(B, case.Lk)))
+    return Prepared(call, np.asarray, case.kv_bytes)
+
+
+def _function(case: Case) -> Prepared:
+    """A tree by a function of its places in the cache, not by a mask."""
+    first, descends = case.Lk - case.Lq, numba_attn.block_mask.tree(tree_parents(case.Lq))
+
+    def visible(b, h, i, j):  # type: ignore[no-untyped-def]
+        return (j < first) | descends(b, h, i, max(j - first, 0))
+
+    query, cache = _cache(case)
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, mask_mod=visible)
+    return Prepared(call, np.asarray, cache.nbytes)
+
+
+def _token(case: Case) -> Prepared:
+    """The first node of a tree alone, without a mask; the others count for nothing but the result."""
+    query, key, value = case.arrays()
+    used = case.Lk - case.Lq + 1
+    operands = query[:, :, :1], key[:, :, :used], value[:, :, :used]
+    call = functools.partial(numba_attn.scaled_dot_product_attention, *operands, enable_gqa=True)
+
+    def with_others(first: np.ndarray) -> np.ndarray:
+        all_of_them = numba_attn.scaled_dot_product_attention(query, key, value, **case.keywords())
+        return np.concatenate([first, np.asarray(all_of_them)[:, :, 1:]], axis=2)
+
+    return Prepared(call, with_others, case.kv_bytes)
+
+
+def _varlen(case: Case) -> Prepared:
+    """Packed, one sequence behind the other."""
+    ends = np.cumsum(lengths(case))
+    starts = np.concatenate([[0], ends])
+    query, key, value = (np.concatenate([one.swapaxes(0, 1) for one in sequences(case, x)]) for x in case.arrays())
+    call = functools.partial(numba_attn.varlen_attention, query, key, value, starts, starts, is_causal=True)
+    return Prepared(call, lambda out: joined(case, (one.swapaxes(0, 1) for one in np.split(out, ends[:-1]))))
+
+
+def _loop(case: Case) -> Prepared:
+    """A call for each sequence."""
+    operands = list(zip(*(sequences(case, x) for x in case.arrays()), strict=True))
+
+    def call() -> list[Any]:
+        attention = numba_attn.scaled_dot_product_attention
+        return [attention(query, key, value, is_causal=True) for query, key, value in operands]
+
+    return Prepared(call, functools.partial(joined, case))
+
+
+def _padded(case: Case) -> Prepared:
+    """As if all were of the greatest length."""
+    call = functools.partial(numba_attn.scaled_dot_product_attention, *case.arrays(), is_causal=True)
+    return Prepared(call, functools.partial(within, case))
+
+
+FORMS: dict[str, Callable[[Case], Prepared]] = {
+    "float32": _cached,
+    "bfloat16": functools.partial(_cached, dtype="bfloat16"),
+    "int8": functools.partial(_cached, quantize="int8"),
+    "int4": functools.partial(_cached, quantize="int4"),
+    "paged": _paged,
+    "function": _function,
+    "token": _token,
+    "varlen": _varlen,
+    "loop": _loop,
+    "padded": _padded,
+}
