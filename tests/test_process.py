@@ -182,7 +182,8 @@ WORKERS = {
     "joblib": """
 import joblib
 for kind in ("threading", "loky", "multiprocessing"):
-    results = joblib.Parallel(4, kind)(joblib.delayed(numba_attn.scaled_dot_product_attention)(x, x, x) for _ in range(16))
+    call = joblib.delayed(numba_attn.scaled_dot_product_attention)
+    results = joblib.Parallel(4, kind)(call(x, x, x) for _ in range(16))
     assert all(np.array_equal(r, expected) for r in results), kind
 """,
     "dask": """

@@ -16,6 +16,7 @@ from numba_attn.problem import AUX_NAMES
 from numba_attn.storage import GROUP, QUANTIZED, dequantize, quantize, row_bytes
 
 NUMBERS = pytest.mark.parametrize("numbers", QUANTIZED)
+FAST = "int8", "bfloat16"
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": (50, 0)},
@@ -57,9 +58,9 @@ def test_rows_are_near(numbers: str, D: int, rows: int, scale: float, seed: int)
     for first in range(0, D, GROUP):
         group, near = x[..., first : first + GROUP], again[..., first : first + GROUP]
         extreme = np.abs(group).max(axis=-1, initial=0)
-        # As good as with -8 for the largest, which may cut off the other sign by a step, half of one elsewhere.
-        assert (np.abs(near - group).max(axis=-1, initial=0) <= extreme * 0.25).all()
-        errors, worst = np.square(near - group).astype(float).sum(axis=-1), np.square(extreme.astype(float) / 8)
+        # A few steps are left out at either end, where that makes the sum of squares less than with -8 for the largest.
+        assert (np.abs(near - group).max(axis=-1, initial=0) <= extreme * 0.32).all()
+        errors, worst = np.square((near - group).astype(float)).sum(axis=-1), np.square(extreme.astype(float) / 8)
         assert (errors <= group.shape[-1] * worst + 1e-300).all()
 
 
@@ -95,8 +96,14 @@ def test_what_is_not_finite_stays_in_its_group(numbers: str, bad: float) -> None
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-@NUMBERS
-@pytest.mark.parametrize("dtype", ["float32", *SIXTEEN_BITS])
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [  # each is compiled for itself
+        pytest.param(numbers, dtype, marks=() if (dtype == "float32" or (numbers, dtype) == FAST) else pytest.mark.slow)
+        for numbers in QUANTIZED
+        for dtype in ("float32", *SIXTEEN_BITS)
+    ],
+)
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_attention_is_that_of_the_rounded_numbers(numbers: str, dtype: str, n: int) -> None:
     """To the accuracy of float32, by either kernel; what is not in use does not matter."""
@@ -267,9 +274,14 @@ def test_a_shared_prefix() -> None:
 
 @settings(max_examples=40)
 @given(
-    page_size=st.integers(1, 20), D=st.integers(1, 40), Dv=st.integers(0, 40), lengths=st.lists(st.integers(0, 70), min_size=1,
-    max_size=4), rows=st.integers(1, 12), numbers=st.sampled_from([None, *QUANTIZED]), seed=st.integers(0, 99),
-)  # fmt: skip
+    page_size=st.integers(1, 20),
+    D=st.integers(1, 40),
+    Dv=st.integers(0, 40),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    rows=st.integers(1, 12),
+    numbers=st.sampled_from([None, *QUANTIZED]),
+    seed=st.integers(0, 99),
+)
 def test_any_pages(
     page_size: int, D: int, Dv: int, lengths: list[int], rows: int, numbers: str | None, seed: int
 ) -> None:

@@ -91,7 +91,7 @@ SLOW = pytest.param(False, marks=pytest.mark.slow)
 
 @pytest.mark.skipif(not X86, reason="names of x86 processors")
 @pytest.mark.parametrize("first", [True, SLOW], ids=["two types", "the others"])
-@pytest.mark.parametrize("name", LADDER)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == "x86-64-v2" else x for x in LADDER])
 def test_instruction_sets(python: Callable[..., str], tmp_path: Path, name: str, first: bool) -> None:
     features, needs, isa = LADDER[name]
     if needs and not has(needs):
@@ -152,7 +152,7 @@ def test_avx512_code_keeps_its_accumulators_in_registers(python: Callable[..., s
 import re
 from numba import types
 from numba_attn.cpu import forward
-forward.work.compile(forward.signature("f", types.float32))
+forward.work.compile(forward.signature("f", types.float32, "f"))
 text = "".join(forward.work.inspect_asm().values())
 loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
 products = [
