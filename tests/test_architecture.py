@@ -70,7 +70,7 @@ MAY_IMPORT = {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
         *("block_mask", "cpu.launch", "cpu.plan", "cpu.results", "cpu.stored", "cpu.tiles"),
     },
-    "cpu.rows": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.rows": {"cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.score", "cpu.simd"},
     "cpu.forward": {
         *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),

@@ -38,7 +38,7 @@ from numba_attn.cpu.score import (
     select,
 )
 from numba_attn.cpu.simd import address, align_stack, as_element, fetch_add, moved, pointee_bytes
-from numba_attn.cpu.stored import is_quantized, offset_of
+from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
 from numba_attn.cpu.target import VECTOR_BYTES
 
 # Bytes of K or V that are asked for before they are needed: less comes too late, more pushes out what is still to come.
@@ -125,12 +125,13 @@ def is_read_in_place(rows, columns, lanes):
 def list_rows(rows, first, count, end, table):
     """Fill a table with the offsets of `count` rows from the first one on, the one before `end` again beyond it."""
     exist = min(count, end - first)
-    if rows.page_rows == 0:
-        for i in range(exist):
-            table[i] = (first + i) * rows.row
-    else:
-        for i in range(exist):
-            table[i] = offset_of(rows, first + i)
+    done = 0
+    while done < exist:
+        n = rows_together(rows, first + done, exist - done)
+        start = offset_of(rows, first + done)
+        for i in range(n):
+            table[done + i] = start + i * rows.row
+        done += n
     for i in range(exist, count):
         table[i] = table[exist - 1]
 
@@ -194,6 +195,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
         list_rows(v, low, high - low + v_ahead, kv_length, v_table)
+    weighted = arrays.entropy.size > 0
     rising = 0  # bit i: scores of block i have been out of their reference's range
     for start in range(low, high, KEYS):
         stop, copied = min(start + KEYS, high), False
@@ -228,10 +230,16 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
                     tiles.highest(1, scores, n, unit, here.added, here.row, state.reference, top)
                     if tiles.move_reference(1, top, state.reference, state.best, state.total, state.moment, correction):
                         rows.weigh_rows(count, state.o, sizes.Dv, correction)
-                done = tiles.exponentiate_weighted(
-                    1, scores, n, unit, here.added, here.row,
-                    state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
-                )  # fmt: skip
+                if weighted:
+                    done = tiles.exponentiate_weighted(
+                        1, scores, n, unit, here.added, here.row,
+                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
+                    )  # fmt: skip
+                else:
+                    done = tiles.exponentiate(
+                        1, scores, n, unit, here.added, here.row,
+                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
+                    )  # fmt: skip
                 if not done:
                     rising |= 1 << i
                     raising = True

@@ -13,14 +13,16 @@ from functools import partial
 
 from numba import types
 
-from numba_attn.cpu import narrow
+from numba_attn.cpu import narrow, target
 from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, for_rows
 
-# Rows that are read side by side: in the order of memory but for that, which hardware foresees.
-BESIDE = 2
-# Output rows and vectors of each that are accumulated at once, in registers.
-HEIGHTS, WIDTHS = (2, 1), (8, 4, 2, 1)
+# With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
+# with 16, as many as there are sums in a vector, as fewer wait for each other.
+MANY = target.ISA in ("avx512", "neon")
+BESIDE = 2 if MANY else target.VECTOR_BYTES // 4
+# Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
+OUTPUTS = {2: (8, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
 
 
 def powers_of_two(lanes: int) -> list[int]:
@@ -150,9 +152,9 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
                     total = v.add(v.load(outs[r], w * v.bytes), acc[r * width + w])
                     v.store(total, outs[r], w * v.bytes)
 
-        for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), WIDTHS, block)
+        for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), OUTPUTS[height], block)
 
-    for_rows(v, rows, HEIGHTS, some)
+    for_rows(v, rows, [*OUTPUTS], some)
 
 
 def _mix_carefully(v, rows, value, offsets, Dv, n, p, o):

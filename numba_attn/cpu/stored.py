@@ -41,6 +41,12 @@ def offset_of(rows, j):
 
 
 @device
+def rows_together(rows, j, count):
+    """Of `count` rows from j on, how many lie one behind the other."""
+    return count if rows.page_rows == 0 else min(count, rows.page_rows - j % rows.page_rows)
+
+
+@device
 def in_place(rows, memory):
     """Rows that are not gathered, as a matrix."""
     return Matrix(as_plain(rows.data, rows.data, memory), rows.row, rows.step)
@@ -53,9 +59,8 @@ def gather(rows, first, n, columns, memory, to):
     size = pointee_bytes(out)
     done = 0
     while done < n:
-        at, count = first + done, n - done
-        if rows.page_rows != 0:
-            count = min(count, rows.page_rows - at % rows.page_rows)
+        at = first + done
+        count = rows_together(rows, at, n - done)
         data, here = moved(rows.data, offset_of(rows, at)), moved(out, done * columns * size)
         pack.copy_rows(data, rows.row, rows.step, count, columns, columns, here)
         done += count
