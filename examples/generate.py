@@ -4,8 +4,8 @@
 
 RMS normalisation, rotary positions, grouped-query attention, SwiGLU: everything of such a model is here but its
 training, so what it writes means nothing, and how fast it writes does.  First the same tokens go through it in one
-piece and one at a time, which must agree; then it continues a prompt, with a cache of float32 and one of bfloat16 (with
-`ml_dtypes` installed).
+piece and one at a time, which must agree; then it continues a prompt, with a cache of float32, one of bfloat16 (with
+`ml_dtypes` installed) and one of integers of 8 bits.
 
 As a module: `generate(Model(Shape(layers=2)), prompt, steps)` gives the tokens and how long they took.
 """
@@ -90,11 +90,11 @@ class Model:
         angle = np.arange(shape.positions)[:, None] * frequency
         self.rotary = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
-    def caches(self, sequences: int, dtype: Any = np.float32) -> list[numba_attn.KVCache]:
+    def caches(self, sequences: int, **kind: Any) -> list[numba_attn.KVCache]:
         """An empty cache for each layer."""
         shape = self.shape
         size = sequences, shape.kv_heads, shape.positions, shape.head_size
-        return [numba_attn.KVCache(*size, dtype=dtype) for _ in self.layers]
+        return [numba_attn.KVCache(*size, **kind) for _ in self.layers]
 
     def forward(self, tokens: np.ndarray, caches: list[numba_attn.KVCache]) -> np.ndarray:
         """(B, vocabulary) logits of what follows (B, n) tokens, after those that the caches have seen."""
@@ -146,13 +146,13 @@ def generate(
     prompt: np.ndarray,
     steps: int,
     *,
-    dtype: Any = np.float32,
+    cache: dict[str, Any] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
-    """Continue (B, n) tokens by some steps, with caches of a dtype."""
-    rng, caches = np.random.default_rng(seed), model.caches(len(prompt), dtype)
+    """Continue (B, n) tokens by some steps, with caches of a kind: what `KVCache` is to be called with."""
+    rng, caches = np.random.default_rng(seed), model.caches(len(prompt), **(cache or {}))
     tokens = np.empty((len(prompt), steps), np.int64)
     start = time.perf_counter()
     logits = model.forward(prompt, caches)
@@ -181,14 +181,14 @@ def show_progress(done: int, total: int) -> None:
     sys.stderr.flush()
 
 
-def cache_types() -> dict[str, Any]:
+def cache_kinds() -> dict[str, dict[str, Any]]:
     """Those that there are here."""
-    types: dict[str, Any] = {"float32": np.float32}
+    kinds: dict[str, dict[str, Any]] = {"float32": {}, "int8": {"quantize": "int8"}}
     try:
         import ml_dtypes
     except ModuleNotFoundError:
-        return types
-    return {**types, "bfloat16": ml_dtypes.bfloat16}
+        return kinds
+    return {**kinds, "bfloat16": {"dtype": ml_dtypes.bfloat16}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,18 +224,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not difference < 1e-3:
         sys.exit(f"in one piece and one at a time differ by {difference:.1e}")
     print(f"prefill and decoding agree: logits differ by at most {difference:.1e}")
-    for name, dtype in cache_types().items():
-        generate(model, prompt, 2, dtype=dtype)  # compiles the kernels, or loads them from disk
+    for name, kind in cache_kinds().items():
+        generate(model, prompt, 2, cache=kind)  # compiles the kernels, or loads them from disk
         found = generate(
             model,
             prompt,
             options.steps,
-            dtype=dtype,
+            cache=kind,
             temperature=options.temperature,
             seed=options.seed,
             progress=show_progress if sys.stderr.isatty() else None,
         )
-        cache_size = sum(cache.nbytes for cache in model.caches(options.batch, dtype))
+        cache_size = sum(cache.nbytes for cache in model.caches(options.batch, **kind))
         print(
             f"{name} cache of {cache_size / 2**20:.1f} MiB: prompt {prompt.size / found.prefill_seconds:.0f} tokens/s, "
             f"generated {found.tokens.size / found.decode_seconds:.0f} tokens/s: "

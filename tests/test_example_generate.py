@@ -34,10 +34,11 @@ def test_main(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     example.main(TINY)
     printed, errors = capsys.readouterr()
     assert "prefill and decoding agree" in printed
-    assert printed.count("tokens/s") == 2 * len(example.cache_types())
+    assert printed.count("tokens/s") == 2 * len(example.cache_kinds())
     assert errors == ""  # no progress bar where there is no terminal
     example.main([*TINY, "--temperature", "0.8", "--batch", "2"])
-    assert "float32 cache" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "float32 cache" in printed and "int8 cache" in printed
 
 
 def test_generation_without_a_cache(example: ModuleType) -> None:
