@@ -16,14 +16,14 @@ from numba_attn.cpu.score import Arrays, Call, Functions, Sequences, Settings
 from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.user_functions import mask_pass, score_pass
-from numba_attn.problem import Problem, statistics_dtype
+from numba_attn.problem import Problem, Sizes, statistics_dtype
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
 def forward(problem: Problem) -> None:
     """Compute `problem` and write its results."""
-    B, Hq, _, Lq, Lk, D, Dv = problem.sizes
+    B, Hq, _, Lq, Lk, D, Dv = sizes = problem.sizes
     if problem.key_weight is not None and Lq == 0:
         problem.key_weight[...] = 0
     if B * Hq * Lq == 0:
@@ -50,9 +50,9 @@ def forward(problem: Problem) -> None:
     pages = _NO_PAGES if problem.storage is None or problem.storage.pages is None else problem.storage.pages
     table = problem.intervals.table
     functions, alive = _functions(problem, dtype)
-    call = Call(arrays, Sequences(offsets, table, _numbers(B), pages), functions, _settings(problem))
+    call = Call(arrays, Sequences(offsets, table, _numbers(B), pages), functions, _settings(problem, sizes))
 
-    operations = _pairs(problem) * Hq * (D + Dv)
+    operations = _pairs(problem, sizes) * Hq * (D + Dv)
     workers = threads.count() if operations > SERIAL_WORK else 1
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers, mean_rows)
@@ -101,11 +101,10 @@ def _offsets(problem: Problem) -> np.ndarray:
     return launch.batch_offsets(batch, *strides)
 
 
-def _pairs(problem: Problem) -> float:
+def _pairs(problem: Problem, sizes: Sizes) -> float:
     """Queries x keys, of all sequences."""
     if problem.packed is None:
-        B, _, _, Lq, Lk, _, _ = problem.sizes
-        return B * Lq * Lk
+        return sizes.B * sizes.Lq * sizes.Lk
     return float(np.dot(np.diff(problem.packed.query_starts), np.diff(problem.packed.key_starts)))
 
 
@@ -134,7 +133,7 @@ def _heads_alike(problem: Problem) -> bool:
     return all(getattr(problem, name) is None for name in telling)
 
 
-def _settings(problem: Problem) -> Settings:
+def _settings(problem: Problem, sizes: Sizes) -> Settings:
     p, seed = problem.dropout or (0.0, 0)
     paged = problem.storage if problem.storage is not None and problem.storage.pages is not None else None
     tile_rows, tile_keys = (0, 0) if problem.block_mask is None else problem.block_mask.block_size
@@ -154,8 +153,8 @@ def _settings(problem: Problem) -> Settings:
         page_rows=0 if paged is None else paged.key.shape[2],
         page_k=0 if paged is None else paged.key.strides[0],
         page_v=0 if paged is None else paged.value.strides[0],
-        Lq=problem.sizes.Lq,
-        Lk=problem.sizes.Lk,
+        Lq=sizes.Lq,
+        Lk=sizes.Lk,
     )
 
 

@@ -48,11 +48,15 @@ def write(column, row, value):
 def write_statistics(statistics, row, reference, total, moment, best):
     """Write what is wanted of a row's statistics, from its state; see `tiles`."""
     lse, max_score, entropy = statistics
-    write(lse, row, -math.inf if total == 0 else (reference + math.log2(total)) * LN_2)
-    write(max_score, row, best * LN_2 if total == total else total)
-    # Without a key, a sink may have a part in the total, but nothing is uncertain.
-    empty = total == 0 or (best == -math.inf and total == total)
-    write(entropy, row, 0 if empty else (math.log2(total) - moment / total) * LN_2)
+    # Asked first: a logarithm for every row would be a good part of a short call.
+    if lse.wanted:
+        write(lse, row, -math.inf if total == 0 else (reference + math.log2(total)) * LN_2)
+    if max_score.wanted:
+        write(max_score, row, best * LN_2 if total == total else total)
+    if entropy.wanted:
+        # Without a key, a sink may have a part in the total, but nothing is uncertain.
+        empty = total == 0 or (best == -math.inf and total == total)
+        write(entropy, row, 0 if empty else (math.log2(total) - moment / total) * LN_2)
 
 
 @device
