@@ -53,7 +53,7 @@ def test_found_again(filled: tuple[Path, str], python: Callable[..., str]) -> No
 
 
 def test_a_warm_start_leaves_the_compiler_out(filled: tuple[Path, str], python: Callable[..., str]) -> None:
-    """Machine code from disk needs none of what Numba compiles arrays with; a compilation after it finds all of that."""
+    """Machine code from disk needs nothing that Numba compiles with; a compilation after it finds all of that."""
     code = f"""{CALL}
 import sys
 import numba
