@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from numba_attn.device_array import DeviceArray
+
 LAYOUTS = ("BHLD", "BLHD")
 
 
-def numpy_array(name: str, x: Any) -> np.ndarray:
+def numpy_array(name: str, x: Any) -> Any:
+    """A NumPy array in native byte order; a `DeviceArray`, which has its interface, as it is."""
     if type(x) is not np.ndarray:
+        if type(x) is DeviceArray:
+            return x
         if not isinstance(x, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array, got {type_name(x)}")
         if isinstance(x, np.ma.MaskedArray):
@@ -21,7 +26,7 @@ def numpy_array(name: str, x: Any) -> np.ndarray:
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def floating_array(name: str, x: Any) -> np.ndarray:
+def floating_array(name: str, x: Any) -> Any:
     """A float32, float64, float16 or bfloat16 array, in native byte order."""
     x = numpy_array(name, x)
     if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
@@ -29,9 +34,9 @@ def floating_array(name: str, x: Any) -> np.ndarray:
     return x
 
 
-def output_array(out: Any, shape: tuple[int, ...], dtype: np.dtype, like: str) -> np.ndarray:
+def output_array(out: Any, shape: tuple[int, ...], dtype: np.dtype, like: str) -> Any:
     """An array that a result of that shape, and of the dtype of the argument `like`, can be written to."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray | DeviceArray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a NumPy array, got {type_name(out)}")
     if out.dtype != dtype or not out.dtype.isnative:
         raise TypeError(f"out must be {dtype}, as {like} is, got {out.dtype}")
@@ -135,7 +140,8 @@ def parameters(name: str, function: Any, expected: tuple[str, ...]) -> None:
         )
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: Any, b: Any) -> bool:
+    a, b = (x.places() if type(x) is DeviceArray else x for x in (a, b))
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -144,7 +150,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def overlaps_itself(x: np.ndarray) -> bool:
+def overlaps_itself(x: np.ndarray | DeviceArray) -> bool:
     """Whether two elements may be at one address (never a wrong no; a wrong yes only for very odd strides)."""
     if x.flags.c_contiguous or x.size == 0:
         return False

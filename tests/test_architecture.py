@@ -29,6 +29,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
+    "checks": {"device_array"},
     "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "problem", "random"},
     "dispatch": {"problem"},
