@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from numba_attn import dispatch
-from numba_attn.problem import Aux, Problem
+from numba_attn.problem import Aux
 
 
 def scaled_dot_product_attention(
@@ -118,16 +118,16 @@ def scaled_dot_product_attention(
     array([[1.],
            [2.]], dtype=float32)
     """
-    run = dispatch.forward(backend)
-    problem = Problem.from_call(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
+    return dispatch.attend(
+        backend,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
         query_offset=query_offset,
         window=window,
         query_lengths=query_lengths,
@@ -144,5 +144,3 @@ def scaled_dot_product_attention(
         layout=layout,
         precision=precision,
     )
-    run(problem)
-    return problem.result if problem.aux is None else (problem.result, problem.aux)

@@ -117,7 +117,7 @@ class DeviceArray:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
         """A new array on the same device, of the same library as the owner."""
         if self.allocate is None:
-            raise NotImplementedError("arrays without a library that allocates others need out=")
+            raise NotImplementedError("out must be given, as no library is known that makes arrays like query")
         return self.allocate(shape, dtype)
 
     def places(self) -> np.ndarray:

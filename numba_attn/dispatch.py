@@ -1,27 +1,50 @@
-"""From the array type to the backend that computes on it.  Nothing is imported before it is needed."""
+"""From a call to the backend that computes it, by the kind of its arrays.  Nothing is imported before it is needed."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+from numba_attn import arrays
 from numba_attn.problem import Problem
 
-# Backend -> the module whose `forward(problem)` it is.
+BACKENDS = ("cpu", "cuda", "reference")
+
+# Backend -> the module whose `forward(problem)` it is.  If the module has `unavailable()`, that says why it cannot be
+# used here, or None.
 _MODULES = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
 
 
-def forward(backend: Any) -> Callable[[Problem], None]:
-    """The forward pass of a backend; None chooses by array type, of which there is NumPy's so far.
+def attend(backend: Any, **call: Any) -> Any:
+    """What all forms of attention end with: the arguments of `Problem.from_call`, to results for the caller.
 
-    An explicit backend never falls back to another.
+    `backend` None is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
     """
-    if backend is None:
-        backend = "cpu"
-    if isinstance(backend, str) and backend == "cuda":
-        raise NotImplementedError("backend 'cuda' is not implemented yet")
-    if not isinstance(backend, str) or backend not in _MODULES:
+    explicit = isinstance(backend, str) and backend != "cuda"
+    caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if explicit else None)
+    run = forward(("cuda" if caller.on_device else "cpu") if backend is None else backend)
+    problem = Problem.from_call(**call)
+    run(problem)
+    return caller.give(problem.result if problem.aux is None else (problem.result, problem.aux))
+
+
+def forward(backend: Any) -> Callable[[Problem], None]:
+    """The forward pass of a backend by name."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'cpu', 'cuda' or 'reference', got {backend!r}")
-    run: Callable[[Problem], None] = importlib.import_module(_MODULES[backend]).forward
+    if backend not in _MODULES:
+        raise NotImplementedError(f"backend {backend!r} is not implemented yet")
+    module = _imported(_MODULES[backend])
+    unavailable = vars(module).get("unavailable")
+    if unavailable is not None and (reason := unavailable()):
+        raise NotImplementedError(f"backend {backend!r} cannot be used: {reason}")
+    run: Callable[[Problem], None] = module.forward
     return run
+
+
+@functools.cache
+def _imported(module: str) -> ModuleType:
+    return importlib.import_module(module)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.kv_cache import KVCache, Tokens, counts_of
 from numba_attn.paged_kv_cache import PagedBatch
@@ -90,6 +90,9 @@ def attention_with_kv_cache(
     """
     if not isinstance(cache, KVCache | PagedBatch):
         raise TypeError(f"cache must be a KVCache or a batch of a PagedKVCache, got {checks.type_name(cache)}")
+    given: dict[str, Any] = {"query": query, "key": key, "value": value, "out": out}
+    caller = arrays.adopt(given, tuple(given), on_host="as the cache is")
+    query, key, value, out = given.values()
     query, is_causal = _query(query, cache), checks.flag("is_causal", is_causal)
     tokens = None if key is None and value is None else cache.checked(key, value, counts)
     n = query.shape[2]
@@ -110,7 +113,7 @@ def attention_with_kv_cache(
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
         keys, values, mask = operands or (*_held(cache), None)
-        return scaled_dot_product_attention(
+        results = scaled_dot_product_attention(
             query,
             keys,
             values,
@@ -134,6 +137,7 @@ def attention_with_kv_cache(
             backend=backend,
             precision=precision,
         )
+    return caller.give(results)
 
 
 def _held(cache: KVCache | PagedBatch) -> tuple[Any, Any]:

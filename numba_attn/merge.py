@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
 
 _MISSING = object()
 
@@ -73,23 +73,27 @@ def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> t
         if out is _MISSING or lse is _MISSING:
             more, fewer = ("lses", "outs") if out is _MISSING else ("outs", "lses")
             raise ValueError(f"outs and lses must be as many, got {n} {fewer} and more {more}")
-        out = checks.floating_array(f"outs[{n}]", out)
-        lse = checks.floating_array(f"lses[{n}]", lse)
+        part, kind = {f"outs[{n}]": out, f"lses[{n}]": lse}, checks.type_name(out)
+        caller = arrays.adopt(part, tuple(part), on_host="where parts are merged")
+        out, lse = (checks.floating_array(name, x) for name, x in part.items())
         if merged is None:
-            merged = _Merged(out, lse)
+            merged = _Merged(out, lse, caller, kind)
+        if caller.library is not merged.caller.library:
+            raise TypeError(f"outs[0] and outs[{n}] must be arrays of one library, got {merged.kind} and {kind}")
         merged.check(n, out, lse)
         merged.add(out, lse)
     if merged is None:
         raise ValueError("outs must have one part or more, got none")
-    return merged.result()
+    return merged.caller.give(merged.result())  # type: ignore[no-any-return]
 
 
 class _Merged:
     """The parts so far, relative to the largest log-sum-exp among them in each row."""
 
-    def __init__(self, out: np.ndarray, lse: np.ndarray) -> None:
+    def __init__(self, out: np.ndarray, lse: np.ndarray, caller: arrays.Caller, kind: str) -> None:
         if out.ndim < 2:
             raise ValueError(f"outs must have at least 2 axes (length, head size), got shape {out.shape}")
+        self.caller, self.kind = caller, kind
         self.dtypes = out.dtype, lse.dtype
         dtype = np.float64 if np.float64 in self.dtypes else np.float32
         rows = out.shape[:-1]

@@ -277,7 +277,7 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
 
 def _operand(name: str, x: Any) -> Any:
     """A floating-point array of two or more axes, in native byte order."""
-    x = checks.floating_array(name, x)
+    x = checks.floating(name, checks.array(name, x))
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 axes (length, head size), got shape {x.shape}")
     return x
@@ -331,6 +331,7 @@ def _packed(query: np.ndarray, key: np.ndarray, value: np.ndarray, query_starts:
 
 def _starts(name: str, starts: Any, T: int, of: str) -> np.ndarray:
     """(B + 1,) int64 that rise from 0 to T."""
+    starts = checks.on_host(name, starts)
     if np.ndim(starts) != 1 or not np.size(starts):
         raise ValueError(f"{name} must have shape (B + 1,), got {np.shape(starts)}")
     flat = np.asarray(checks.integers(name, starts, np.shape(starts), 0, T)).astype(np.int64)
@@ -375,7 +376,7 @@ def _check_heads(Hq: int, Hkv: int, enable_gqa: bool) -> None:
 
 def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> Any:
     """The mask with as many axes as the scores, each of them full or 1; `rank` is that of the caller's query."""
-    mask = checks.numpy_array("attn_mask", mask)
+    mask = checks.array("attn_mask", mask)
     if mask.dtype.char not in "?fde" and not checks.is_bfloat16(mask.dtype):
         raise TypeError(f"attn_mask must be bool, float32, float64, float16 or bfloat16, got {mask.dtype}")
     expected = scores if rank > 2 else scores[1:]

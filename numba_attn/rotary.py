@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
 
 # Scalings: frequencies for sequences longer than a model was trained on -----------------------------------------------
 
@@ -237,6 +237,7 @@ def rotary_tables(
 
 def _positions(positions: Any) -> np.ndarray:
     """As float64, which holds integers up to 2**53."""
+    positions = checks.on_host("positions", positions)
     if not isinstance(positions, np.ndarray | list | tuple):
         length = checks.integer("positions", positions)
         if length < 0:
@@ -310,7 +311,9 @@ def apply_rotary(
     ...     position_offset=7)))
     True
     """
-    x = checks.floating_array("x", x)
+    given = {"x": x, "out": out}
+    caller = arrays.adopt(given, tuple(given), on_host="where it is rotated")
+    x, out = checks.floating_array("x", given["x"]), given["out"]
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 axes (length, head size), got shape {x.shape}")
     layout, interleaved = checks.layout(layout), checks.flag("interleaved", interleaved)
@@ -321,7 +324,7 @@ def apply_rotary(
     result = np.empty(x.shape, x.dtype) if out is None else _output(out, x, cos, sin)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in x is so in the result
         _rotate(heads, cos, sin, interleaved, checks.heads_first(result, layout))
-    return result
+    return caller.give(result)
 
 
 def _tables(cos: Any, sin: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

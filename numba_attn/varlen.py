@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from numba_attn import dispatch
-from numba_attn.problem import Aux, Problem
+from numba_attn.problem import Aux
 
 
 def varlen_attention(
@@ -86,16 +86,16 @@ def varlen_attention(
     >>> varlen_attention(x, x, value, [0, 2, 2, 5], [0, 2, 2, 5], is_causal=True)[:, 0, 0].round(3)
     array([0. , 0.5, 2. , 2.5, 3. ], dtype=float32)
     """
-    run = dispatch.forward(backend)
-    problem = Problem.from_call(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        True,
+    return dispatch.attend(
+        backend,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=True,
         query_offset=query_offset,
         window=window,
         query_lengths=None,
@@ -113,5 +113,3 @@ def varlen_attention(
         precision=precision,
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
     )
-    run(problem)
-    return problem.result if problem.aux is None else (problem.result, problem.aux)
