@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from numba_attn import dlpack
 from numba_attn.device_array import DeviceArray
 
+Array = TypeVar("Array")  # whatever array a caller has
 OPERANDS = ("query", "key", "value", "attn_mask", "out")
 _PLAIN = (np.ndarray, type(None))
 
@@ -45,6 +46,7 @@ class Caller:
             given = map(self.give, results)
             return type(results)._make(given) if hasattr(results, "_make") else tuple(given)
         if results is self.view:
+            self.library.wrote(self.out)
             return self.out
         return results.owner if isinstance(results, DeviceArray) else self.library.give(self.like, results)
 
@@ -159,6 +161,9 @@ class Library:
         """A result in host memory."""
         raise NotImplementedError
 
+    def wrote(self, out: Any) -> None:
+        """What a library is to be told of an array of its own that was written to."""
+
     def on_device(
         self, x: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, **more: Any
     ) -> DeviceArray:
@@ -207,6 +212,9 @@ class _Torch(Library):
         if x.dtype.name == "bfloat16":
             return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(x)
+
+    def wrote(self, out: Any) -> None:
+        sys.modules["torch"].autograd.graph.increment_version(out)
 
 
 class _JAX(Library):

@@ -12,6 +12,7 @@ from numba_attn import arrays
 from numba_attn.problem import Problem
 
 BACKENDS = ("cpu", "cuda", "reference")
+_ON_HOST = ("cpu", "reference")
 
 # Backend -> the module whose `forward(problem)` it is.  If the module has `unavailable()`, that says why it cannot be
 # used here, or None.
@@ -23,8 +24,8 @@ def attend(backend: Any, **call: Any) -> Any:
 
     `backend` None is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
     """
-    explicit = isinstance(backend, str) and backend != "cuda"
-    caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if explicit else None)
+    on_host = isinstance(backend, str) and backend in _ON_HOST
+    caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if on_host else None)
     run = forward(("cuda" if caller.on_device else "cpu") if backend is None else backend)
     problem = Problem.from_call(**call)
     run(problem)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from numba_attn import arrays, checks
+from numba_attn.arrays import Array
 
 _MISSING = object()
 
 
-def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def merge_attention(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[Array, Array]:
     """Attention over all keys, from attention of the same queries to disjoint parts of them.
 
     With o_n and l_n the output and the log-sum-exp of part n, and l that of all keys,
@@ -30,14 +31,14 @@ def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> t
     ----------
     outs : one or more arrays (B, Hq, Lq, Dv) float32, float64, float16 or bfloat16
         Any strides.  Layout "BLHD", (B, Lq, Hq, Dv), does as well, as the axes of an lse are those of its output
-        without the last in both.
+        without the last in both.  Of any library, in host memory; lses are of the same.
     lses : as many arrays (B, Hq, Lq), floating point
         Natural logarithms, as `return_aux=("lse",)` gives them.  Where one is -inf, the part has nothing to attend to
         in that row and its output is not used, whatever it is.
 
     Returns
     -------
-    out : (B, Hq, Lq, Dv) of the dtype of outs
+    out : (B, Hq, Lq, Dv) of the library and dtype of outs
         Accumulated in float64 if outs or lses are, else in float32, and rounded once.  0 where all parts are empty.
     lse : (B, Hq, Lq) of the dtype of the accumulation
         -inf where all parts are empty.  Both are NaN in the rows where an lse is NaN or +inf.

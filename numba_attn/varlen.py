@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from numba_attn import dispatch
+from numba_attn.arrays import Array
 from numba_attn.problem import Aux
 
 
 def varlen_attention(
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
+    query: Array,
+    key: Array,
+    value: Array,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    attn_mask: np.ndarray | None = None,
+    attn_mask: Any = None,
     *,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -31,10 +30,10 @@ def varlen_attention(
     block_mask: Any = None,
     dropout_seed: Any = None,
     return_aux: tuple[str, ...] = (),
-    out: np.ndarray | None = None,
+    out: Array | None = None,
     backend: str | None = None,
     precision: str | None = None,
-) -> np.ndarray | tuple[np.ndarray, Aux]:
+) -> Array | tuple[Array, Aux]:
     """Attention of each of B packed sequences to its own keys: the same bits as one call for each, without dropout.
 
     The tokens of sequence b are query[cu_seqlens_q[b] : cu_seqlens_q[b + 1]], and likewise of key and value.  Work is
@@ -48,7 +47,8 @@ def varlen_attention(
     query : (Tq, Hq, D) float32, float64, float16 or bfloat16 (of ml_dtypes)
     key : (Tk, Hkv, D)
     value : (Tk, Hkv, Dv)
-        Any strides.  Hq is a multiple of Hkv: query head h uses key-value head h // (Hq // Hkv).
+        Any strides, of any library that `scaled_dot_product_attention` takes arrays of.  Hq is a multiple of Hkv: query
+        head h uses key-value head h // (Hq // Hkv).
     cu_seqlens_q, cu_seqlens_k : (B + 1,) ints
         Where sequences begin, from 0, and where the last one ends, Tq or Tk; not decreasing.  The same for
         self-attention.
@@ -67,7 +67,7 @@ def varlen_attention(
 
     Returns
     -------
-    out : (Tq, Hq, Dv) array of query's dtype; (out, Aux) if `return_aux` names anything.
+    out : (Tq, Hq, Dv) array of query's library and dtype; (out, Aux) if `return_aux` names anything.
 
     Raises
     ------

@@ -34,10 +34,10 @@ MAY_IMPORT = {
     "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "problem", "random"},
     "dispatch": {"arrays", "problem"},
-    "api": {"dispatch", "problem"},
+    "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},
     "rotary": {"arrays", "checks"},
-    "varlen": {"dispatch", "problem"},
+    "varlen": {"arrays", "dispatch", "problem"},
     "kv_cache": {"checks", "storage"},
     "paged_kv_cache": {"checks", "kv_cache", "storage"},
     # Rotary when it is asked for.
