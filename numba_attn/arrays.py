@@ -51,7 +51,7 @@ class Caller:
         return results.owner if isinstance(results, DeviceArray) else self.library.give(self.like, results)
 
 
-_NUMPY = Caller(None, None, None, None, False)
+NUMPY = Caller(None, None, None, None, False)
 
 
 def adopt(call: dict[str, Any], operands: tuple[str, ...] = OPERANDS, on_host: str | None = None) -> Caller:
@@ -64,7 +64,7 @@ def adopt(call: dict[str, Any], operands: tuple[str, ...] = OPERANDS, on_host: s
         if type(call[name]) not in _PLAIN:
             break
     else:
-        return _NUMPY
+        return NUMPY
     leader, *others = operands
     like, out = call[leader], call.get("out")
     library = library_of(like)
@@ -77,7 +77,7 @@ def adopt(call: dict[str, Any], operands: tuple[str, ...] = OPERANDS, on_host: s
                 f"{leader} and {name} must be arrays of one library, got {type_name(like)} and {type_name(x)}"
             )
     if library is None:
-        return _NUMPY
+        return NUMPY
     if out is not None and library.immutable:
         raise TypeError(f"out must be an array that can be written to, got {type_name(out)}, which is immutable")
     for name in operands:
@@ -124,7 +124,7 @@ def library_of(x: Any) -> Library | None:
     try:
         library = _known[kind]
     except KeyError:
-        library = _known[kind] = _find(kind)
+        library = _known.setdefault(kind, _find(kind))  # one for all threads
     # Of the object, not its class: arrays of one class may be on a device or not.
     return _INTERFACE if library is None and hasattr(x, "__cuda_array_interface__") else library
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from numba_attn import arrays
 from numba_attn.problem import Problem
 
@@ -24,8 +26,12 @@ def attend(backend: Any, **call: Any) -> Any:
 
     `backend` None is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
     """
-    on_host = isinstance(backend, str) and backend in _ON_HOST
-    caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if on_host else None)
+    # Most calls are of NumPy's arrays alone, and some are short: these comparisons are all that they pay for others.
+    caller = arrays.NUMPY
+    plain = type(call["query"]) is type(call["key"]) is type(call["value"]) is np.ndarray
+    if not plain or call["attn_mask"] is not None or call["out"] is not None:
+        on_host = isinstance(backend, str) and backend in _ON_HOST
+        caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if on_host else None)
     run = forward(("cuda" if caller.on_device else "cpu") if backend is None else backend)
     problem = Problem.from_call(**call)
     run(problem)
