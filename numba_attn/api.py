@@ -95,7 +95,8 @@ def scaled_dot_product_attention(
     Returns
     -------
     out : array of query's library, dtype and layout; (out, Aux) if `return_aux` names anything.
-        A row that attends to nothing is 0, its lse -inf, or the sink if there is one.
+        A row that attends to nothing is 0, its lse -inf, or the sink if there is one.  Where a class speaks DLPack but
+        has no `__array_namespace__` to make others, results are NumPy's.
 
     Raises
     ------
