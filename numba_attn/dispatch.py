@@ -6,12 +6,15 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from numba_attn import arrays
 from numba_attn.problem import Problem
+
+if TYPE_CHECKING:
+    from numba_attn.gradient_problem import GradientProblem
 
 BACKENDS = ("cpu", "cuda", "reference")
 _ON_HOST = ("cpu", "reference")
@@ -20,11 +23,23 @@ _ON_HOST = ("cpu", "reference")
 # used here, or None.
 _MODULES = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
 
+# Likewise, for `backward(gradient)`.
+_GRADIENTS = {"cpu": "numba_attn.cpu.gradients", "reference": "numba_attn.reference"}
+
 
 def attend(backend: Any, **call: Any) -> Any:
-    """What all forms of attention end with: the arguments of `Problem.from_call`, to results for the caller.
+    """What all forms of attention end with: the arguments of `Problem.from_call`, to results for the caller."""
+    caller, backend = adopt(backend, call)
+    run = forward(backend)
+    problem = Problem.from_call(**call)
+    run(problem)
+    return caller.give(problem.result if problem.aux is None else (problem.result, problem.aux))
 
-    `backend` None is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
+
+def adopt(backend: Any, call: dict[str, Any]) -> tuple[arrays.Caller, Any]:
+    """Put views in the place of the arrays of a call; and the backend, if it is None, by where they are.
+
+    That is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
     """
     # Most calls are of NumPy's arrays alone, and some are short: these comparisons are all that they pay for others.
     caller = arrays.NUMPY
@@ -32,24 +47,31 @@ def attend(backend: Any, **call: Any) -> Any:
     if not plain or call["attn_mask"] is not None or call["out"] is not None:
         on_host = isinstance(backend, str) and backend in _ON_HOST
         caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if on_host else None)
-    run = forward(("cuda" if caller.on_device else "cpu") if backend is None else backend)
-    problem = Problem.from_call(**call)
-    run(problem)
-    return caller.give(problem.result if problem.aux is None else (problem.result, problem.aux))
+    return caller, ("cuda" if caller.on_device else "cpu") if backend is None else backend
 
 
 def forward(backend: Any) -> Callable[[Problem], None]:
     """The forward pass of a backend by name."""
+    run: Callable[[Problem], None] = _module(_MODULES, backend).forward
+    return run
+
+
+def backward(backend: Any) -> Callable[[GradientProblem], None]:
+    """The gradient of a backend by name."""
+    run: Callable[[GradientProblem], None] = _module(_GRADIENTS, backend, "the gradient of ").backward
+    return run
+
+
+def _module(modules: dict[str, str], backend: Any, what: str = "") -> ModuleType:
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'cpu', 'cuda' or 'reference', got {backend!r}")
-    if backend not in _MODULES:
-        raise NotImplementedError(f"backend {backend!r} is not implemented yet")
-    module = _imported(_MODULES[backend])
+    if backend not in modules:
+        raise NotImplementedError(f"{what}backend {backend!r} is not implemented yet")
+    module = _imported(modules[backend])
     unavailable = vars(module).get("unavailable")
     if unavailable is not None and (reason := unavailable()):
         raise NotImplementedError(f"backend {backend!r} cannot be used: {reason}")
-    run: Callable[[Problem], None] = module.forward
-    return run
+    return module
 
 
 @functools.cache

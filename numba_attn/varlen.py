@@ -8,6 +8,9 @@ from numba_attn import dispatch
 from numba_attn.arrays import Array
 from numba_attn.problem import Aux
 
+FIXED: dict[str, Any] = {"enable_gqa": True, "query_lengths": None, "kv_lengths": None, "layout": "BHLD"}
+"""What the general function would take, and packed sequences leave no choice about."""
+
 
 def varlen_attention(
     query: Array,
@@ -95,11 +98,8 @@ def varlen_attention(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=True,
         query_offset=query_offset,
         window=window,
-        query_lengths=None,
-        kv_lengths=None,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -109,7 +109,7 @@ def varlen_attention(
         dropout_seed=dropout_seed,
         return_aux=return_aux,
         out=out,
-        layout="BHLD",
         precision=precision,
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
+        **FIXED,
     )

@@ -150,6 +150,26 @@ def test_the_other_functions(convert: Callable[[np.ndarray], Any]) -> None:
     assert same_bits(*results)
 
 
+def test_gradients(convert: Callable[[np.ndarray], Any]) -> None:
+    """Of every input there is, as arrays of the library."""
+    rng = np.random.default_rng(0)
+    given = arguments() | {"attn_mask": rng.standard_normal((LQ, LK), dtype=np.float32)}
+    grad_out = rng.standard_normal((B, HQ, LQ, DV), dtype=np.float32)
+    grad_lse = rng.standard_normal((B, HQ, LQ), dtype=np.float32)
+    results = []
+    for wrap in (np.asarray, convert):
+        out, vjp = numba_attn.scaled_dot_product_attention_vjp(
+            **{name: wrap(x) for name, x in given.items()}, enable_gqa=True, is_causal=True
+        )
+        gradients = vjp(wrap(grad_out), wrap(grad_lse))
+        assert isinstance(gradients, numba_attn.Gradients) and all(type(x) is type(out) for x in gradients)
+        results.append(tuple(map(plain, (out, *gradients))))
+    assert same_bits(*results)
+    assert [x.shape for x in results[1][1:]] == [given[name].shape for name in gradients._fields]
+    with pytest.raises(TypeError, match=r"grad_out must be an array of query's library, got numpy\.ndarray"):
+        vjp(grad_out)
+
+
 def test_libraries_do_not_mix(torch: Any, jax: Any) -> None:
     x = np.ones((2, 5, 8), np.float32)
     t, j = torch.from_numpy(x), jax.numpy.asarray(x)
