@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from numba_attn import dispatch
-from numba_attn.problem import Aux, Problem
+from numba_attn.arrays import Array
+from numba_attn.problem import Aux
 
 
 def scaled_dot_product_attention(
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
-    attn_mask: np.ndarray | None = None,
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -32,11 +31,11 @@ def scaled_dot_product_attention(
     block_mask: Any = None,
     dropout_seed: Any = None,
     return_aux: tuple[str, ...] = (),
-    out: np.ndarray | None = None,
+    out: Array | None = None,
     layout: str = "BHLD",
     backend: str | None = None,
     precision: str | None = None,
-) -> np.ndarray | tuple[np.ndarray, Aux]:
+) -> Array | tuple[Array, Aux]:
     """Scaled dot-product attention, softmax(scale * Q K^T + mask) V, without ever forming the matrix of scores.
 
     The first eight parameters are PyTorch's, in name, order, default and meaning.  Shape letters: B batch (any number
@@ -48,6 +47,8 @@ def scaled_dot_product_attention(
     key : (B, Hkv, Lk, D)
     value : (B, Hkv, Lk, Dv)
         Any strides, read-only and memory-mapped included; nothing is copied.  Rank 3 is (H, L, D), rank 2 is (L, D).
+        Arrays of NumPy, of torch or JAX on the CPU, or of any class that speaks DLPack; these and attn_mask and out of
+        one library, other arguments of that or of NumPy.
     attn_mask : bool or floating point, broadcasting to (B, Hq, Lq, Lk), optional
         True = attend; or numbers added to the scaled scores, rounded to the precision of the scores, where -inf masks.
     dropout_p : float in [0, 1)
@@ -88,18 +89,21 @@ def scaled_dot_product_attention(
         "bfloat16" rounds float32 input to bfloat16 for the products, on processors that have these, which is faster.
     layout : "BHLD" or "BLHD"
         Whether heads or rows come first in query, key, value, out and lse.  attn_mask is (B, Hq, Lq, Lk) in both.
-    backend : None, "cpu", "reference"
-        None chooses by array type.
+    backend : None, "cpu", "cuda", "reference"
+        None is "cpu", or "cuda" for arrays on a CUDA device.
 
     Returns
     -------
-    out : array of query's dtype and layout; (out, Aux) if `return_aux` names anything.
-        A row that attends to nothing is 0, its lse -inf, or the sink if there is one.
+    out : array of query's library, dtype and layout; (out, Aux) if `return_aux` names anything.
+        A row that attends to nothing is 0, its lse -inf, or the sink if there is one.  Where a class speaks DLPack but
+        has no `__array_namespace__` to make others, results are NumPy's.
 
     Raises
     ------
     ValueError, TypeError
-        Shapes or values, and dtypes, that do not fit; nothing has been computed or written then.
+        Shapes or values, and types, that do not fit; nothing has been computed or written then.
+    NotImplementedError
+        A backend that cannot be used here, with the reason.
 
     Notes
     -----
@@ -118,16 +122,16 @@ def scaled_dot_product_attention(
     array([[1.],
            [2.]], dtype=float32)
     """
-    run = dispatch.forward(backend)
-    problem = Problem.from_call(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
+    return dispatch.attend(
+        backend,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
         query_offset=query_offset,
         window=window,
         query_lengths=query_lengths,
@@ -144,5 +148,3 @@ def scaled_dot_product_attention(
         layout=layout,
         precision=precision,
     )
-    run(problem)
-    return problem.result if problem.aux is None else (problem.result, problem.aux)

@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from numba_attn import arrays
+from numba_attn.arrays import type_name as type_name
+from numba_attn.device_array import DeviceArray
+
 LAYOUTS = ("BHLD", "BLHD")
 
 
-def numpy_array(name: str, x: Any) -> np.ndarray:
+def array(name: str, x: Any) -> Any:
+    """A NumPy array in native byte order, over the memory of an array of any library; or a `DeviceArray`."""
     if type(x) is not np.ndarray:
+        x = arrays.view(name, x)
+        if type(x) is DeviceArray:
+            return x
         if not isinstance(x, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array, got {type_name(x)}")
         if isinstance(x, np.ma.MaskedArray):
@@ -21,17 +29,37 @@ def numpy_array(name: str, x: Any) -> np.ndarray:
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
+def numpy_array(name: str, x: Any) -> np.ndarray:
+    found: np.ndarray = array(name, on_host(name, x))
+    return found
+
+
+def on_host(name: str, x: Any) -> Any:
+    """An array of another library as NumPy's, if it is in host memory; what is no array as it is."""
+    if type(x) is np.ndarray:
+        return x
+    found = arrays.view(name, x)
+    if type(found) is DeviceArray:
+        raise TypeError(f"{name} must be in host memory, where it is looked at, got {type_name(x)} on a CUDA device")
+    return found
+
+
 def floating_array(name: str, x: Any) -> np.ndarray:
     """A float32, float64, float16 or bfloat16 array, in native byte order."""
-    x = numpy_array(name, x)
+    found: np.ndarray = floating(name, numpy_array(name, x))
+    return found
+
+
+def floating(name: str, x: Any) -> Any:
+    """An array whose dtype is one of those of attention."""
     if x.dtype.char not in "fde" and not is_bfloat16(x.dtype):
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
     return x
 
 
-def output_array(out: Any, shape: tuple[int, ...], dtype: np.dtype, like: str) -> np.ndarray:
+def output_array(out: Any, shape: tuple[int, ...], dtype: np.dtype, like: str) -> Any:
     """An array that a result of that shape, and of the dtype of the argument `like`, can be written to."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray | DeviceArray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a NumPy array, got {type_name(out)}")
     if out.dtype != dtype or not out.dtype.isnative:
         raise TypeError(f"out must be {dtype}, as {like} is, got {out.dtype}")
@@ -99,6 +127,7 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
         values: Any = x
         smallest = largest = x
     else:
+        x = on_host(name, x)
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{name} must not be a masked array")
         try:
@@ -135,7 +164,8 @@ def parameters(name: str, function: Any, expected: tuple[str, ...]) -> None:
         )
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: Any, b: Any) -> bool:
+    a, b = (x.places() if type(x) is DeviceArray else x for x in (a, b))
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -144,7 +174,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def overlaps_itself(x: np.ndarray) -> bool:
+def overlaps_itself(x: np.ndarray | DeviceArray) -> bool:
     """Whether two elements may be at one address (never a wrong no; a wrong yes only for very odd strides)."""
     if x.flags.c_contiguous or x.size == 0:
         return False
@@ -154,7 +184,3 @@ def overlaps_itself(x: np.ndarray) -> bool:
             return True
         reach += stride * (n - 1)
     return False
-
-
-def type_name(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")

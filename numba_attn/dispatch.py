@@ -1,41 +1,79 @@
-"""From the array type to the backend that computes on it.  Nothing is imported before it is needed."""
+"""From a call to the backend that computes it, by the kind of its arrays.  Nothing is imported before it is needed."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from numba_attn import arrays
 from numba_attn.problem import Problem
 
 if TYPE_CHECKING:
     from numba_attn.gradient_problem import GradientProblem
 
-# Backend -> the modules whose `forward(problem)` and `backward(gradient)` they are.
-_FORWARD = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
-_BACKWARD = {"cpu": "numba_attn.cpu.gradients", "reference": "numba_attn.reference"}
+BACKENDS = ("cpu", "cuda", "reference")
+_ON_HOST = ("cpu", "reference")
+
+# Backend -> the module whose `forward(problem)` it is.  If the module has `unavailable()`, that says why it cannot be
+# used here, or None.
+_MODULES = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
+
+# Likewise, for `backward(gradient)`.
+_GRADIENTS = {"cpu": "numba_attn.cpu.gradients", "reference": "numba_attn.reference"}
+
+
+def attend(backend: Any, **call: Any) -> Any:
+    """What all forms of attention end with: the arguments of `Problem.from_call`, to results for the caller."""
+    caller, backend = adopt(backend, call)
+    run = forward(backend)
+    problem = Problem.from_call(**call)
+    run(problem)
+    return caller.give(problem.result if problem.aux is None else (problem.result, problem.aux))
+
+
+def adopt(backend: Any, call: dict[str, Any]) -> tuple[arrays.Caller, Any]:
+    """Put views in the place of the arrays of a call; and the backend, if it is None, by where they are.
+
+    That is "cuda" for arrays on a CUDA device and else "cpu".  An explicit one never falls back to another.
+    """
+    # Most calls are of NumPy's arrays alone, and some are short: these comparisons are all that they pay for others.
+    caller = arrays.NUMPY
+    plain = type(call["query"]) is type(call["key"]) is type(call["value"]) is np.ndarray
+    if not plain or call["attn_mask"] is not None or call["out"] is not None:
+        on_host = isinstance(backend, str) and backend in _ON_HOST
+        caller = arrays.adopt(call, on_host=f"for backend={backend!r}" if on_host else None)
+    return caller, ("cuda" if caller.on_device else "cpu") if backend is None else backend
 
 
 def forward(backend: Any) -> Callable[[Problem], None]:
-    """The forward pass of a backend; None chooses by array type, of which there is NumPy's so far.
-
-    An explicit backend never falls back to another.
-    """
-    run: Callable[[Problem], None] = importlib.import_module(_FORWARD[_name(backend)]).forward
+    """The forward pass of a backend by name."""
+    run: Callable[[Problem], None] = _module(_MODULES, backend).forward
     return run
 
 
 def backward(backend: Any) -> Callable[[GradientProblem], None]:
-    """The gradient of a backend, likewise."""
-    run: Callable[[GradientProblem], None] = importlib.import_module(_BACKWARD[_name(backend)]).backward
+    """The gradient of a backend by name."""
+    run: Callable[[GradientProblem], None] = _module(_GRADIENTS, backend, "the gradient of ").backward
     return run
 
 
-def _name(backend: Any) -> str:
-    if backend is None:
-        backend = "cpu"
-    if isinstance(backend, str) and backend == "cuda":
-        raise NotImplementedError("backend 'cuda' is not implemented yet")
-    if not isinstance(backend, str) or backend not in _FORWARD:
+def _module(modules: dict[str, str], backend: Any, what: str = "") -> ModuleType:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'cpu', 'cuda' or 'reference', got {backend!r}")
-    return backend
+    if backend not in modules:
+        raise NotImplementedError(f"{what}backend {backend!r} is not implemented yet")
+    module = _imported(modules[backend])
+    unavailable = vars(module).get("unavailable")
+    if unavailable is not None and (reason := unavailable()):
+        raise NotImplementedError(f"backend {backend!r} cannot be used: {reason}")
+    return module
+
+
+@functools.cache
+def _imported(module: str) -> ModuleType:
+    return importlib.import_module(module)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import api, dispatch, varlen
+from numba_attn import api, arrays, checks, dispatch, varlen
 from numba_attn.gradient_problem import GradientProblem, Gradients
 from numba_attn.problem import Problem
 
@@ -21,16 +21,22 @@ class VJP:
     It holds on to the inputs and the output, which must not have changed when it is called, any number of times.
     """
 
-    def __init__(self, problem: Problem, backward: Callable[[GradientProblem], None], inputs: dict[str, Any]):
-        self._problem, self._backward = problem, backward
+    def __init__(
+        self,
+        problem: Problem,
+        backward: Callable[[GradientProblem], None],
+        inputs: dict[str, Any],
+        caller: arrays.Caller,
+    ) -> None:
+        self._problem, self._backward, self._caller = problem, backward, caller
         self._like = {name: (np.shape(x), x.dtype) for name, x in inputs.items() if x is not None}
 
-    def __call__(self, grad_out: np.ndarray, grad_lse: np.ndarray | None = None, wanted: Any = None) -> Gradients:
+    def __call__(self, grad_out: Any, grad_lse: Any = None, wanted: Any = None) -> Gradients:
         """The gradient of sum(grad_out * out) + sum(grad_lse * lse).
 
         Parameters
         ----------
-        grad_out : array of the shape and dtype of the output
+        grad_out : array of the shape and dtype of the output, and of its library
         grad_lse : array of the shape and dtype of the lse, optional
         wanted : tuple of names of `Gradients`, optional
             All that there are, if None.  Those of query, key and value always come; those of attn_mask and alibi_slopes
@@ -41,14 +47,17 @@ class VJP:
         ValueError, TypeError
             Shapes, dtypes or names that do not fit; nothing has been computed then.
         """
-        gradient, problem = GradientProblem.from_call(self._problem, grad_out, grad_lse, wanted), self._problem
+        given = {"grad_out": grad_out, "grad_lse": grad_lse}
+        if arrays.adopt(given, tuple(given)).library is not self._caller.library:
+            raise TypeError(f"grad_out must be an array of query's library, got {checks.type_name(grad_out)}")
+        gradient, problem = GradientProblem.from_call(self._problem, **given, wanted=wanted), self._problem
         self._backward(gradient)
 
         def like_input(name: str, x: np.ndarray | None) -> np.ndarray | None:
             shape, dtype = self._like.get(name, (None, None))
             return None if x is None else x.reshape(shape).astype(dtype, copy=False)
 
-        return Gradients(
+        gradients = Gradients(
             query=problem.as_given(gradient.query),
             key=problem.as_given(gradient.key),
             value=problem.as_given(gradient.value),
@@ -56,6 +65,7 @@ class VJP:
             sinks=like_input("sinks", gradient.sinks),
             alibi_slopes=like_input("alibi_slopes", gradient.slopes),
         )
+        return self._caller.give(gradients)  # type: ignore[no-any-return]
 
 
 def _with_score_mod_grad(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -137,7 +147,7 @@ def _vjp(
     bound = inspect.signature(forward).bind(*args, **options)
     bound.apply_defaults()
     arguments = bound.arguments
-    backend = arguments.pop("backend")
+    caller, backend = dispatch.adopt(arguments.pop("backend"), arguments)
     run, backward = dispatch.forward(backend), dispatch.backward(backend)
     if "cu_seqlens_q" in arguments:
         arguments["cu_seqlens"] = arguments.pop("cu_seqlens_q"), arguments.pop("cu_seqlens_k")
@@ -145,5 +155,5 @@ def _vjp(
     problem = Problem.from_call(**arguments, differentiable=True, score_mod_grad=score_mod_grad)
     run(problem)
     result = problem.result if problem.aux is None else (problem.result, problem.aux)
-    inputs = {name: arguments[name] for name in ("attn_mask", "sinks", "alibi_slopes")}
-    return result, VJP(problem, backward, inputs)
+    inputs = {name: checks.on_host(name, arguments[name]) for name in ("attn_mask", "sinks", "alibi_slopes")}
+    return caller.give(result), VJP(problem, backward, inputs, caller)

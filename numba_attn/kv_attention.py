@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
 from numba_attn.api import scaled_dot_product_attention
+from numba_attn.arrays import Array
 from numba_attn.kv_cache import KVCache, Tokens, counts_of
 from numba_attn.paged_kv_cache import PagedBatch
 from numba_attn.problem import Aux
@@ -16,13 +17,13 @@ from numba_attn.storage import dequantize, quantize
 
 
 def attention_with_kv_cache(
-    query: np.ndarray,
+    query: Array,
     cache: KVCache | PagedBatch,
-    key: np.ndarray | None = None,
-    value: np.ndarray | None = None,
+    key: Array | None = None,
+    value: Array | None = None,
     *,
     counts: Any = None,
-    rotary: tuple[np.ndarray, np.ndarray] | None = None,
+    rotary: tuple[Any, Any] | None = None,
     is_causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -34,16 +35,17 @@ def attention_with_kv_cache(
     dropout_p: float = 0.0,
     dropout_seed: Any = None,
     return_aux: tuple[str, ...] = (),
-    out: np.ndarray | None = None,
+    out: Array | None = None,
     precision: str | None = None,
     backend: str | None = None,
-) -> np.ndarray | tuple[np.ndarray, Aux]:
+) -> Array | tuple[Array, Aux]:
     """Append tokens to a cache, then attend to all that it holds: prefill, in one piece or several, and decoding.
 
     Parameters
     ----------
     query : (B, Hq, n, D), of the cache's dtype; Hq a multiple of the cache's Hkv
-        The rows stand at the last n positions of each sequence, after the append.
+        The rows stand at the last n positions of each sequence, after the append.  Arrays of any library, in host
+        memory, as the cache is.
     cache : KVCache, or what `PagedKVCache.batch` and `PagedKVCache.tables` give
     key, value : (B, Hkv, n, D) and (B, Hkv, n, Dv), optional
         Tokens to append first, one for each row of query.
@@ -61,7 +63,7 @@ def attention_with_kv_cache(
 
     Returns
     -------
-    out : (B, Hq, n, Dv) array; (out, Aux) if `return_aux` names anything.
+    out : (B, Hq, n, Dv) array of query's library; (out, Aux) if `return_aux` names anything.
         A row without keys, as where a sequence is empty, is 0.
 
     Raises
@@ -90,19 +92,21 @@ def attention_with_kv_cache(
     """
     if not isinstance(cache, KVCache | PagedBatch):
         raise TypeError(f"cache must be a KVCache or a batch of a PagedKVCache, got {checks.type_name(cache)}")
-    query, is_causal = _query(query, cache), checks.flag("is_causal", is_causal)
-    tokens = None if key is None and value is None else cache.checked(key, value, counts)
-    n = query.shape[2]
+    given: dict[str, Any] = {"query": query, "key": key, "value": value, "out": out}
+    caller = arrays.adopt(given, tuple(given), on_host="as the cache is")
+    q, is_causal = _query(given["query"], cache), checks.flag("is_causal", is_causal)
+    tokens = None if key is None and value is None else cache.checked(given["key"], given["value"], counts)
+    n = q.shape[2]
     if tokens is not None and tokens.key.shape[2] != n:
         raise ValueError(f"query and key must have the same length, got {n} and {tokens.key.shape[2]}")
-    rows = counts_of(counts, len(query), n)
+    rows = counts_of(counts, len(q), n)
     totals = cache.totals if tokens is None else cache.totals + rows
     offset = totals - rows
     if cache.window is not None:
         refused = {"window": window, "alibi_slopes": alibi_slopes, "score_mod": score_mod, "mask_mod": mask_mod}
         _refuse_in_ring(refused, return_aux)
     if rotary is not None:
-        query, tokens = _rotated(rotary, query, tokens, offset)
+        q, tokens = _rotated(rotary, q, tokens, offset)
 
     # Keys and values of a mask are made before the tokens are written: it is for those that are overwritten.
     masked = is_causal and n > 1 and bool((totals > cache.capacity).any())
@@ -110,8 +114,8 @@ def attention_with_kv_cache(
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
         keys, values, mask = operands or (*_held(cache), None)
-        return scaled_dot_product_attention(
-            query,
+        results = scaled_dot_product_attention(
+            q,
             keys,
             values,
             mask,
@@ -130,10 +134,11 @@ def attention_with_kv_cache(
             mask_mod=mask_mod,
             dropout_seed=dropout_seed,
             return_aux=return_aux,
-            out=out,
+            out=given["out"],
             backend=backend,
             precision=precision,
         )
+    return caller.give(results)
 
 
 def _held(cache: KVCache | PagedBatch) -> tuple[Any, Any]:

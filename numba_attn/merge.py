@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
+from numba_attn.arrays import Array
 
 _MISSING = object()
 
 
-def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def merge_attention(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[Array, Array]:
     """Attention over all keys, from attention of the same queries to disjoint parts of them.
 
     With o_n and l_n the output and the log-sum-exp of part n, and l that of all keys,
@@ -30,14 +31,14 @@ def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> t
     ----------
     outs : one or more arrays (B, Hq, Lq, Dv) float32, float64, float16 or bfloat16
         Any strides.  Layout "BLHD", (B, Lq, Hq, Dv), does as well, as the axes of an lse are those of its output
-        without the last in both.
+        without the last in both.  Of any library, in host memory; lses are of the same.
     lses : as many arrays (B, Hq, Lq), floating point
         Natural logarithms, as `return_aux=("lse",)` gives them.  Where one is -inf, the part has nothing to attend to
         in that row and its output is not used, whatever it is.
 
     Returns
     -------
-    out : (B, Hq, Lq, Dv) of the dtype of outs
+    out : (B, Hq, Lq, Dv) of the library and dtype of outs
         Accumulated in float64 if outs or lses are, else in float32, and rounded once.  0 where all parts are empty.
     lse : (B, Hq, Lq) of the dtype of the accumulation
         -inf where all parts are empty.  Both are NaN in the rows where an lse is NaN or +inf.
@@ -73,23 +74,27 @@ def merge_attention(outs: Iterable[np.ndarray], lses: Iterable[np.ndarray]) -> t
         if out is _MISSING or lse is _MISSING:
             more, fewer = ("lses", "outs") if out is _MISSING else ("outs", "lses")
             raise ValueError(f"outs and lses must be as many, got {n} {fewer} and more {more}")
-        out = checks.floating_array(f"outs[{n}]", out)
-        lse = checks.floating_array(f"lses[{n}]", lse)
+        part, kind = {f"outs[{n}]": out, f"lses[{n}]": lse}, checks.type_name(out)
+        caller = arrays.adopt(part, tuple(part), on_host="where parts are merged")
+        out, lse = (checks.floating_array(name, x) for name, x in part.items())
         if merged is None:
-            merged = _Merged(out, lse)
+            merged = _Merged(out, lse, caller, kind)
+        if caller.library is not merged.caller.library:
+            raise TypeError(f"outs[0] and outs[{n}] must be arrays of one library, got {merged.kind} and {kind}")
         merged.check(n, out, lse)
         merged.add(out, lse)
     if merged is None:
         raise ValueError("outs must have one part or more, got none")
-    return merged.result()
+    return merged.caller.give(merged.result())  # type: ignore[no-any-return]
 
 
 class _Merged:
     """The parts so far, relative to the largest log-sum-exp among them in each row."""
 
-    def __init__(self, out: np.ndarray, lse: np.ndarray) -> None:
+    def __init__(self, out: np.ndarray, lse: np.ndarray, caller: arrays.Caller, kind: str) -> None:
         if out.ndim < 2:
             raise ValueError(f"outs must have at least 2 axes (length, head size), got shape {out.shape}")
+        self.caller, self.kind = caller, kind
         self.dtypes = out.dtype, lse.dtype
         dtype = np.float64 if np.float64 in self.dtypes else np.float32
         rows = out.shape[:-1]

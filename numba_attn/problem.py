@@ -86,7 +86,7 @@ class Problem:
     """A validated call.  Arrays are views with heads before rows, (*batch, H, L, D), whatever the caller's layout.
 
     Of packed sequences they are (H, T, D), and `mask` alone has an axis of sequences; key and value of a cache are as
-    the `storage` says.
+    the `storage` says.  On a CUDA device, query, key, value, mask and results are `DeviceArray`s, all else is NumPy's.
     """
 
     query: np.ndarray  # (*batch, Hq, Lq, D)
@@ -251,7 +251,7 @@ class Problem:
             batch, (Hq, Lq), Lk, Dv = q.shape[:-3], q.shape[-3:-1], k.shape[-2], v.shape[-1]
         B = math.prod(batch)
         return_shape = (*query.shape[:-1], Dv)
-        result = _result(out, return_shape, query.dtype)
+        result = _result(out, query, return_shape)
 
         mask = None if attn_mask is None else _mask(attn_mask, (*batch, Hq, Lq, Lk), 4 if packed else query.ndim)
         intervals = _intervals(
@@ -264,8 +264,9 @@ class Problem:
         # Each result as the caller gets it: one number a row, or a key, of each head.
         rows = return_shape[:-1]
         keys = (len(key), Hq) if packed else _per_key(rows, Lk, layout)
+        numbers = statistics_dtype(query.dtype)
         wanted = (*names, "lse") if differentiable else names
-        aux = {name: np.empty(rows if name != "key_weight" else keys, statistics_dtype(query.dtype)) for name in wanted}
+        aux = {name: _empty(query, rows if name != "key_weight" else keys, numbers) for name in wanted}
         if differentiable:
             _check_differentiable(score_mod, score_mod_grad, precision)
 
@@ -310,16 +311,23 @@ def _heads_first(x: np.ndarray, packed: Packed | None, layout: str) -> np.ndarra
     return x.swapaxes(0, 1) if packed else checks.heads_first(x, layout)
 
 
-def _operand(name: str, x: Any) -> np.ndarray:
+def _operand(name: str, x: Any) -> Any:
     """A floating-point array of two or more axes, in native byte order."""
-    x = checks.floating_array(name, x)
+    x = checks.floating(name, checks.array(name, x))
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 axes (length, head size), got shape {x.shape}")
     return x
 
 
-def _result(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return np.empty(shape, dtype) if out is None else checks.output_array(out, shape, dtype, like="query")
+def _result(out: Any, query: Any, shape: tuple[int, ...]) -> Any:
+    if out is None:
+        return _empty(query, shape, query.dtype)
+    return checks.output_array(out, shape, query.dtype, like="query")
+
+
+def _empty(query: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """A new array where the query is."""
+    return np.empty(shape, dtype) if isinstance(query, np.ndarray) else query.empty(shape, dtype)
 
 
 def _per_key(rows: tuple[int, ...], Lk: int, layout: str) -> tuple[int, ...]:
@@ -359,6 +367,7 @@ def _packed(query: np.ndarray, key: np.ndarray, value: np.ndarray, query_starts:
 
 def _starts(name: str, starts: Any, T: int, of: str) -> np.ndarray:
     """(B + 1,) int64 that rise from 0 to T."""
+    starts = checks.on_host(name, starts)
     if np.ndim(starts) != 1 or not np.size(starts):
         raise ValueError(f"{name} must have shape (B + 1,), got {np.shape(starts)}")
     flat = np.asarray(checks.integers(name, starts, np.shape(starts), 0, T)).astype(np.int64)
@@ -401,9 +410,9 @@ def _check_heads(Hq: int, Hkv: int, enable_gqa: bool) -> None:
             raise ValueError(f"query heads must be a multiple of key-value heads, got {Hq} and {Hkv}")
 
 
-def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
+def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> Any:
     """The mask with as many axes as the scores, each of them full or 1; `rank` is that of the caller's query."""
-    mask = checks.numpy_array("attn_mask", mask)
+    mask = checks.array("attn_mask", mask)
     if mask.dtype.char not in "?fde" and not checks.is_bfloat16(mask.dtype):
         raise TypeError(f"attn_mask must be bool, float32, float64, float16 or bfloat16, got {mask.dtype}")
     expected = scores if rank > 2 else scores[1:]
@@ -411,7 +420,7 @@ def _mask(mask: Any, scores: tuple[int, ...], rank: int) -> np.ndarray:
         m not in (1, n) for m, n in zip(mask.shape[::-1], expected[::-1], strict=False)
     ):
         raise ValueError(f"attn_mask of shape {mask.shape} does not broadcast to {expected}")
-    return mask.reshape((1,) * (len(scores) - mask.ndim) + mask.shape)
+    return mask[(None,) * (len(scores) - mask.ndim)]
 
 
 # Options --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
+from numba_attn.arrays import Array
 
 # Scalings: frequencies for sequences longer than a model was trained on -----------------------------------------------
 
@@ -237,6 +238,7 @@ def rotary_tables(
 
 def _positions(positions: Any) -> np.ndarray:
     """As float64, which holds integers up to 2**53."""
+    positions = checks.on_host("positions", positions)
     if not isinstance(positions, np.ndarray | list | tuple):
         length = checks.integer("positions", positions)
         if length < 0:
@@ -257,15 +259,15 @@ def _positions(positions: Any) -> np.ndarray:
 
 
 def apply_rotary(
-    x: np.ndarray,
-    cos: np.ndarray,
-    sin: np.ndarray,
+    x: Array,
+    cos: Any,
+    sin: Any,
     *,
     position_offset: Any = 0,
     interleaved: bool = False,
     layout: str = "BHLD",
-    out: np.ndarray | None = None,
-) -> np.ndarray:
+    out: Array | None = None,
+) -> Array:
     """Rotate the queries or keys x by the angles of their positions.
 
     Shape letters: B batch (any number of axes, none included), H heads, L length, D head size, R <= D the even number
@@ -274,7 +276,7 @@ def apply_rotary(
     Parameters
     ----------
     x : (B, H, L, D) float32, float64, float16 or bfloat16 (of ml_dtypes)
-        Any strides.  Rank 3 is (H, L, D), rank 2 is (L, D).
+        Any strides, of any library in host memory.  Rank 3 is (H, L, D), rank 2 is (L, D).
     cos, sin : (positions, R / 2), or (B, positions, R / 2), floating point
         As `rotary_tables` gives them; with B, each sequence has its own, or all have one where B is 1.
     position_offset : int or (B,) ints
@@ -288,7 +290,7 @@ def apply_rotary(
 
     Returns
     -------
-    array of x's shape and dtype
+    array of x's library, shape and dtype
         Computed in float64 if x or a table is, else in float32, and rounded once.
 
     Raises
@@ -310,15 +312,21 @@ def apply_rotary(
     ...     position_offset=7)))
     True
     """
+    given: dict[str, Any] = {"x": x, "out": out}
+    caller = arrays.adopt(given, tuple(given), on_host="where it is rotated")
+    return caller.give(_rotated(given["x"], (cos, sin), position_offset, interleaved, layout, given["out"]))
+
+
+def _rotated(x: Any, tables: tuple[Any, Any], offset: Any, interleaved: Any, layout: Any, out: Any) -> np.ndarray:
     x = checks.floating_array("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 axes (length, head size), got shape {x.shape}")
     layout, interleaved = checks.layout(layout), checks.flag("interleaved", interleaved)
     heads = checks.heads_first(x, layout)
-    cos, sin = _tables(cos, sin, heads)
-    offset = _offset(position_offset, cos.shape[-2], heads)
+    cos, sin = _tables(*tables, heads)
+    offset = _offset(offset, cos.shape[-2], heads)
     cos, sin = (_rows(table, offset, heads) for table in (cos, sin))
-    result = np.empty(x.shape, x.dtype) if out is None else _output(out, x, cos, sin)
+    result: np.ndarray = np.empty(x.shape, x.dtype) if out is None else _output(out, x, cos, sin)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in x is so in the result
         _rotate(heads, cos, sin, interleaved, checks.heads_first(result, layout))
     return result

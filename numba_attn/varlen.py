@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from numba_attn import dispatch
-from numba_attn.problem import Aux, Problem
+from numba_attn.arrays import Array
+from numba_attn.problem import Aux
 
 FIXED: dict[str, Any] = {"enable_gqa": True, "query_lengths": None, "kv_lengths": None, "layout": "BHLD"}
 """What the general function would take, and packed sequences leave no choice about."""
 
 
 def varlen_attention(
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
+    query: Array,
+    key: Array,
+    value: Array,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    attn_mask: np.ndarray | None = None,
+    attn_mask: Any = None,
     *,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -34,10 +33,10 @@ def varlen_attention(
     block_mask: Any = None,
     dropout_seed: Any = None,
     return_aux: tuple[str, ...] = (),
-    out: np.ndarray | None = None,
+    out: Array | None = None,
     backend: str | None = None,
     precision: str | None = None,
-) -> np.ndarray | tuple[np.ndarray, Aux]:
+) -> Array | tuple[Array, Aux]:
     """Attention of each of B packed sequences to its own keys: the same bits as one call for each, without dropout.
 
     The tokens of sequence b are query[cu_seqlens_q[b] : cu_seqlens_q[b + 1]], and likewise of key and value.  Work is
@@ -51,7 +50,8 @@ def varlen_attention(
     query : (Tq, Hq, D) float32, float64, float16 or bfloat16 (of ml_dtypes)
     key : (Tk, Hkv, D)
     value : (Tk, Hkv, Dv)
-        Any strides.  Hq is a multiple of Hkv: query head h uses key-value head h // (Hq // Hkv).
+        Any strides, of any library that `scaled_dot_product_attention` takes arrays of.  Hq is a multiple of Hkv: query
+        head h uses key-value head h // (Hq // Hkv).
     cu_seqlens_q, cu_seqlens_k : (B + 1,) ints
         Where sequences begin, from 0, and where the last one ends, Tq or Tk; not decreasing.  The same for
         self-attention.
@@ -70,7 +70,7 @@ def varlen_attention(
 
     Returns
     -------
-    out : (Tq, Hq, Dv) array of query's dtype; (out, Aux) if `return_aux` names anything.
+    out : (Tq, Hq, Dv) array of query's library and dtype; (out, Aux) if `return_aux` names anything.
 
     Raises
     ------
@@ -89,15 +89,15 @@ def varlen_attention(
     >>> varlen_attention(x, x, value, [0, 2, 2, 5], [0, 2, 2, 5], is_causal=True)[:, 0, 0].round(3)
     array([0. , 0.5, 2. , 2.5, 3. ], dtype=float32)
     """
-    run = dispatch.forward(backend)
-    problem = Problem.from_call(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
+    return dispatch.attend(
+        backend,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
         query_offset=query_offset,
         window=window,
         softcap=softcap,
@@ -113,5 +113,3 @@ def varlen_attention(
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
         **FIXED,
     )
-    run(problem)
-    return problem.result if problem.aux is None else (problem.result, problem.aux)

@@ -1,0 +1,374 @@
+"""Arrays of other libraries: read where they lie, and results as arrays of the library that the caller uses.
+
+torch, JAX, CuPy and numba.cuda are known by name, others by DLPack or the CUDA array interface.  None of them is ever
+imported: whoever has such an array has its library in `sys.modules`.  In host memory an array becomes a NumPy array of
+the same memory, on a CUDA device a `DeviceArray`; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from numba_attn import dlpack
+from numba_attn.device_array import DeviceArray
+
+Array = TypeVar("Array")  # whatever array a caller has
+OPERANDS = ("query", "key", "value", "attn_mask", "out")
+_PLAIN = (np.ndarray, type(None))
+
+
+def type_name(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+
+
+# A call ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom results are for."""
+
+    library: Library | None  # None is NumPy
+    like: Any  # an array of the caller's
+    out: Any  # where the caller wants the result, if it was told
+    view: Any  # the same memory, as the problem has it
+    on_device: bool
+
+    def give(self, results: Any) -> Any:
+        """An array as one of the caller's library; None, and tuples of arrays, likewise."""
+        if results is None or self.library is None:
+            return results
+        if isinstance(results, tuple):
+            given = map(self.give, results)
+            return type(results)._make(given) if hasattr(results, "_make") else tuple(given)
+        if results is self.view:
+            self.library.wrote(self.out)
+            return self.out
+        return results.owner if isinstance(results, DeviceArray) else self.library.give(self.like, results)
+
+
+NUMPY = Caller(None, None, None, None, False)
+
+
+def adopt(call: dict[str, Any], operands: tuple[str, ...] = OPERANDS, on_host: str | None = None) -> Caller:
+    """Put views in the place of the arrays of a call, which are of one library and on one device; the first leads.
+
+    A mask may be NumPy's beside arrays in host memory.  What is no array is left to the checks of the call.  `on_host`
+    says why arrays must be in host memory, if they must.
+    """
+    for name in operands:
+        if type(call[name]) not in _PLAIN:
+            break
+    else:
+        return NUMPY
+    leader, *others = operands
+    like, out = call[leader], call.get("out")
+    library = library_of(like)
+    for name in others:
+        x = call[name]
+        if x is None or library_of(x) is library or (name == "attn_mask" and isinstance(x, np.ndarray)):
+            continue
+        if library is not None or library_of(x) is not None:
+            raise TypeError(
+                f"{leader} and {name} must be arrays of one library, got {type_name(like)} and {type_name(x)}"
+            )
+    if library is None:
+        return NUMPY
+    if out is not None and library.immutable:
+        raise TypeError(f"out must be an array that can be written to, got {type_name(out)}, which is immutable")
+    for name in operands:
+        call[name] = view(name, call[name])
+    first = call[leader]
+    if on_host is not None and isinstance(first, DeviceArray):
+        raise TypeError(f"{leader} must be in host memory, {on_host}, got {type_name(like)} on {_place(first)}")
+    for name in others:
+        if call[name] is not None and not _together(first, call[name]):
+            raise TypeError(f"{leader} and {name} must be on one device, got {_place(first)} and {_place(call[name])}")
+    return Caller(library, like, out, call.get("out"), isinstance(first, DeviceArray))
+
+
+def view(name: str, x: Any) -> Any:
+    """A NumPy array or `DeviceArray` over the memory of an array of another library; anything else as it is."""
+    library = library_of(x)
+    if library is None:
+        return x
+    try:
+        return library.view(x)
+    except Exception as error:  # ours, or whatever the library raises for an array that it cannot show
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else TypeError
+        raise kind(f"{name} must be an array that can be read, got {type_name(x)}: {error}") from error
+
+
+def _together(one: Any, other: Any) -> bool:
+    if isinstance(one, DeviceArray) and isinstance(other, DeviceArray):
+        return one.device == other.device or None in (one.device, other.device)
+    return isinstance(one, DeviceArray) is isinstance(other, DeviceArray)
+
+
+def _place(x: Any) -> str:
+    if not isinstance(x, DeviceArray):
+        return "host memory"
+    return "a CUDA device" if x.device is None else f"CUDA device {x.device}"
+
+
+# Libraries ------------------------------------------------------------------------------------------------------------
+
+
+def library_of(x: Any) -> Library | None:
+    """None for NumPy, and for what is no array."""
+    kind = type(x)
+    try:
+        library = _known[kind]
+    except KeyError:
+        library = _known.setdefault(kind, _find(kind))  # one for all threads
+    # Of the object, not its class: arrays of one class may be on a device or not.
+    return _INTERFACE if library is None and hasattr(x, "__cuda_array_interface__") else library
+
+
+def _find(kind: type) -> Library | None:
+    if issubclass(kind, np.ndarray):
+        return None
+    for library in _LIBRARIES:
+        if any(base is not None and issubclass(kind, base) for base in library.classes()):
+            return library
+    if any(base.__name__ == "DeviceNDArrayBase" for base in kind.__mro__):
+        return _NUMBA
+    return _DLPack() if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
+
+
+class Library:
+    """How arrays of a library are read, and how results become its arrays."""
+
+    immutable = False
+
+    def classes(self) -> tuple[type | None, ...]:
+        """Of arrays, as far as the library is loaded."""
+        return ()
+
+    def view(self, x: Any) -> Any:
+        """What `view` returns, or an error of any kind that says why there is no such thing."""
+        raise NotImplementedError
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array on the CUDA device of `like`."""
+        raise NotImplementedError(f"out must be given, as no library is known that makes a {type_name(like)}")
+
+    def give(self, like: Any, x: np.ndarray) -> Any:
+        """A result in host memory."""
+        raise NotImplementedError
+
+    def wrote(self, out: Any) -> None:
+        """What a library is to be told of an array of its own that was written to."""
+
+    def on_device(
+        self, x: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, **more: Any
+    ) -> DeviceArray:
+        def allocate(shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+            made: DeviceArray = self.view(self.empty(x, shape, dtype))
+            return made
+
+        _check_memory(address, shape)
+        return DeviceArray(address, shape, strides, _native(dtype), owner=x, allocate=allocate, **more)
+
+
+class _Torch(Library):
+    def classes(self) -> tuple[type | None, ...]:
+        return (_loaded("torch", "Tensor"),)
+
+    def view(self, x: Any) -> Any:
+        torch = sys.modules["torch"]
+        if x.requires_grad:
+            raise TypeError(
+                "it requires gradients, which are not recorded: give its .detach(), or have them computed by "
+                "scaled_dot_product_attention_vjp"
+            )
+        if x.layout is not torch.strided:
+            raise TypeError(f"its layout is {x.layout}")
+        if x.device.type == "cpu":
+            return x.view(torch.int16).numpy().view(_bfloat16()) if x.dtype is torch.bfloat16 else x.numpy()
+        if x.device.type != "cuda" or torch.version.hip:
+            raise TypeError(f"it is on device {x.device}, neither the host nor CUDA's")
+        if x.is_neg() or x.is_quantized:
+            raise TypeError("its elements are not those in memory, but negated or quantised")
+        return self.on_device(
+            x,
+            address=x.data_ptr(),
+            shape=tuple(x.shape),
+            strides=tuple(x.itemsize * step for step in x.stride()),
+            dtype=_dtype(str(x.dtype).removeprefix("torch.")),
+            device=x.device.index,
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype.name))
+
+    def give(self, like: Any, x: np.ndarray) -> Any:
+        torch = sys.modules["torch"]
+        if x.dtype.name == "bfloat16":
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
+    def wrote(self, out: Any) -> None:
+        sys.modules["torch"].autograd.graph.increment_version(out)
+
+
+class _JAX(Library):
+    immutable = True
+
+    def classes(self) -> tuple[type | None, ...]:
+        return _loaded("jax", "Array"), _loaded("jax", "core", "Tracer")
+
+    def view(self, x: Any) -> Any:
+        jax = sys.modules["jax"]
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError("kernels are not traced: call outside of jit, grad and vmap, or by jax.pure_callback")
+        places = x.devices()
+        if len(places) > 1:
+            raise TypeError(f"it is on {len(places)} devices")
+        (place,) = places
+        if place.platform != "cpu":
+            raise NotImplementedError(f"it is on {place}, where results cannot be written into arrays of JAX")
+        if x.dtype == np.float64 and not jax.config.jax_enable_x64:
+            raise TypeError("results in float64 need jax_enable_x64")
+        return np.asarray(x)  # without a copy
+
+    def give(self, like: Any, x: np.ndarray) -> Any:
+        (place,) = like.devices()
+        return sys.modules["jax"].device_put(x, place)
+
+
+class _CuPy(Library):
+    def classes(self) -> tuple[type | None, ...]:
+        return (_loaded("cupy", "ndarray"),)
+
+    def view(self, x: Any) -> Any:
+        device = x.device.id
+        stream = sys.modules["cupy"].cuda.get_current_stream(device).ptr
+        return self.on_device(x, x.data.ptr, x.shape, x.strides, x.dtype, device=device, stream=stream)
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        with like.device:
+            return sys.modules["cupy"].empty(shape, dtype)
+
+
+class _Interface(Library):
+    """What has `__cuda_array_interface__`; see https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
+
+    def view(self, x: Any) -> Any:
+        told = x.__cuda_array_interface__
+        if told.get("mask") is not None:
+            raise TypeError("it is masked")
+        dtype, shape, (address, read_only) = np.dtype(told["typestr"]), told["shape"], told["data"]
+        strides, stream = told.get("strides"), told.get("stream") or 1
+        if strides is None:
+            strides = tuple(dtype.itemsize * step for step in dlpack.contiguous(shape))
+        return self.on_device(x, address, shape, strides, dtype, stream=stream, writeable=not read_only)
+
+
+class _NumbaCUDA(_Interface):
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return sys.modules["numba.cuda"].device_array(shape, dtype)  # type: ignore[attr-defined]
+
+
+class _DLPack(Library):
+    """One class of arrays that speak DLPack; what else they can do, the array API's namespace has."""
+
+    def view(self, x: Any) -> Any:
+        kind = x.__dlpack_device__()[0]
+        if kind not in dlpack.HOST + dlpack.CUDA:
+            raise TypeError(
+                f"it is on a device of DLPack's type {int(kind)}, neither in host memory nor on a CUDA device"
+            )
+        # On a device, the contents are asked to be ready on the legacy default stream.
+        found = dlpack.export(x) if kind in dlpack.HOST else dlpack.export(x, stream=1)
+        dtype, writeable = _dtype(found.dtype, found.bits), bool(found.writeable)
+        strides = tuple(dtype.itemsize * step for step in found.strides)
+        where = found.address, found.shape, strides, dtype
+        if found.device[0] in dlpack.HOST:
+            return _in_host_memory((x, found.capsule), *where, writeable)
+        return self.on_device(x, *where, device=found.device[1], writeable=writeable, alive=found.capsule)
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        if not hasattr(like, "__array_namespace__"):
+            return super().empty(like, shape, dtype)
+        namespace = like.__array_namespace__()
+        return namespace.empty(shape, dtype=getattr(namespace, dtype.name), device=like.device)
+
+    def give(self, like: Any, x: np.ndarray) -> Any:
+        """NumPy's array if there is no namespace, or it cannot take such numbers from NumPy."""
+        if not hasattr(like, "__array_namespace__") or x.dtype.name == "bfloat16":
+            return x
+        return like.__array_namespace__().from_dlpack(x)
+
+
+_LIBRARIES = (_Torch(), _JAX(), _CuPy())
+_NUMBA, _INTERFACE = _NumbaCUDA(), _Interface()
+_known: dict[type, Library | None] = {}  # by class
+
+
+def _loaded(module: str, *names: str) -> type | None:
+    found = sys.modules.get(module)
+    for name in names:
+        found = getattr(found, name, None)
+    return found if isinstance(found, type) else None
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_memory(address: int, shape: tuple[int, ...]) -> None:
+    if not address and 0 not in shape:
+        raise TypeError(f"it has no memory, for shape {shape}")
+
+
+class _Memory:
+    """What NumPy makes an array of, and keeps as long as that."""
+
+    def __init__(self, alive: Any, interface: dict[str, Any]) -> None:
+        self.alive, self.__array_interface__ = alive, interface
+
+
+def _in_host_memory(
+    alive: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, writeable: bool
+) -> np.ndarray:
+    _check_memory(address, shape)
+    interface = {
+        "version": 3,
+        "typestr": f"|V{dtype.itemsize}" if dtype.name == "bfloat16" else dtype.str,
+        "shape": shape,
+        "strides": strides,
+        "data": (address, not writeable),
+    }
+    return np.asarray(_Memory(alive, interface)).view(dtype)
+
+
+def _dtype(name: str, bits: int | None = None) -> np.dtype:
+    """NumPy's dtype of that name, with so many bits."""
+    if name == "bfloat16":
+        return _bfloat16()
+    try:
+        found = np.dtype(name)
+    except TypeError:
+        found = None
+    if found is None or bits not in (None, 8 * found.itemsize):
+        raise TypeError(f"NumPy has no {name}")
+    return found
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError("bfloat16 needs the package ml_dtypes: pip install 'numba_attn[bf16]'") from None
+    return np.dtype(bfloat16)
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    if not dtype.isnative:
+        raise TypeError(f"{dtype} is not in the byte order of this machine")
+    return dtype
