@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numba_attn.kv_attention import attention_with_kv_cache
     from numba_attn.kv_cache import KVCache
     from numba_attn.merge import merge_attention
+    from numba_attn.multihead import MultiHeadAttention
     from numba_attn.paged_kv_cache import PagedKVCache
     from numba_attn.problem import Aux
     from numba_attn.rotary import apply_rotary, rotary_tables
@@ -35,6 +36,7 @@ __all__ = [
     "Aux",
     "BlockMask",
     "KVCache",
+    "MultiHeadAttention",
     "PagedKVCache",
     "and_masks",
     "apply_rotary",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Aux": "problem",
     "KVCache": "kv_cache",
+    "MultiHeadAttention": "multihead",
     "PagedKVCache": "paged_kv_cache",
     "attention_with_kv_cache": "kv_attention",
     "BlockMask": "block_mask",

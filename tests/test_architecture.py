@@ -25,7 +25,7 @@ MAY_IMPORT = {
     # For type checkers; at run time on first use.
     "__init__": {
         *("api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "paged_kv_cache", "problem", "rotary"),
-        *("threads", "varlen"),
+        *("multihead", "threads", "varlen"),
     },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
@@ -40,6 +40,15 @@ MAY_IMPORT = {
     "paged_kv_cache": {"checks", "kv_cache", "storage"},
     # Rotary when it is asked for.
     "kv_attention": {"api", "checks", "kv_cache", "paged_kv_cache", "problem", "rotary", "storage"},
+    "calls": {"api", "dispatch", "problem"},
+    "padding": {"block_mask", "checks"},
+    "parameters": {"checks"},
+    "primitives": {"rotary"},
+    "heads": {"checks", "parameters", "primitives"},
+    "multihead": {
+        *("calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
+        *("gradients", "kv_attention", "kv_cache", "paged_kv_cache"),  # when they are asked for
+    },
     "onnx": {"api", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
