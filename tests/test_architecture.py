@@ -25,7 +25,7 @@ MAY_IMPORT = {
     # For type checkers; at run time on first use.
     "__init__": {
         *("api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "paged_kv_cache", "problem", "rotary"),
-        *("multihead", "threads", "varlen"),
+        *("diagnostics", "multihead", "plot", "row_weights", "threads", "varlen"),
     },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
@@ -49,10 +49,14 @@ MAY_IMPORT = {
         *("calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
         *("gradients", "kv_attention", "kv_cache", "paged_kv_cache"),  # when they are asked for
     },
+    "row_weights": {"block_mask", "calls", "checks", "problem"},
+    "moments": {"problem", "row_weights"},
+    "diagnostics": {"block_mask", "calls", "checks", "moments", "problem"},
+    "plot": {"calls", "checks", "diagnostics", "moments", "row_weights"},
     "onnx": {"api", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
-        *("_npz", "_bench", "api", "dispatch", "problem", "threads"),
+        *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),
         *("cpu", "cpu.attention", "cpu.cache", "cpu.plan", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
@@ -148,6 +152,9 @@ def test_import_is_light(python: Callable[..., str]) -> None:
         "numba_attn.scaled_dot_product_attention(x, x, x, backend='reference')\n"
         "numba_attn.and_masks(numba_attn.block_mask.causal), numba_attn.onnx, numba_attn.rotary\n"
         "numba_attn.merge_attention([x], [x[:, 0]])\n"
+        "layer = numba_attn.MultiHeadAttention.init(np.random.default_rng(0), 4, 2)\n"
+        "layer(np.ones((2, 4), np.float32), backend='reference')\n"
+        "numba_attn.plot, numba_attn.diagnose(x, x, x, backend='reference')\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     optional = {"torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib", "ml_dtypes"}
@@ -165,7 +172,8 @@ def test_import_time(python: Callable[..., str]) -> None:
 def test_public_names() -> None:
     """What is public comes on first use, and nothing else does."""
     assert all(getattr(numba_attn, name).__module__.startswith("numba_attn.") for name in numba_attn.__all__)
-    assert {*numba_attn.__all__, "block_mask", "onnx", "rotary", "threads"} <= set(dir(numba_attn))
+    modules = {"block_mask", "diagnostics", "onnx", "plot", "rotary", "threads"}
+    assert {*numba_attn.__all__, *modules} <= set(dir(numba_attn))
     with pytest.raises(AttributeError, match="no attribute 'attention'"):
         _ = numba_attn.attention
 
