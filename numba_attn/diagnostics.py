@@ -84,19 +84,18 @@ class Report:
 
     def __str__(self) -> str:
         """A table with a line for each head, and what is remarkable."""
-        B, Hq, Hkv, Lq, Lk, D, _ = self.shape.values()
-        sample = "" if self.sampled_rows is None else f", scores of {self.sampled_rows} rows"
+        sample = "" if self.sampled_rows is None else f"; scores are those of {self.sampled_rows} rows"
         lines = [
-            f"{Hq} query and {Hkv} key-value heads of {D}, {B} sequences of {Lq} rows and {Lk} keys{sample}",
+            ", ".join(f"{name} {n}" for name, n in self.shape.items()) + f", scale {self.scale:.4g}" + sample,
             "head  entropy    keys  saturated  first key  score variance  unscaled  verdict",
         ]
-        for h in range(Hq):
+        for h in range(self.shape["Hq"]):
             lines.append(
                 f"{h:4}  {self.entropy[h]:7.3f}  {self.effective_keys[h]:6.4g}  {self.saturation[h]:9.1%}  "
                 f"{self.first_key[h]:9.1%}  {self.score_variance[h]:14.3g}  {self.unscaled_variance[h]:8.3g}  "
                 + ("; ".join(self.verdicts[h]) or "fine")
             )
-        if self.key_weight is not None and Lk:
+        if self.key_weight is not None and self.shape["Lk"]:
             for h, weight in enumerate(self.key_weight):
                 most = ", ".join(f"{j} {weight[j]:.1%}" for j in np.argsort(-weight, kind="stable")[:3])
                 lines.append(f"head {h}, keys with most of the weight: {most}")
@@ -155,7 +154,7 @@ def diagnose(
     >>> query, key, value = rng.standard_normal((3, 2, 500, 64))
     >>> key[1] = 0
     >>> print(diagnose(query, key, value))
-    2 query and 2 key-value heads of 64, 1 sequences of 500 rows and 500 keys
+    B 1, Hq 2, Hkv 2, Lq 500, Lk 500, D 64, Dv 64, scale 0.125
     head  entropy    keys  saturated  first key  score variance  unscaled  verdict
        0    5.725   306.3       0.0%       0.2%           0.993      63.6  fine
        1    6.215     500       0.0%       0.2%               0         0  uniform: every key has the same weight

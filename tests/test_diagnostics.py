@@ -304,7 +304,7 @@ def test_report_as_text_and_as_json() -> None:
     query, key, value = np.random.default_rng(0).standard_normal((3, 2, 30, 8))
     report = diagnose(query, key, value, mask_mod=mods.not_later, key_weight=True)
     text = str(report).splitlines()
-    assert text[0] == "2 query and 2 key-value heads of 8, 1 sequences of 30 rows and 30 keys, scores of 16 rows"
+    assert text[0] == "B 1, Hq 2, Hkv 2, Lq 30, Lk 30, D 8, Dv 8, scale 0.3536; scores are those of 16 rows"
     assert text[1].split()[:3] == ["head", "entropy", "keys"] and len(text) == 2 + 2 + 2
     assert text[4].startswith("head 0, keys with most of the weight: 0 ")
     found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
