@@ -6,8 +6,8 @@
 
 The model is that of semantic_search.py, all-MiniLM-L6-v2, with six layers of twelve heads.  What each layer attends
 with goes to `numba_attn.diagnose`, which finds what is remarkable about a head.  The picture has the attention of the
-most and of the least certain head, by `numba_attn.attention_weights`, the effective number of keys of all heads, and the
-distribution of scores with and without the scale 1 / sqrt(32).
+most and of the least certain head, by `numba_attn.attention_weights`, the effective number of keys of all heads, and
+the distribution of scores with and without the scale 1 / sqrt(32).
 """
 
 from __future__ import annotations
