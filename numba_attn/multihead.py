@@ -350,7 +350,7 @@ class MultiHeadAttention:
         is_causal = True if is_causal is None else is_causal
         prepare(*heads.operands, enable_gqa=True, layout="BLHD", is_causal=is_causal, **options)
         views = [x.swapaxes(1, 2) for x in heads.operands]
-        new_key, new_value = (np.broadcast_to(np.zeros((), cache.dtype), x.shape) for x in views[1:])
+        new_key, new_value = (x if x.dtype == cache.dtype else np.empty(x.shape, cache.dtype) for x in views[1:])
         cache.checked(new_key, new_value, counts)
         offsets = Offsets(cache.totals.copy(), cache.totals.copy())
         self._projection.check_positions(heads, offsets, "cache")
@@ -482,11 +482,9 @@ def _call(
     """The options of attention of heads."""
     call = {**options, "attn_mask": attn_mask, "is_causal": False if is_causal is None else is_causal}
     call |= {"enable_gqa": True, "layout": "BLHD"}
-    return (
-        call
-        if key_padding_mask is None
-        else without_padding(call, key_padding_mask, heads.key.shape[:-3], heads.key.shape[-3])
-    )
+    if key_padding_mask is None:
+        return call
+    return without_padding(call, key_padding_mask, heads.key.shape[:-3], heads.key.shape[-3])
 
 
 def _joined(attended: np.ndarray) -> np.ndarray:

@@ -48,8 +48,9 @@ class Sizes(NamedTuple):
     @property
     def rows(self) -> tuple[slice, slice, slice]:
         """Which rows of packed weights, and of the bias, are for query, key and value."""
-        q, k, v = (heads * size for heads, size in self.heads)
-        return slice(0, q), slice(q, q + k), slice(q + k, q + k + v)
+        q = self.Hq * self.D
+        k = q + self.Hkv * self.D
+        return slice(0, q), slice(q, k), slice(k, k + self.Hkv * self.Dv)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
