@@ -302,6 +302,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.output and options.output.suffix not in PICTURES:
         raise CommandError(f"-o must end with one of {', '.join(PICTURES)}, got {options.output}")
+    if options.dpi < 1:
+        raise CommandError(f"--dpi must be 1 or more, got {options.dpi}")
     if options.output and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("-o needs matplotlib: pip install 'numba_attn[plot]'")
     loaded = _npz.load(options.input)

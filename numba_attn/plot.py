@@ -68,7 +68,7 @@ def heat_map(
         axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
     for axis, labels, turned in ((axes.yaxis, rows, 0), (axes.xaxis, keys, 90)):
         step = -(-len(labels) // MOST_LABELS) or 1
-        axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=7, rotation=turned)
+        axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=7, rotation=turned, parse_math=False)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("key", fontsize=8)
     axes.set_ylabel("query row", fontsize=8)

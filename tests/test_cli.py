@@ -476,6 +476,7 @@ def test_inspect_draws(archive, arrays, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--dpi", "0"], "--dpi must be 1 or more, got 0"),
         (["-o", "a.txt"], "-o must end with one of .png, .pdf, .svg, got a.txt"),
         (["--window", "-1", "0"], "window sides"),
         (["-o", "a.png", "--heads", "9"], "heads must be between 0 and 3, got 9"),

@@ -43,6 +43,7 @@ def test_heat_map() -> None:
     np.testing.assert_array_equal(axes.images[0].get_array(), weights)
     assert texts(axes.get_yticklabels()) == ["first", "last"] and texts(axes.get_xticklabels()) == list("abcdefghi")
     assert axes.get_title() == "a head" and bytes_of(figure).startswith(b"\x89PNG")
+    assert bytes_of(plot.heat_map(np.ones((1, 2)), key_labels=["$\\no$", "$"]))  # not mathematics
     many = plot.heat_map(np.ones((2, 130))).axes[0]
     assert texts(many.get_xticklabels()) == [str(j) for j in range(0, 130, 3)]
     assert bytes_of(plot.heat_map(np.ones((0, 3))))
