@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from numba_attn.api import scaled_dot_product_attention
     from numba_attn.block_mask import BlockMask, and_masks, create_block_mask, or_masks
     from numba_attn.diagnostics import diagnose
+    from numba_attn.gradient_problem import Gradients
+    from numba_attn.gradients import scaled_dot_product_attention_vjp, varlen_attention_vjp
     from numba_attn.kv_attention import attention_with_kv_cache
     from numba_attn.kv_cache import KVCache
     from numba_attn.merge import merge_attention
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aux",
     "BlockMask",
+    "Gradients",
     "KVCache",
     "MultiHeadAttention",
     "PagedKVCache",
@@ -53,13 +56,16 @@ __all__ = [
     "or_masks",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_vjp",
     "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 # Public name -> the module that has it, or that it is, imported on first use: importing the package itself costs next
 # to nothing.
 _HOMES = {
     "Aux": "problem",
+    "Gradients": "gradient_problem",
     "KVCache": "kv_cache",
     "MultiHeadAttention": "multihead",
     "PagedKVCache": "paged_kv_cache",
@@ -79,8 +85,10 @@ _HOMES = {
     "rotary": "rotary",
     "rotary_tables": "rotary",
     "scaled_dot_product_attention": "api",
+    "scaled_dot_product_attention_vjp": "gradients",
     "threads": "threads",
     "varlen_attention": "varlen",
+    "varlen_attention_vjp": "gradients",
 }
 
 

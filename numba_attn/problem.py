@@ -20,7 +20,8 @@ from numba_attn.masks import UNBOUNDED, KeyIntervals
 from numba_attn.storage import Storage
 
 AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
-MOD_PARAMETERS = {"score_mod": ("score", "b", "h", "i", "j"), "mask_mod": ("b", "h", "i", "j")}
+_PLACE = ("b", "h", "i", "j")
+MOD_PARAMETERS = {"score_mod": ("score", *_PLACE), "score_mod_grad": ("score", *_PLACE), "mask_mod": _PLACE}
 _OFFSET_LIMIT = 1 << 40
 
 
@@ -100,6 +101,7 @@ class Problem:
     slopes: np.ndarray | None  # (B or 1, Hq) float64
     sinks: np.ndarray | None  # (Hq,) float64
     score_mod: Callable[..., Any] | None
+    score_mod_grad: Callable[..., Any] | None  # its derivative, for gradients
     mask_mod: Callable[..., Any] | None
     block_mask: BlockMask | None
     dropout: Dropout | None
@@ -109,6 +111,7 @@ class Problem:
     max_score: np.ndarray | None
     entropy: np.ndarray | None
     key_weight: np.ndarray | None  # (*batch, Hq, Lk)
+    layout: str  # of the caller's arrays
     result: np.ndarray  # out as the caller gets it
     aux: Aux | None  # likewise
 
@@ -140,28 +143,49 @@ class Problem:
 
     def sequence(self, b: int) -> Sequence:
         """The arrays of sequence b, whatever holds them."""
-        results = self.lse, self.max_score, self.entropy, self.key_weight
-        if self.packed is not None:
-            rows, keys = (slice(int(starts[b]), int(starts[b + 1])) for starts in self.packed)
-            mask = self.mask
-            if mask is not None:
-                mask = mask[b if len(mask) > 1 else 0]
-                lengths = rows.stop - rows.start, keys.stop - keys.start
-                mask = mask[
-                    (slice(None), *(slice(n if m > 1 else m) for n, m in zip(lengths, mask.shape[1:], strict=True)))
-                ]
-            return Sequence(
-                self.query[:, rows], self.key[:, keys], self.value[:, keys], mask, self.out[:, rows],
-                *(None if x is None else x[:, keys if x is self.key_weight else rows] for x in results),
-            )  # fmt: skip
-        index = tuple(int(i) for i in np.unravel_index(b, self.query.shape[:-3]))
-        key, value = (self.key[index], self.value[index]) if self.storage is None else self.storage.dense(b)
-        mask = self.mask
-        if mask is not None:
-            mask = mask[tuple(i if n > 1 else 0 for i, n in zip(index, mask.shape[:-3], strict=True))]
-        return Sequence(
-            self.query[index], key, value, mask, self.out[index], *(None if x is None else x[index] for x in results)
+        key, value = (self.key, self.value) if self.storage is None else self.storage.dense(b)
+        if self.storage is None:
+            key, value = self.keys(key, b), self.keys(value, b)
+        lse, max_score, entropy = (
+            None if x is None else self.rows(x, b) for x in (self.lse, self.max_score, self.entropy)
         )
+        mask = None if self.mask is None else self.scores(self.mask, b)
+        key_weight = None if self.key_weight is None else self.keys(self.key_weight, b)
+        query, out = self.rows(self.query, b), self.rows(self.out, b)
+        return Sequence(query, key, value, mask, out, lse, max_score, entropy, key_weight)
+
+    def rows(self, x: np.ndarray, b: int) -> np.ndarray:
+        """Of an array (*batch, H, Lq, ...) or (H, T, ...), as the query is, that of sequence b."""
+        if self.packed is not None:
+            return x[:, slice(*self.packed.query_starts[b : b + 2].tolist())]
+        return x[self._index(b)]
+
+    def keys(self, x: np.ndarray, b: int) -> np.ndarray:
+        """Of an array (*batch, H, Lk, ...) or (H, T, ...), as the key is, that of sequence b."""
+        if self.packed is not None:
+            return x[:, slice(*self.packed.key_starts[b : b + 2].tolist())]
+        return x[self._index(b)]
+
+    def scores(self, x: np.ndarray, b: int) -> np.ndarray:
+        """Of an array with an axis, full or 1, for each of the scores, as the mask is, that of sequence b."""
+        if self.packed is None:
+            return x[tuple(i if n > 1 else 0 for i, n in zip(self._index(b), x.shape[:-3], strict=True))]
+        x = x[b if len(x) > 1 else 0]
+        lengths = (int(starts[b + 1] - starts[b]) for starts in self.packed)
+        return x[(slice(None), *(slice(n if m > 1 else m) for n, m in zip(lengths, x.shape[1:], strict=True)))]
+
+    def heads_first(self, x: np.ndarray) -> np.ndarray:
+        """A view of an array as the caller has them: as the problem has them."""
+        return _heads_first(x, self.packed, self.layout)
+
+    def as_given(self, x: np.ndarray) -> np.ndarray:
+        """A view of an array as the problem has them: as the caller does."""
+        if self.result.ndim == 2:
+            return x[0]
+        return self.heads_first(x)  # which swaps the same axes
+
+    def _index(self, b: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(b, self.query.shape[:-3]))
 
     @classmethod
     def from_call(
@@ -191,10 +215,13 @@ class Problem:
         layout: Any,
         precision: Any,
         cu_seqlens: tuple[Any, Any] | None = None,
+        differentiable: bool = False,
+        score_mod_grad: Any = None,
     ) -> Problem:
         """Check the arguments of `numba_attn.scaled_dot_product_attention`, allocate the results, compute nothing.
 
-        `cu_seqlens` are those of `numba_attn.varlen_attention`; the key may be the `Storage` of a cache, without value.
+        `cu_seqlens` are those of `numba_attn.varlen_attention`.  A `differentiable` problem has an lse in any case, and
+        the `score_mod_grad` of the gradient functions.  The key may be the `Storage` of a cache, without value.
         """
         storage, packed = None, None
         if isinstance(key, Storage):
@@ -237,10 +264,13 @@ class Problem:
         # Each result as the caller gets it: one number a row, or a key, of each head.
         rows = return_shape[:-1]
         keys = (len(key), Hq) if packed else _per_key(rows, Lk, layout)
-        aux = {name: np.empty(rows if name != "key_weight" else keys, statistics_dtype(query.dtype)) for name in names}
+        wanted = (*names, "lse") if differentiable else names
+        aux = {name: np.empty(rows if name != "key_weight" else keys, statistics_dtype(query.dtype)) for name in wanted}
+        if differentiable:
+            _check_differentiable(score_mod, score_mod_grad, precision)
 
         def heads_first(x: np.ndarray) -> np.ndarray:
-            return x.swapaxes(0, 1) if packed else checks.heads_first(x, layout)
+            return _heads_first(x, packed, layout)
 
         return cls(
             query=q,
@@ -255,13 +285,15 @@ class Problem:
             slopes=_numbers_per_head("alibi_slopes", alibi_slopes, q.dtype, Hq, B),
             sinks=_numbers_per_head("sinks", sinks, q.dtype, Hq, None),
             score_mod=_function("score_mod", score_mod),
+            score_mod_grad=_function("score_mod_grad", score_mod_grad),
             mask_mod=_function("mask_mod", mask_mod),
             block_mask=_block_mask(block_mask, B, Hq, Lq, Lk),
             dropout=_dropout(dropout_p, dropout_seed),
             bfloat16_products=_precision(precision, query.dtype),
             out=heads_first(result),
+            layout=layout,
             result=result,
-            aux=Aux(**aux) if names else None,
+            aux=Aux(**{name: aux[name] for name in names}) if names else None,
             **{name: None if name not in aux else heads_first(aux[name][..., None])[..., 0] for name in AUX_NAMES},
         )
 
@@ -272,6 +304,10 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------------
+
+
+def _heads_first(x: np.ndarray, packed: Packed | None, layout: str) -> np.ndarray:
+    return x.swapaxes(0, 1) if packed else checks.heads_first(x, layout)
 
 
 def _operand(name: str, x: Any) -> np.ndarray:
@@ -445,6 +481,18 @@ def _numbers_per_head(name: str, x: Any, dtype: np.dtype, Hq: int, B: int | None
     if not fits.all():
         raise ValueError(f"{name} must be finite, got {x[~fits][0]} for {dtype}")
     return x if B is None or x.ndim == 2 else x[None]
+
+
+def _check_differentiable(score_mod: Any, score_mod_grad: Any, precision: Any) -> None:
+    if score_mod is not None and score_mod_grad is None:
+        raise ValueError(
+            "score_mod has a gradient only with score_mod_grad(score, b, h, i, j), its derivative with respect to the "
+            "score, got None"
+        )
+    if score_mod is None and score_mod_grad is not None:
+        raise ValueError("score_mod_grad must be None without a score_mod")
+    if precision is not None:
+        raise NotImplementedError(f"precision must be None for gradients, got {precision!r}")
 
 
 def _function(name: str, function: Any) -> Callable[..., Any] | None:

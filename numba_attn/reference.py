@@ -1,4 +1,4 @@
-"""Attention in plain NumPy, in float64: the specification of this package and the oracle of its tests.
+"""Attention and its gradient in plain NumPy, in float64: the specification of this package and the oracle of its tests.
 
     score = score_mod(cap(scale * Q K^T) - slope * |p - j| + mask)
     Attention(Q, K, V) = dropout(softmax(score, where attended)) V
@@ -15,6 +15,7 @@ import numpy as np
 
 from numba_attn import random
 from numba_attn.block_mask import FULL, PARTIAL, BlockMask
+from numba_attn.gradient_problem import GradientProblem, SequenceGradients
 from numba_attn.problem import Problem, Sequence, statistics_dtype
 
 
@@ -26,6 +27,17 @@ class Head(NamedTuple):
     max_score: np.ndarray  # (Lq,)
     entropy: np.ndarray  # (Lq,)
     weight: np.ndarray  # (Lq, Lk), the probabilities before dropout
+    kept: np.ndarray  # (Lq, Lk), what dropout multiplies them by
+    attended: np.ndarray  # (Lq, Lk) bool
+    scores: Scores
+
+
+class Scores(NamedTuple):
+    """(Lq, Lk) scores of one head, before anything is masked, after each of the steps that make them."""
+
+    capped: np.ndarray
+    biased: np.ndarray
+    final: np.ndarray
 
 
 def forward(problem: Problem, precision: type[np.floating] = np.float64) -> None:
@@ -53,9 +65,9 @@ def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type
     mask = None if sequence.mask is None else sequence.mask[h if len(sequence.mask) > 1 else 0]
     attended = _attended(problem, mask, b, h, (len(query), len(key)))
     with np.errstate(all="ignore"):
-        score = _scores(problem, mask, b, h, query, key, precision)
+        scores = _scores(problem, mask, b, h, query, key, precision)
         # What is masked is never used, whatever it holds: selected away, not multiplied by zero.
-        score = np.where(attended, score, precision(-np.inf))
+        score = np.where(attended, scores.final, precision(-np.inf))
         sink = precision(-np.inf if problem.sinks is None else problem.sinks[h])
         max_score = score.max(axis=1, initial=-np.inf)
         largest = np.maximum(max_score, sink)
@@ -67,11 +79,12 @@ def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type
         weight, sink_weight = np.where(attended, weight / whole[:, None], 0), sink_weight / whole
         lse = np.where(total == 0, -np.inf, largest + np.log(total))
         entropy = -_p_log_p(weight, score - lse[:, None]).sum(axis=1) - _p_log_p(sink_weight, sink - lse)
-        dropped = weight
+        kept = np.ones(score.shape, precision)
         if problem.dropout is not None:
             p, seed = problem.dropout
-            dropped = np.where(random.kept(b, h, score.shape, p, seed), weight / precision(1 - p), 0 * weight)
-        return Head(_weighted_sum(dropped, attended, value), lse, max_score, entropy, weight)
+            kept = np.where(random.kept(b, h, score.shape, p, seed), 1 / precision(1 - p), precision(0))
+        out = _weighted_sum(weight * kept, attended, value)
+        return Head(out, lse, max_score, entropy, weight, kept, attended, scores)
 
 
 def _scores(
@@ -82,21 +95,25 @@ def _scores(
     query: np.ndarray,
     key: np.ndarray,
     precision: type[np.floating],
-) -> np.ndarray:
-    """(Lq, Lk) scores of one head, before anything is masked."""
-    score = precision(problem.scale) * (query @ key.T)
+) -> Scores:
+    capped = precision(problem.scale) * (query @ key.T)
     if problem.softcap is not None:
-        score = precision(problem.softcap) * np.tanh(score / precision(problem.softcap))
-    Lq, Lk = score.shape
+        capped = precision(problem.softcap) * np.tanh(capped / precision(problem.softcap))
+    biased = capped
     if problem.slopes is not None:
-        position = np.arange(Lq)[:, None] + int(problem.intervals.table[b, 0])
         slope = problem.slopes[b if len(problem.slopes) > 1 else 0, h]
-        score = score - precision(slope) * np.abs(position - np.arange(Lk)).astype(precision)
+        biased = biased - precision(slope) * _distances(problem, b, capped.shape).astype(precision)
     if mask is not None and mask.dtype != bool:
-        score = score + _rounded(problem, mask).astype(precision)
-    if problem.score_mod is not None:
-        score = _apply(problem.score_mod, precision, (Lq, Lk), b, h, score)
-    return score
+        biased = biased + _rounded(problem, mask).astype(precision)
+    final = biased if problem.score_mod is None else _apply(problem.score_mod, precision, biased.shape, b, h, biased)
+    return Scores(capped, biased, final)
+
+
+def _distances(problem: Problem, b: int, shape: tuple[int, int]) -> np.ndarray:
+    """(Lq, Lk): how far each query's position is from each key."""
+    Lq, Lk = shape
+    position = np.arange(Lq)[:, None] + int(problem.intervals.table[b, 0])
+    return np.abs(position - np.arange(Lk))
 
 
 def _attended(problem: Problem, mask: np.ndarray | None, b: int, h: int, shape: tuple[int, int]) -> np.ndarray:
@@ -146,6 +163,75 @@ def _apply(
 
 def _p_log_p(p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
     return np.where(p == 0, 0, p * log_p)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def backward(gradient: GradientProblem, precision: type[np.floating] = np.float64) -> None:
+    """Compute gradients, one head at a time, and add them to what is to be written.
+
+    With P the probabilities, M what dropout multiplies them by, dO and dL the gradients from above of output and lse:
+
+        dV = (M P)^T dO,   dS = P (M (dO V^T) - sum(dO O) + dL),   dQ = scale * dS K,   dK = scale * dS^T Q
+
+    where dS is first multiplied by the derivative of score_mod, after which it is the gradient of the mask, and by that
+    of the cap.  Dao et al., "FlashAttention" (2022), appendix B.2.
+    """
+    B, Hq, Hkv = gradient.problem.sizes[:3]
+    for b in range(B):
+        sequence, parts = gradient.problem.sequence(b), gradient.sequence(b)
+        for shared in range(Hkv):
+            heads = range(shared * (Hq // Hkv), (shared + 1) * (Hq // Hkv))
+            grads = [_add_gradients(gradient, sequence, parts, b, h, shared, precision) for h in heads]
+            parts.key[shared], parts.value[shared] = (sum(each) for each in zip(*grads, strict=True))
+
+
+def _add_gradients(
+    gradient: GradientProblem,
+    sequence: Sequence,
+    parts: SequenceGradients,
+    b: int,
+    h: int,
+    shared: int,
+    precision: type[np.floating],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write or add the gradients of one head; returns its part of those of key and value."""
+    problem = gradient.problem
+    operands = sequence.query[h], sequence.key[shared], sequence.value[shared], parts.grad_out[h]
+    query, key, value, grad_out = (x.astype(precision) for x in operands)
+    head = attend(problem, sequence, b, h, precision)
+    attended = head.attended
+
+    def only_where_attended(x: np.ndarray) -> np.ndarray:
+        return np.where(attended, x, precision(0))
+
+    with np.errstate(all="ignore"):
+        delta = np.where(attended.any(axis=1), (grad_out * head.out).sum(axis=1), precision(0))
+        if parts.grad_lse is not None:
+            delta = delta - parts.grad_lse[h].astype(precision)
+        grad = only_where_attended(head.weight * (head.kept * (grad_out @ value.T) - delta[:, None]))
+        if gradient.sinks is not None:
+            assert problem.sinks is not None
+            weight = np.exp(precision(problem.sinks[h]) - head.lse)
+            gradient.sinks[h] -= (weight * delta).sum()
+        if problem.score_mod_grad is not None:
+            slope = _apply(problem.score_mod_grad, precision, grad.shape, b, h, head.scores.biased)
+            grad = only_where_attended(grad * slope)
+        if parts.mask is not None:
+            of_head = parts.mask[h if len(parts.mask) > 1 else 0]
+            broadcast = tuple(axis for axis, n in enumerate(of_head.shape) if n == 1)
+            of_head += grad.sum(axis=broadcast, keepdims=True)
+        if parts.slopes is not None:
+            parts.slopes[h] -= (grad * _distances(problem, b, grad.shape)).sum()
+        if problem.softcap is not None:
+            grad = only_where_attended(grad * (1 - (head.scores.capped / precision(problem.softcap)) ** 2))
+        grad = precision(problem.scale) * grad
+        # A score without a gradient has none to hand on to, whatever made it.
+        used = grad != 0
+        parts.query[h] = _weighted_sum(grad, used, key)
+        grad_value = _weighted_sum((head.weight * head.kept).T, attended.T, grad_out)
+        return _weighted_sum(grad.T, used.T, query), grad_value
 
 
 def _weighted_sum(weight: np.ndarray, attended: np.ndarray, value: np.ndarray) -> np.ndarray:

@@ -9,6 +9,9 @@ import numpy as np
 from numba_attn import dispatch
 from numba_attn.problem import Aux, Problem
 
+FIXED: dict[str, Any] = {"enable_gqa": True, "query_lengths": None, "kv_lengths": None, "layout": "BHLD"}
+"""What the general function would take, and packed sequences leave no choice about."""
+
 
 def varlen_attention(
     query: np.ndarray,
@@ -95,11 +98,8 @@ def varlen_attention(
         dropout_p,
         is_causal,
         scale,
-        True,
         query_offset=query_offset,
         window=window,
-        query_lengths=None,
-        kv_lengths=None,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -109,9 +109,9 @@ def varlen_attention(
         dropout_seed=dropout_seed,
         return_aux=return_aux,
         out=out,
-        layout="BHLD",
         precision=precision,
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
+        **FIXED,
     )
     run(problem)
     return problem.result if problem.aux is None else (problem.result, problem.aux)

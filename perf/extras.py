@@ -104,9 +104,13 @@ def _highest_resident() -> int:
 
 
 def start_times(environment: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Seconds of each step of a fresh process, without and with compiled kernels on disk (the median of several)."""
+    """Seconds of each step of a fresh process, without and with compiled kernels on disk (the median of several).
+
+    Python's own bytecode is on disk in both, as it is where packages are installed.
+    """
     with tempfile.TemporaryDirectory() as cache:
         cached = {**os.environ, **environment, "NUMBA_CACHE_DIR": cache}
+        cached.pop("PYTHONDONTWRITEBYTECODE", None)
         cold = _start(cached)
         warm = [_start(cached) for _ in range(WARM_STARTS)]
     return {"cold": cold, "warm": {name: statistics.median(times[name] for times in warm) for name in cold}}

@@ -37,6 +37,18 @@ def biased(table: np.ndarray) -> Callable[..., Any]:
 relative_bias = biased(BIAS)
 
 
+def unit_slope(score: Any, b: int, h: int, i: int, j: int) -> Any:
+    return 1.0
+
+
+def by_place_slope(score: Any, b: int, h: int, i: int, j: int) -> Any:
+    return 1.0 + 0.25 * h + 0.0625 * score
+
+
+# Of each function, its derivative with respect to the score.
+SLOPES = {nearer_is_more: unit_slope, by_place: by_place_slope, relative_bias: unit_slope}
+
+
 # (b, h, i, j) -> may attend
 
 

@@ -52,6 +52,20 @@ def test_found_again(filled: tuple[Path, str], python: Callable[..., str]) -> No
     assert entries(directory) == before, "compiled again"
 
 
+def test_a_warm_start_leaves_the_compiler_out(filled: tuple[Path, str], python: Callable[..., str]) -> None:
+    """Machine code from disk needs nothing that Numba compiles with; a compilation after it finds all of that."""
+    code = f"""{CALL}
+import sys
+import numba
+print("numba.np.arraymath" in sys.modules)
+print(numba.njit(lambda x: np.sort(x).sum())(np.arange(3.0)))
+print(float(np.abs(numba_attn.scaled_dot_product_attention(x, x, x, score_mod=lambda s, b, h, i, j: s)).sum()))
+"""
+    printed = python(code, NUMBA_CACHE_DIR=str(filled[0])).split()
+    assert printed[:3] == [filled[1].strip(), "False", "3.0"]
+    assert float(printed[3]) == pytest.approx(float(printed[0]))
+
+
 def test_every_source_counts(filled: tuple[Path, str], tmp_path: Path) -> None:
     """A change in a helper that kernels are compiled from, and in nothing else, is seen."""
     package, directory = tmp_path / "numba_attn", copy_of(filled[0], tmp_path / "cache")

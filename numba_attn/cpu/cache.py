@@ -25,6 +25,7 @@ from typing import IO, Any
 import llvmlite
 import numba
 from numba.core.caching import FunctionCache, dumps
+from numba.core.runtime import rtsys
 
 from numba_attn.cpu import target
 
@@ -186,9 +187,14 @@ class PackageCache(FunctionCache):
         self._cache_file = _Entries(self.cache_path, function.__name__)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        """The compiled function, if there is one; if not, it is for this process to compile it: see `one_process`."""
-        found = super().load_overload(signature, context)
+        """The compiled function, if there is one; if not, it is for this process to compile it: see `one_process`.
+
+        Numba would first import all that it can compile, which takes most of the time of a warm start: machine code
+        needs its memory manager alone, and a compilation imports the rest when there is one.
+        """
+        rtsys.initialize(context)
+        found = self._load_overload(signature, context)
         entry = self._cache_file.path(self._index_key(signature, context.codegen()))
         if found is None and one_process.acquire(entry):
-            found = super().load_overload(signature, context)
+            found = self._load_overload(signature, context)
         return found

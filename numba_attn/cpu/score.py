@@ -34,10 +34,10 @@ Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks
 # offsets (B, 9): where in q, k, v, mask, out and statistics, up to the weights of keys, sequences start, in bytes;
 # intervals (B, 3), see masks.KeyIntervals; numbers (n, 1): the sequences that are wanted; pages (B, n), see storage.
 Sequences = namedtuple("Sequences", "offsets intervals numbers pages")
-# The user's functions, compiled: codes (3,), of score_mod, mask_mod and that of the block mask, 0 where there is none;
-# and what each has captured, see `user_functions`.
-Functions = namedtuple("Functions", "codes score mask block")
-SCORE, MASK, BLOCK = range(3)
+# The user's functions, compiled: codes (4,), of score_mod, mask_mod, that of the block mask and the derivative of
+# score_mod, 0 where there is none; and what each has captured, see `user_functions`.
+Functions = namedtuple("Functions", "codes score mask block derivative")
+SCORE, MASK, BLOCK, DERIVATIVE = range(4)
 # Numbers of a call; mask_kind as in narrow.MASKS; softcap, threshold, tile_rows and page_rows are 0 where there is no
 # such thing; packed is whether sequences have no padding in the arrays; Lq and Lk are those of the longest sequence.
 Settings = namedtuple(
@@ -215,24 +215,38 @@ def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
 @device
 def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     """Cap products, and let a function change them; by what they are to be multiplied to be scores of base 2."""
-    n = tile.stop - tile.start
     width = (rows * heads + sizes.lanes - 1) // sizes.lanes
-    functions, natural = head.functions, settings.scale
-    if settings.softcap != 0:
-        tiles.cap(width, scores, n, natural, settings.softcap)
-        natural = memory.dtype.type(1)
+    functions, natural = head.functions, cap(settings, tile, width, scores, memory)
     if functions.codes[SCORE] != 0:
-        if tile.row != 0 and (head.slope != 0 or head.mask_kind > BOOLEAN):
-            # What is added counts as part of the score; what is masked stays in the tile of what is added.
-            tiles.settle(width, scores, n, natural, tile.added, tile.added, tile.row)
-            natural = memory.dtype.type(1)
+        natural = settle(head, tile, width, natural, scores, memory)
         user_functions.run_score_pass(
-            functions.codes, SCORE, functions.score, scores, n, width * sizes.lanes, rows,
+            functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, width * sizes.lanes, rows,
             natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
         )  # fmt: skip
     elif settings.softcap == 0:
         return settings.scale_2
     return memory.dtype.type(LOG2_E)
+
+
+@device
+def cap(settings, tile, width, scores, memory):
+    """Cap products, if that is wanted; by what they are to be multiplied to be scores."""
+    if settings.softcap == 0:
+        return settings.scale
+    tiles.cap(width, scores, tile.stop - tile.start, settings.scale, settings.softcap)
+    return memory.dtype.type(1)
+
+
+@device
+def settle(head, tile, width, natural, scores, memory):
+    """Include what is added to scores in them, for a score_mod; by what they are to be multiplied to be scores.
+
+    What is masked stays in the tile of what is added.
+    """
+    if tile.row == 0 or (head.slope == 0 and head.mask_kind <= BOOLEAN):
+        return natural
+    tiles.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
+    return memory.dtype.type(1)
 
 
 def call_types(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
@@ -252,6 +266,6 @@ def call_types(kind: str, operand: types.Type, held: str) -> tuple[types.Type, .
     return (
         types.NamedTuple(arrays, Arrays),
         types.NamedUniTuple(table, 4, Sequences),
-        types.NamedTuple([types.Array(types.intp, 1, "C"), *[types.Array(types.int64, 1, "C")] * 3], Functions),
+        types.NamedTuple([types.Array(types.intp, 1, "C"), *[types.Array(types.int64, 1, "C")] * 4], Functions),
         types.NamedTuple(settings, Settings),
     )

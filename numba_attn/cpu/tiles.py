@@ -90,12 +90,14 @@ def product(
     count: Value,
     height: int,
     width: int,
-    pairs: bool,
+    pairs: bool = False,
+    b_row: Value | None = None,
 ) -> list[Value]:
     """acc[i, :] = sum over k < count of a[i, k] * b[k, :], with all of acc in registers.
 
-    a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), contiguous.  Of `pairs`
-    of bfloat16 numbers, an element holds two, and `count` numbers make half as many elements.
+    a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), its rows `b_row` bytes
+    apart, contiguous if None.  Of `pairs` of bfloat16 numbers, an element holds two, and `count` numbers make half as
+    many elements.
     """
     if pairs:
         count = v.half(count)
@@ -114,7 +116,7 @@ def product(
             factor = v.splat(v.load_scalar(at, element=I32 if pairs else None))
             for w in range(width):
                 acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
-        return [v.at(b, width * v.bytes), *(v.at(p, a_step) for p in starts), *acc]
+        return [v.at(b, width * v.bytes if b_row is None else b_row), *(v.at(p, a_step) for p in starts), *acc]
 
     zero = [v.constant(0.0)] * (height * width)
     return v.loop(0, count, 1, [b, *starts, *zero], body, rolled=True)[pointers:]

@@ -22,7 +22,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +131,7 @@ SCORE = Kind(
     (types.Integer, types.Float),
     "a real number",
 )
+DERIVATIVE = replace(SCORE, argument="score_mod_grad")
 MASK = Kind(
     "mask_mod",
     _mask_pass,
@@ -210,6 +211,11 @@ def run_mask_pass(codes, index, captured, bias, source, source_row, n, width, ro
 def score_pass(function: Callable[..., Any], dtype: Any) -> Pass:
     """A pass for `run_score_pass`, of a function (score, b, h, i, j) -> number, for scores of a dtype."""
     return make_pass(SCORE, function, dtype)
+
+
+def derivative_pass(function: Callable[..., Any], dtype: Any) -> Pass:
+    """A pass for `run_score_pass` too, of the derivative of such a function."""
+    return make_pass(DERIVATIVE, function, dtype)
 
 
 def mask_pass(function: Callable[..., Any], dtype: Any) -> Pass:

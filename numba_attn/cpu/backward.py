@@ -1,0 +1,433 @@
+"""The gradients of query, key and value, in one pass over the scores.
+
+    dV = P^T dO,   dK = dS^T Q,   dQ = dS K,   with P and dS of `score_gradients`, and delta = sum(dO * O) - d lse
+
+A task is a part of the query rows of all heads that share a key-value head: a group of row blocks after the other, it
+streams the keys past each.  What it adds to the gradients of keys and values it adds to sums of its own, in the order
+of its rows; who finishes the last part of a head adds up the parts, in order.  How rows are cut into parts follows from
+the lengths of a sequence alone.  So every sum has one order, whoever does what.
+
+Dao et al. (2022), appendix B; the five products in one pass are those of Dao, "FlashAttention-2" (2023).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import namedtuple
+
+import numpy as np
+from numba import prange, types
+
+from numba_attn.block_mask import EMPTY
+from numba_attn.cpu import gradient_tiles, launch, pack
+from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.plan import WIDEST
+from numba_attn.cpu.results import column_of, read, write
+from numba_attn.cpu.score import Call, Sizes, call_types, element, head_of, matrix, select
+from numba_attn.cpu.score_gradients import (
+    GradientArrays,
+    gradient_types,
+    load_keys,
+    load_lse,
+    load_values,
+    padded,
+    score_gradients,
+)
+from numba_attn.cpu.simd import address, align_stack, fetch_add, get, moved, put
+from numba_attn.cpu.stored import in_place
+from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.visible import Matrix, visible
+
+# tasks (n, 8): sequence, key-value head, the first and the end of its groups of rows, the first row of its sums, the
+# keys [low, high) they are of, and which head of all that is.  heads (n, 2): the first task and the end.  finished
+# (n, 8): how many parts of each head are, in the first column.
+Tables = namedtuple("Tables", "tasks heads finished")
+# How the problem is cut: keys of a key tile, query rows of a row block, row blocks of a group, lanes of a vector.
+Cut = namedtuple("Cut", "keys block blocks lanes")
+# Where things are in a worker's memory, in elements.
+Memory = namedtuple(
+    "Memory",
+    "scores bias keep growth derivative zero one low high lse delta starts stops spoilt "
+    "qt gt ot q g dq p ds k clean v size",
+)
+
+RUN = 16  # keys of a tile whose row blocks are looked for together
+PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PARTS
+MOST_PARTS = 16
+
+
+@device
+def memory_map(sizes, blocks):
+    keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
+    D, Dv = (sizes.D + lanes - 1) // lanes * lanes, (sizes.Dv + lanes - 1) // lanes * lanes
+    group, tile = blocks * block, keys * block
+    lane_vectors = 5 * tile
+    per_group = lane_vectors + 4 * block
+    rows = per_group + 2 * group + (2 * blocks + group + lanes - 1) // lanes * lanes
+    products = rows + group * (sizes.D + sizes.Dv) + block * sizes.Dv
+    tiles_ = products + group * (2 * D + Dv)
+    copies = tiles_ + 2 * keys * group
+    return Memory(
+        scores=0,
+        bias=tile,
+        keep=2 * tile,
+        growth=3 * tile,
+        derivative=4 * tile,
+        zero=lane_vectors,
+        one=lane_vectors + block,
+        low=lane_vectors + 2 * block,
+        high=lane_vectors + 3 * block,
+        lse=per_group,
+        delta=per_group + group,
+        starts=per_group + 2 * group,
+        stops=per_group + 2 * group + blocks,
+        spoilt=per_group + 2 * group + 2 * blocks,
+        qt=rows,
+        gt=rows + group * sizes.D,
+        ot=rows + group * (sizes.D + sizes.Dv),
+        q=products,
+        g=products + group * D,
+        dq=products + group * (D + Dv),
+        p=tiles_,
+        ds=tiles_ + keys * group,
+        k=copies,
+        clean=copies + keys * D,
+        v=copies + 2 * keys * D,
+        size=copies + keys * (2 * D + Dv),
+    )
+
+
+# One group of rows ----------------------------------------------------------------------------------------------------
+
+
+@device
+def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at):
+    """Put what is needed of the rows [first, end) in memory, and write their delta.
+
+    Rows of queries and of gradients from above are there twice: as they are, transposed, and with 0 in place of what is
+    not finite, where a product with a masked key must not spread that; `spoilt` rows of gradients are 0 altogether.
+    """
+    D, Dv, block, lanes = sizes.D, sizes.Dv, sizes.block, sizes.lanes
+    columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
+    h, of_forward, offsets = head.h, sequences.offsets[head.b], gradients.offsets[head.b]
+    q, g, out = head.q, matrix(gradients.grad_out, offsets[0], h), matrix(arrays.out, of_forward[4], h)
+    lse, grad_lse = column_of(arrays.lse, of_forward[5], h), column_of(gradients.grad_lse, offsets[1], h)
+    delta = column_of(gradients.delta, offsets[2], h)
+    ot = element(memory, at.ot)
+    for i in range((end - first + block - 1) // block):
+        row = first + i * block
+        rows = min(block, end - row)
+        width = (rows + lanes - 1) // lanes
+        qt, gt = element(memory, at.qt + i * block * D), element(memory, at.gt + i * block * Dv)
+        pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, qt)
+        pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
+        pack.transpose(width, moved(out.data, row * out.row), out.row, out.step, rows, Dv, ot)
+        gradient_tiles.column_dots(width, ot, gt, Dv, element(memory, at.delta + i * block))
+        load_lse(lse, row, rows, lanes, memory, at.lse + i * block)
+        for lane in range(rows):
+            if grad_lse.wanted:
+                memory[at.delta + i * block + lane] -= read(grad_lse, row + lane)
+            write(delta, row + lane, memory[at.delta + i * block + lane])
+    rows = end - first
+    q_rows, g_rows = element(memory, at.q), element(memory, at.g)
+    pack.copy_rows(moved(q.data, first * q.row), q.row, q.step, rows, D, columns, q_rows)
+    pack.copy_rows(moved(g.data, first * g.row), g.row, g.step, rows, Dv, value_columns, g_rows)
+    gradient_tiles.drop_infinite(q_rows, rows * columns // lanes)
+    for r in range(rows):
+        line = moved(g_rows, r * value_columns * itemsize)
+        spoilt = gradient_tiles.drop_infinite(line, value_columns // lanes)
+        memory[at.spoilt + r] = 1 if spoilt else 0
+        if spoilt:
+            pack.fill_lanes(line, memory.dtype.type(0), value_columns // lanes)
+    pack.fill_lanes(element(memory, at.dq), memory.dtype.type(0), rows * columns // lanes)
+
+
+@device
+def differentiate_group(head, first, end, low, sums_k, sums_v, blocks, sizes, settings, memory, at):
+    """Stream the keys past the rows [first, end), which `load_group` has put in memory.
+
+    Leaves their gradients there, and adds those of keys and values to the sums, of the keys from `low` on.
+    """
+    D, Dv, keys, block, lanes = sizes.D, sizes.Dv, sizes.keys, sizes.block, sizes.lanes
+    columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
+    k, v = in_place(head.k, memory), in_place(head.v, memory)
+    p, ds, p_row = element(memory, at.p), element(memory, at.ds), blocks * block * itemsize
+    count = (end - first + block - 1) // block
+    group_low, group_high, _, _ = visible(first, end, head.position)
+    for number in range(group_low // keys, (group_high + keys - 1) // keys):
+        tile = number * keys
+        tile_low, tile_high = max(tile, group_low), min(tile + keys, group_high)
+        n_tile, loaded = tile_high - tile_low, False
+        k_tile = k_rows = v_tile = Matrix(p, 0, 0)
+        for i in range(count):
+            row = first + i * block
+            rows = min(block, end - row)
+            width = (rows + lanes - 1) // lanes
+            here = select(head, settings, row, rows, 1, tile, tile + keys, False, sizes, memory, at)
+            start, stop = here.start - tile_low, here.stop - tile_low
+            if here.kept == EMPTY:
+                start = stop = 0
+            else:
+                if not loaded:
+                    k_tile, k_rows = load_keys(k, tile_low, n_tile, sizes, memory, at)
+                    v_tile = load_values(v, tile_low, n_tile, sizes, memory, at)
+                    loaded = True
+                at_tile = start * p_row + i * block * itemsize
+                score_gradients(
+                    head, settings, here, row, rows, sizes, True,
+                    Matrix(moved(k_tile.data, start * k_tile.row), k_tile.row, k_tile.step),
+                    Matrix(moved(v_tile.data, start * v_tile.row), v_tile.row, v_tile.step),
+                    element(memory, at.qt + i * block * D), element(memory, at.gt + i * block * Dv),
+                    element(memory, at.lse + i * block), element(memory, at.delta + i * block),
+                    moved(p, at_tile), moved(ds, at_tile), p_row, memory, at,
+                )  # fmt: skip
+                gradient_tiles.add_product(
+                    moved(ds, at_tile), itemsize, p_row, rows, stop - start,
+                    moved(k_rows.data, start * k_rows.row), k_rows.row, columns // lanes,
+                    element(memory, at.dq + i * block * columns), columns * itemsize,
+                )  # fmt: skip
+            memory[at.starts + i], memory[at.stops + i] = start, stop
+            for key in range(n_tile):
+                if not start <= key < stop:
+                    to = key * p_row + i * block * itemsize
+                    pack.fill_lanes(moved(p, to), memory.dtype.type(-0.0), width)
+                    pack.fill_lanes(moved(ds, to), memory.dtype.type(0), width)
+        if not loaded:
+            continue
+        add_to_sums(
+            end - first, count, n_tile, moved(sums_k, (tile_low - low) * columns * itemsize),
+            moved(sums_v, (tile_low - low) * value_columns * itemsize), p_row, sizes, memory, at,
+        )  # fmt: skip
+
+
+@device
+def row_blocks_of(key, stop, count, memory, at):
+    """The first and the end of the row blocks that attend to any of the keys [key, stop) of a tile."""
+    first, end = count, 0
+    for i in range(count):
+        if memory[at.starts + i] < stop and memory[at.stops + i] > key:
+            first, end = min(first, i), i + 1
+    return first, end
+
+
+@device
+def add_to_sums(rows, count, n, sums_k, sums_v, p_row, sizes, memory, at):
+    """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of rows, in `count` row blocks."""
+    block, lanes, itemsize = sizes.block, sizes.lanes, memory.itemsize
+    columns, value_columns = padded(sizes.D, lanes), padded(sizes.Dv, lanes)
+    key = 0
+    while key < n:
+        first, end = row_blocks_of(key, min(key + RUN, n), count, memory, at)
+        stop = min(key + RUN, n)
+        while stop < n and (first, end) == row_blocks_of(stop, min(stop + RUN, n), count, memory, at):
+            stop = min(stop + RUN, n)
+        if first < end:
+            row = first * block
+            n_rows, from_tile = min(end * block, rows) - row, key * p_row + row * itemsize
+            gradient_tiles.add_product(
+                moved(element(memory, at.p), from_tile), p_row, itemsize, stop - key, n_rows,
+                element(memory, at.g + row * value_columns), value_columns * itemsize, value_columns // lanes,
+                moved(sums_v, key * value_columns * itemsize), value_columns * itemsize,
+            )  # fmt: skip
+            gradient_tiles.add_product(
+                moved(element(memory, at.ds), from_tile), p_row, itemsize, stop - key, n_rows,
+                element(memory, at.q + row * columns), columns * itemsize, columns // lanes,
+                moved(sums_k, key * columns * itemsize), columns * itemsize,
+            )  # fmt: skip
+        key = stop
+    for r in range(rows):
+        if memory[at.spoilt + r] != 0:
+            add_spoilt(r, rows, sums_v, p_row, sizes, memory, at)
+
+
+@device
+def add_spoilt(r, rows, sums_v, p_row, sizes, memory, at):
+    """sums_v += the part of a row whose gradient is not finite, of the keys that it attends to."""
+    block, lanes, Dv, itemsize = sizes.block, sizes.lanes, sizes.Dv, memory.itemsize
+    i, lane = r // block, r % block
+    across = padded(min(block, rows - i * block), lanes)
+    for key in range(int(memory[at.starts + i]), int(memory[at.stops + i])):
+        weight = memory[at.p + key * (p_row // itemsize) + r]
+        if weight == 0 and math.copysign(1.0, weight) < 0:
+            continue
+        for d in range(Dv):
+            to = (key * padded(Dv, lanes) + d) * itemsize
+            put(sums_v, to, get(sums_v, to) + weight * memory[at.gt + i * block * Dv + d * across + lane])
+
+
+# The kernel -----------------------------------------------------------------------------------------------------------
+
+
+@device
+def sums_of(sums, task):
+    """Address of the sums of a task."""
+    return moved(address(sums), task[4] * sums.strides[0])
+
+
+@device
+def do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes, memory, at):
+    """Write the gradients of the query rows of a task, and its sums."""
+    b, shared, low, high = task[0], task[1], task[5], task[6]
+    lanes, rows = sizes.lanes, cut.block * cut.blocks
+    group, valid = arrays.q.shape[0] // arrays.k.shape[0], sequences.intervals[b, 1]
+    per_head = (valid + rows - 1) // rows
+    sums_k, sums_v = sums_of(gradients.sums_k, task), sums_of(gradients.sums_v, task)
+    nothing, columns = memory.dtype.type(0), padded(sizes.D, lanes)
+    pack.fill_lanes(sums_k, nothing, (high - low) * (columns // lanes))
+    pack.fill_lanes(sums_v, nothing, (high - low) * (padded(sizes.Dv, lanes) // lanes))
+    for unit in range(task[2], task[3]):
+        h, first = shared * group + unit // per_head, unit % per_head * rows
+        end = min(first + rows, valid)
+        head = head_of(arrays, sequences, functions, settings, b, h, nothing)
+        load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
+        differentiate_group(head, first, end, low, sums_k, sums_v, cut.blocks, sizes, settings, memory, at)
+        dq = matrix(gradients.query, gradients.offsets[b, 3], h)
+        for r in range(end - first):
+            line = element(memory, at.dq + r * columns)
+            pack.write_row(line, sizes.D, moved(dq.data, (first + r) * dq.row), dq.step)
+
+
+@device
+def add_parts(first, end, tasks, sums, columns, gradient, row, sizes):
+    """Write the gradient of keys or values of one head: the sums of its tasks, in order; `row` is memory for one."""
+    low, high = tasks[first, 5], tasks[first, 6]
+    for number in range(first + 1, end):
+        low, high = min(low, tasks[number, 5]), max(high, tasks[number, 6])
+    vectors = padded(columns, sizes.lanes) // sizes.lanes
+    for key in range(low, high):
+        total = row
+        if end - first == 1:
+            total = moved(sums_of(sums, tasks[first]), (key - low) * sums.strides[0])
+        else:
+            pack.fill_lanes(row, sums.dtype.type(0), vectors)
+            for number in range(first, end):
+                task = tasks[number]
+                if task[5] <= key < task[6]:
+                    part = moved(sums_of(sums, task), (key - task[5]) * sums.strides[0])
+                    gradient_tiles.add_vectors(part, vectors, row)
+        pack.write_row(total, columns, moved(gradient.data, key * gradient.row), gradient.step)
+
+
+@kernel
+def work(memory, worker, counters, gradients, tables, arrays, sequences, functions, settings, cut):
+    """Do tasks until there are none."""
+    align_stack()
+    sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
+    at = memory_map(sizes, cut.blocks)
+    pack.fill_lanes(element(memory, at.zero), memory.dtype.type(0), cut.block // cut.lanes)
+    pack.fill_lanes(element(memory, at.one), memory.dtype.type(1), cut.block // cut.lanes)
+    helped = 0
+    while True:
+        number, helped = launch.take(counters, worker, helped, tables.tasks.shape[0])
+        if number < 0:
+            break
+        task = tables.tasks[number]
+        do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes, memory, at)
+        first, end = tables.heads[task[7], 0], tables.heads[task[7], 1]
+        if fetch_add(tables.finished, task[7]) == end - first - 1:
+            b, shared = task[0], task[1]
+            dk, dv = (
+                matrix(gradients.key, gradients.offsets[b, 4], shared),
+                matrix(gradients.value, gradients.offsets[b, 5], shared),
+            )
+            add_parts(first, end, tables.tasks, gradients.sums_k, sizes.D, dk, element(memory, at.q), sizes)
+            add_parts(first, end, tables.tasks, gradients.sums_v, sizes.Dv, dv, element(memory, at.g), sizes)
+
+
+work_through_pointer = through_pointer(work.py_func)
+
+
+@parallel_kernel
+def work_together(code, memory, counters, gradients, tables, arrays, sequences, functions, settings, cut):
+    """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
+    for worker in prange(memory.shape[0]):
+        work_through_pointer(
+            code, memory[worker], worker, counters, gradients, tables, arrays, sequences, functions, settings, cut
+        )
+
+
+# From Python ----------------------------------------------------------------------------------------------------------
+
+
+def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], workers: int, operations: float) -> None:
+    """Write the gradients of a call whose output and lse have been written; the sums of `gradients` are made here."""
+    D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
+    cut = cut_of(D, Dv, dtype.itemsize)
+    tables = tables_of(call, cut)
+    if not len(tables.tasks):
+        return
+    rows = int(tables.tasks[-1, 4] + np.diff(tables.tasks[-1, 5:7])[0])
+    sums = [np.empty((rows, -(-columns // cut.lanes) * cut.lanes), dtype) for columns in (D, Dv)]
+    gradients = gradients._replace(sums_k=sums[0], sums_v=sums[1])
+    tasks, size = len(tables.tasks), memory_size(cut, D, Dv)
+    arguments = (gradients, tables, *call, cut)
+    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def cut_of(D: int, Dv: int, itemsize: int) -> Cut:
+    lanes = VECTOR_BYTES // itemsize
+    block = WIDEST * lanes
+    return Cut(keys=128, block=block, blocks=max(1, 96 // block), lanes=lanes)
+
+
+def tables_of(call: Call, cut: Cut) -> Tables:
+    """The tasks of every sequence and key-value head."""
+    (Hq, _, _), Hkv = call.arrays.q.shape, call.arrays.k.shape[0]
+    group, settings = Hq // max(Hkv, 1), call.settings
+    parts: dict[tuple[int, ...], np.ndarray] = {}
+    tasks = []
+    for b, position in enumerate(map(tuple, call.sequences.intervals.tolist())):
+        if position not in parts:
+            parts[position] = parts_of(position, group, settings.left, settings.right, cut.block * cut.blocks)
+        each = np.tile(parts[position], (Hkv, 1))
+        each[:, 0], each[:, 1] = b, np.repeat(np.arange(Hkv), len(parts[position]))
+        each[:, 7] = b * Hkv + each[:, 1]
+        tasks.append(each)
+    table = np.concatenate(tasks) if tasks else np.empty((0, 8), np.int64)
+    lengths = table[:, 6] - table[:, 5]
+    table[:, 4] = np.cumsum(lengths) - lengths
+    heads = np.searchsorted(table[:, 7], np.arange(len(tasks) * Hkv)[:, None] + np.arange(2))
+    return Tables(table, heads, np.zeros((len(heads), 8), np.int64))
+
+
+def parts_of(position: tuple[int, int, int], group: int, left: int, right: int, rows: int) -> np.ndarray:
+    """The tasks, see Tables, of one key-value head of a sequence: offset, query and key length; `rows` of a group."""
+    offset, Lq, Lk = position
+    per_head = -(-Lq // rows)
+    units, parts = group * per_head, min(max(group * Lq // PART_ROWS, 1), MOST_PARTS)
+    table = np.zeros((parts if units else 0, 8), np.int64)
+    for part, task in enumerate(table):
+        first, end = units * part // parts, units * (part + 1) // parts
+        start, stop = first % per_head * rows, min(Lq, (end - 1) % per_head * rows + rows)
+        if first // per_head != (end - 1) // per_head:
+            start, stop = 0, Lq  # of several heads
+        low, high = max(0, start + offset - left), min(Lk, stop + offset + right)
+        task[2:4] = first, end
+        task[5:7] = (low, high) if low < high else (0, 0)
+    return table
+
+
+@functools.lru_cache(maxsize=256)
+def memory_size(cut: Cut, D: int, Dv: int) -> int:
+    """Elements of a worker's memory: whole cache lines, so that workers do not share one."""
+    return -(-memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, cut.lanes), cut.blocks).size // 16) * 16
+
+
+def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
+    """Of `work`, for a kind of element and an operand, see `narrow`."""
+    element_type, table = COMPUTED[kind], types.Array(types.int64, 2, "C")
+    return (
+        types.Array(element_type, 1, "C"),
+        types.int64,
+        types.Array(types.int64, 2, "C"),
+        gradient_types(kind),
+        types.NamedUniTuple(table, 3, Tables),
+        *call_types(kind, operand, kind),
+        types.NamedUniTuple(types.int64, 4, Cut),
+    )
+
+
+serial, parallel = launch.entries(work, work_together, signature)

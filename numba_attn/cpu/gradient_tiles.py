@@ -1,0 +1,224 @@
+"""The stages of the gradient on one tile, as register-tile micro-kernels.
+
+As in the forward pass, queries are the lanes of every vector.  With P the probabilities, made anew from the lse:
+
+    P = exp2(scale * S + bias - lse),   dS = P (keep * dP - delta) * growth * scale,   S = K Q^T,   dP = V dO^T
+
+What P and dS are then multiplied with, rows of dO, Q and K, has head elements for lanes: the tiles of a whole group of
+row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from numba_attn.cpu.plan import HEIGHTS, WIDEST
+from numba_attn.cpu.simd import Value, Vectors, emits
+from numba_attn.cpu.tiles import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width, product
+
+
+def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, lse, p, p_row):
+    """p = exp2(scale * k.qt - lse), without the scores ever being stored."""
+    factor, zero = v.splat(scale), v.constant(0.0)
+
+    def tile(i: Value, height: int) -> None:
+        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width)
+        for w in range(width):
+            base = v.sub(zero, v.load(lse, w * v.bytes))
+            for first in range(0, height, AT_ONCE):
+                rows = range(first, min(first + AT_ONCE, height))
+                exponents = [v.fma(acc[r * width + w], factor, base) for r in rows]
+                for r, power in zip(rows, v.exp2(*(_at_most_zero(v, x) for x in exponents)), strict=True):
+                    v.store(power, v.at(p, v.mul_index(v.add_index(i, r), p_row)), w * v.bytes)
+
+    for_rows(v, n, HEIGHTS[width], tile)
+
+
+def _at_most_zero(v: Vectors, x: Value) -> Value:
+    """No probability is above 1, however coarsely large scores are rounded; NaN stays."""
+    zero = v.constant(0.0)
+    return v.select(v.less(zero, x), zero, x)
+
+
+def _weights(v, width, s, n, scale, bias, bias_row, lse, p, p_row):
+    """p = exp2(scale * s + bias - lse), -0.0 where masked."""
+    row = v.mul_index(width, v.bytes)
+    lowest, masked, factor = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale)
+
+    def vector(here: Value) -> None:
+        base = v.load(lse, here)
+
+        def keys(j: Value, height: int, _: list[Value]) -> list[Value]:
+            numbers = [v.add_index(j, r) for r in range(height)]
+            extra = [v.load(v.at(bias, v.mul_index(number, bias_row)), here) for number in numbers]
+            loaded = [v.load(v.at(s, v.mul_index(number, row)), here) for number in numbers]
+            xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
+            powers = v.exp2(*(_at_most_zero(v, x) for x in xs))
+            for number, e, power in zip(numbers, extra, powers, strict=True):
+                v.store(v.select(v.equal(e, lowest), masked, power), v.at(p, v.mul_index(number, p_row)), here)
+            return []
+
+        for_keys(v, n, [], keys)
+
+    for_vectors(v, width, vector)
+
+
+def _score_gradients(v, width, value, value_row, value_step, n, Dv, gt, scale, delta, p, ds, p_row):
+    """ds = p * (value.gt - delta) * scale, 0 where masked."""
+    factor = v.splat(scale)
+
+    def tile(i: Value, height: int) -> None:
+        acc = product(v, v.at(value, v.mul_index(i, value_row)), value_row, value_step, gt, Dv, height, width)
+        for r in range(height):
+            at = v.mul_index(v.add_index(i, r), p_row)
+            for w in range(width):
+                here = v.add_index(at, w * v.bytes)
+                slope = v.mul(v.sub(acc[r * width + w], v.load(delta, w * v.bytes)), factor)
+                v.store(_where_attended(v, v.load(p, here), slope), ds, here)
+
+    for_rows(v, n, HEIGHTS[width], tile)
+
+
+def _where_attended(v: Vectors, p: Value, slope: Value) -> Value:
+    """p * slope, but 0 for a masked key (p = -0.0), whatever the slope is."""
+    b = v.builder
+    is_masked = b.icmp_signed("==", b.bitcast(p, v.bits), b.bitcast(v.constant(-0.0), v.bits))
+    return v.select(is_masked, v.constant(0.0), v.mul(p, slope))
+
+
+def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, scale, delta, p, ds, p_row):
+    """ds = p * (keep * dp - delta) * growth * scale, 0 where masked; p *= keep.
+
+    The rows of dp are those of a block; those of keep and growth are 0 bytes apart where there is but one.
+    """
+    row, factor = v.mul_index(width, v.bytes), v.splat(scale)
+
+    def vector(here: Value) -> None:
+        base = v.load(delta, here)
+
+        def key(j: Value) -> None:
+            at = v.add_index(v.mul_index(j, p_row), here)
+            weight, kept = v.load(p, at), v.load(keep, v.add_index(v.mul_index(j, keep_row), here))
+            grown = v.mul(v.load(growth, v.add_index(v.mul_index(j, growth_row), here)), factor)
+            above = v.sub(v.mul(kept, v.load(dp, v.add_index(v.mul_index(j, row), here))), base)
+            v.store(_where_attended(v, weight, v.mul(above, grown)), ds, at)
+            v.store(v.mul(weight, kept), p, at)
+
+        v.each(n, key)
+
+    for_vectors(v, width, vector)
+
+
+def _cap_growth(v, width, s, n, softcap, growth):
+    """growth = 1 - (s / softcap)**2, the derivative of the cap where it has made s."""
+    inverse, one = v.splat(v.builder.fdiv(ir.Constant(v.element, 1.0), softcap)), v.constant(1.0)
+
+    def vector(at: Value) -> None:
+        y = v.mul(v.load(s, at), inverse)
+        v.store(v.fma(v.sub(v.constant(0.0), y), y, one), growth, at)
+
+    for_vectors(v, v.mul_index(width, n), vector)
+
+
+def _multiply(v, width, n, by, x):
+    """x *= by, tiles of a block."""
+    for_vectors(v, v.mul_index(width, n), lambda at: v.store(v.mul(v.load(x, at), v.load(by, at)), x, at))
+
+
+def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row):
+    """to (rows, vectors) += a (rows, count) . b (count, vectors), a read element by element."""
+
+    def columns(first: Value, width: int) -> None:
+        here = v.mul_index(first, v.bytes)
+
+        def tile(i: Value, height: int) -> None:
+            start = v.at(a, v.mul_index(i, a_row))
+            acc = product(v, start, a_row, a_step, v.at(b, here), count, height, width, b_row=b_row)
+            for r in range(height):
+                line = v.at(to, v.add_index(v.mul_index(v.add_index(i, r), to_row), here))
+                for w in range(width):
+                    v.store(v.add(v.load(line, w * v.bytes), acc[r * width + w]), line, w * v.bytes)
+
+        for_rows(v, rows, HEIGHTS[width], tile)
+
+    start = v.index(0)
+    for width in range(WIDEST, 0, -1):
+        stop = v.whole_steps(start, vectors, width)
+        if width > 2:
+            # Twice two vectors rather than three and one.
+            one_left = v.builder.icmp_signed("==", v.builder.sub(vectors, stop), v.index(1))
+            back = v.builder.and_(one_left, v.builder.icmp_signed(">", stop, start))
+            stop = v.builder.select(back, v.add_index(stop, -width), stop)
+
+        def step(first: Value, _: list[Value], width: int = width) -> list[Value]:
+            columns(first, width)
+            return []
+
+        v.loop(start, stop, width, [], step)
+        start = stop
+
+
+def _column_dots(v, width, a, b, n, to):
+    """to = the column sums of a * b, two tiles (n, block); where a is 0, so is the product."""
+    row, zero = v.mul_index(width, v.bytes), v.constant(0.0)
+
+    def vector(here: Value) -> None:
+        def line(d: Value, total: list[Value]) -> list[Value]:
+            at = v.add_index(v.mul_index(d, row), here)
+            x = v.load(a, at)
+            return [v.fma(x, v.select(v.equal(x, zero), zero, v.load(b, at)), total[0])]
+
+        v.store(v.loop(0, n, 1, [zero], line)[0], to, here)
+
+    for_vectors(v, width, vector)
+
+
+def _drop_infinite(v, x, vectors):
+    """x = 0 where it is not finite; whether there was such a number."""
+    zero = v.constant(0.0)
+
+    def vector(i: Value, found: list[Value]) -> list[Value]:
+        at = v.mul_index(i, v.bytes)
+        number = v.load(x, at)
+        finite = v.equal(v.mul(number, zero), zero)
+        v.store(v.select(finite, number, zero), x, at)
+        return [v.builder.or_(found[0], v.builder.not_(finite))]
+
+    none = v.builder.fcmp_ordered("!=", zero, zero)
+    return v.any(v.loop(0, vectors, 1, [none], vector)[0])
+
+
+def _is_finite(v, x, x_row, rows, vectors):
+    """Whether every number of x (rows, vectors) is finite."""
+    zero = v.constant(0.0)
+
+    def row(i: Value, checks: list[Value]) -> list[Value]:
+        at = v.at(x, v.mul_index(i, x_row))
+        return v.loop(0, vectors, 1, checks, lambda j, c: [v.fma(v.load(at, v.mul_index(j, v.bytes)), zero, c[0])])
+
+    (check,) = v.loop(0, rows, 1, [zero], row)
+    return v.builder.not_(v.any(v.builder.not_(v.equal(check, zero))))
+
+
+def _add_vectors(v, x, vectors, to):
+    """to += x."""
+    for_vectors(v, vectors, lambda at: v.store(v.add(v.load(to, at), v.load(x, at)), to, at))
+
+
+def _copy(v, x, vectors, to):
+    for_vectors(v, vectors, lambda at: v.store(v.load(x, at), to, at))
+
+
+probabilities = emits(for_width(_probabilities))
+weights = emits(_weights)
+score_gradients = emits(for_width(_score_gradients))
+differentiate = emits(_differentiate)
+cap_growth = emits(_cap_growth)
+multiply = emits(_multiply)
+add_product = emits(_add_product)
+column_dots = emits(_column_dots)
+drop_infinite = emits(_drop_infinite, returns=types.boolean)
+is_finite = emits(_is_finite, returns=types.boolean)
+add_vectors = emits(_add_vectors)
+copy = emits(_copy)

@@ -1,0 +1,131 @@
+"""The probabilities of one row block and one key tile, made anew from the lse, and the gradients of their scores."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+from numba import types
+
+from numba_attn.block_mask import FULL
+from numba_attn.cpu import dropout, gradient_tiles, pack, tiles, user_functions
+from numba_attn.cpu.jit import device
+from numba_attn.cpu.narrow import COMPUTED, STORED
+from numba_attn.cpu.results import read
+from numba_attn.cpu.score import DERIVATIVE, SCORE, cap, element, is_narrow, is_plain, settle
+from numba_attn.cpu.simd import as_element, moved
+from numba_attn.cpu.tiles import LOG2_E
+from numba_attn.cpu.visible import Matrix
+
+# The arrays of a gradient, (heads, rows, columns) of the first sequence, and where the others start, (B, 6) in bytes:
+# what comes from above, grad_lse empty where not given; delta (heads, rows); the gradients, to be written; the sums of
+# tasks, rows filled up to whole vectors.
+GradientArrays = namedtuple("GradientArrays", "grad_out grad_lse delta query key value sums_k sums_v offsets")
+
+
+def gradient_types(kind: str) -> types.Type:
+    """The type of GradientArrays, for a kind of element, see `narrow`."""
+    computed = COMPUTED[kind]
+    given = types.Array(STORED[kind], 3, "A", readonly=True, aligned=False)
+    written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(computed, 2, "A")
+    above, sums = types.Array(computed, 2, "A", readonly=True), types.Array(computed, 2, "C")
+    offsets = types.Array(types.int64, 2, "C")
+    return types.NamedTuple([given, above, rows, written, written, written, sums, sums, offsets], GradientArrays)
+
+
+@device
+def padded(columns, lanes):
+    """Columns filled up to whole vectors."""
+    return (columns + lanes - 1) // lanes * lanes
+
+
+@device
+def load_keys(k, first, n, sizes, memory, at):
+    """Rows [first, first + n) of keys: as they are, and contiguous in whole vectors, with 0 for what is not finite."""
+    D, lanes, itemsize = sizes.D, sizes.lanes, memory.itemsize
+    columns = padded(D, lanes)
+    data, copied = moved(k.data, first * k.row), element(memory, at.k)
+    plain = as_element(data, memory)
+    in_place_too = not is_narrow(k) and k.step == itemsize and columns == D
+    if in_place_too and gradient_tiles.is_finite(plain, k.row, n, D // lanes):
+        return Matrix(plain, k.row, k.step), Matrix(plain, k.row, k.step)
+    pack.copy_rows(data, k.row, k.step, n, D, columns, copied)
+    copies = Matrix(copied, columns * itemsize, itemsize)
+    if gradient_tiles.is_finite(copied, copies.row, n, columns // lanes):
+        return copies, copies
+    clean = element(memory, at.clean)
+    gradient_tiles.copy(copied, n * columns // lanes, clean)
+    gradient_tiles.drop_infinite(clean, n * columns // lanes)
+    return copies, Matrix(clean, copies.row, itemsize)
+
+
+@device
+def load_values(v, first, n, sizes, memory, at):
+    """Rows [first, first + n) of values, in place or copied."""
+    data, itemsize = moved(v.data, first * v.row), memory.itemsize
+    if not is_narrow(v):
+        return Matrix(as_element(data, memory), v.row, v.step)
+    columns, copied = padded(sizes.Dv, sizes.lanes), element(memory, at.v)
+    pack.copy_rows(data, v.row, v.step, n, sizes.Dv, columns, copied)
+    return Matrix(copied, columns * itemsize, itemsize)
+
+
+@device
+def load_lse(lse, row, rows, lanes, memory, at):
+    """Put the lse of rows, in base 2, in memory, a vector or more of them: infinity where all probabilities are 0."""
+    for lane in range((rows + lanes - 1) // lanes * lanes):
+        value = read(lse, row + lane) * LOG2_E if lane < rows else -memory.dtype.type(-float("inf"))
+        memory[at + lane] = value if value != memory.dtype.type(-float("inf")) else -value
+
+
+@device
+def score_gradients(
+    head, settings, tile, row, rows, sizes, of_products, k, value, qt, gt, lse, delta, p, ds, p_row, memory, at
+):  # fmt: skip
+    """Write probabilities, as the output has used them, to p, and the gradients of scores to ds; 0 where masked.
+
+    They are those of the products of queries and keys or, if not `of_products`, of scores before score_mod.  Rows of k
+    and value, and of p and ds, `p_row` bytes apart, are those of the tile; qt, gt, lse and delta are the row block's.
+    """
+    n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
+    block_row = width * sizes.lanes * memory.itemsize
+    scores, one = element(memory, at.scores), memory.dtype.type(1)
+    functions, factor = head.functions, settings.scale if of_products else one
+    is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
+    growth, growth_row = element(memory, at.one), 0
+    if is_plain(head, settings) and tile.kept == FULL:
+        gradient_tiles.probabilities(width, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, lse, p, p_row)
+    else:
+        tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
+        natural = cap(settings, tile, width, scores, memory)
+        if is_capped and of_products:
+            growth, growth_row = element(memory, at.growth), block_row
+            gradient_tiles.cap_growth(width, scores, n, settings.softcap, growth)
+        unit = memory.dtype.type(LOG2_E) if is_capped else settings.scale_2
+        if is_changed:
+            natural, unit = settle(head, tile, width, natural, scores, memory), memory.dtype.type(LOG2_E)
+            derivative, across = element(memory, at.derivative), width * sizes.lanes
+            gradient_tiles.copy(scores, width * n, derivative)
+            user_functions.run_score_pass(
+                functions.codes, DERIVATIVE, functions.derivative, derivative, n, across, rows,
+                natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+            )  # fmt: skip
+            user_functions.run_score_pass(
+                functions.codes, SCORE, functions.score, scores, n, across, rows,
+                natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+            )  # fmt: skip
+            if growth_row != 0:
+                gradient_tiles.multiply(width, n, growth, derivative)
+            growth, growth_row = derivative, block_row
+        gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, lse, p, p_row)
+    if settings.threshold == 0 and growth_row == 0:
+        gradient_tiles.score_gradients(
+            width, value.data, value.row, value.step, n, sizes.Dv, gt, factor, delta, p, ds, p_row
+        )
+        return
+    keep, keep_row = element(memory, at.one), 0
+    if settings.threshold != 0:
+        keep, keep_row = element(memory, at.keep), block_row
+        pack.fill_lanes(keep, settings.gain, width * n)
+        dropout.drop(width, keep, n, settings.threshold, settings.seed, head.b, head.h, row, tile.start)
+    tiles.scores(width, value.data, value.row, value.step, n, sizes.Dv, gt, scores)
+    gradient_tiles.differentiate(width, scores, n, keep, keep_row, growth, growth_row, factor, delta, p, ds, p_row)
