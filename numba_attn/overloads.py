@@ -136,8 +136,8 @@ def _sides(window: Any) -> Any:
     if _is_none(window):
         return _no_window
     given = window.value if isinstance(window, types.Omitted) else window
-    bounded = tuple(not _is_none(side) for side in given)
-    return {(False, False): _no_window, (True, False): _left, (False, True): _right, (True, True): _both}[bounded]
+    left, right = (not _is_none(side) for side in given)
+    return {(False, False): _no_window, (True, False): _left, (False, True): _right, (True, True): _both}[left, right]
 
 
 @overload(scaled_dot_product_attention, jit_options=OPTIONS)

@@ -110,16 +110,8 @@ def test_packed_sequences(name: str) -> None:
         r, k = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
         alone = {**options}
         if "attn_mask" in alone:
-            mask = alone["attn_mask"]
-            alone["attn_mask"] = mask[
-                (
-                    ...,
-                    *(
-                        slice(n) if m > 1 else slice(None)
-                        for n, m in zip((r.stop - r.start, k.stop - k.start), mask.shape[-2:], strict=True)
-                    ),
-                )
-            ]
+            lengths = zip((r.stop - r.start, k.stop - k.start), alone["attn_mask"].shape[-2:], strict=True)
+            alone["attn_mask"] = alone["attn_mask"][(..., *(slice(n if m > 1 else 1) for n, m in lengths))]
         if "score_mod" in alone or "mask_mod" in alone:
             alone |= {f: _of_sequence(alone[f], b) for f in ("score_mod", "mask_mod") if f in alone}
         each = (x.swapaxes(0, 1) for x in (query[r], key[k], value[k]))
@@ -198,7 +190,7 @@ def test_a_derivative_that_cannot_be_compiled_is_named() -> None:
     _, vjp = scaled_dot_product_attention_vjp(
         X, X, X, score_mod=mods.unit_slope, score_mod_grad=lambda score, b, h, i, j: "x"
     )
-    with pytest.raises(TypeError, match="score_mod_grad .* cannot be compiled"):
+    with pytest.raises(TypeError, match=r"score_mod_grad .* cannot be compiled"):
         vjp(X)
 
 
