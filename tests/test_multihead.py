@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import eager_gradients
 import numpy as np
 import pytest
 from tolerances import same_bits
@@ -347,11 +346,6 @@ def test_states() -> None:
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager_gradients.install(monkeypatch)
-
-
 def differences(function: Any, x: np.ndarray, count: int = 12) -> Iterator[tuple[tuple[int, ...], float]]:
     """Some derivatives of a function of what is in x, by central differences."""
     rng = np.random.default_rng(7)
@@ -398,7 +392,6 @@ DIFFERENTIATED = {
 }
 
 
-@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradients_are_differences(name: str) -> None:
     layer = layer_of(**DIFFERENTIATED[name])
@@ -412,7 +405,6 @@ def test_gradients_are_differences(name: str) -> None:
         check_gradients(layer, (x[0],), window=(2, 2))
 
 
-@pytest.mark.usefixtures("gradients")
 def test_gradients_of_options() -> None:
     layer, x = layer_of(), numbers(2, 5, 24)
     padding = np.array([[False] * 5, [False] * 3 + [True] * 2])
@@ -421,7 +413,6 @@ def test_gradients_of_options() -> None:
     check_gradients(layer, (x,), key_padding_mask=padding[:, ::-1])
 
 
-@pytest.mark.usefixtures("gradients")
 def test_one_array_as_several_arguments() -> None:
     """Given as three arguments it has three gradients, whose sum is the one that it has as one."""
     layer, x = layer_of(), numbers(2, 5, 24)
@@ -433,7 +424,6 @@ def test_one_array_as_several_arguments() -> None:
         np.testing.assert_allclose(same[name], grad, atol=1e-12)
 
 
-@pytest.mark.usefixtures("gradients")
 def test_refusals_of_vjp() -> None:
     layer, x = layer_of(), numbers(2, 5, 24)
     out, vjp = layer.vjp(x)
