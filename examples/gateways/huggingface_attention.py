@@ -8,7 +8,6 @@ Tensors are read and written where they are, sinks (as of gpt-oss) and grouped h
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,11 +27,12 @@ def attend(
     s_aux: Any = None,
     **_: Any,
 ) -> tuple[Any, None]:
-    """(B, H, L, D) query, key and value to (B, L, H, D) output; masks, causal ones too, come as such."""
+    """(B, H, L, D) query, key and value to (B, L, H, D) output; what is no more than causal comes without a mask."""
     out = scaled_dot_product_attention(
         *(x.detach() for x in (query, key, value)),
         attn_mask=attention_mask,
         dropout_p=dropout,
+        is_causal=attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True),
         scale=scaling,
         enable_gqa=True,
         sinks=None if s_aux is None else s_aux.detach(),
@@ -41,4 +41,4 @@ def attend(
 
 
 AttentionInterface.register("numba_attn", attend)
-AttentionMaskInterface.register("numba_attn", partial(sdpa_mask, allow_is_causal_skip=False))
+AttentionMaskInterface.register("numba_attn", sdpa_mask)
