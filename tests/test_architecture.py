@@ -85,7 +85,7 @@ MAY_IMPORT = {
         *("cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random", "threads"),
     },
 }
-WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name != "threads"}
+WITHOUT_NUMBA = {name for name in MODULES if not name.startswith(("cpu", "cuda")) and name != "threads"}
 
 
 def imports(path: Path, everywhere: bool) -> set[str]:
