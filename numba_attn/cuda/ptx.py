@@ -94,21 +94,24 @@ commit_copies = instruction("cp.async.commit_group;", (), (), memory=True)
 wait_for_all_copies = instruction("cp.async.wait_group 0;", (), (), memory=True)
 wait_for_all_but_last = instruction("cp.async.wait_group 1;", (), (), memory=True)
 
-store_shared_i32 = instruction("st.shared.b32 [$0], $1;", (), (i32, i32), memory=True)
+store_shared_i32 = instruction(
+    "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b32 [$1], $2; }", (), (i32, i32, i32), memory=True
+)  # if the first is true
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", (), (i32, f32), memory=True)
 store_shared_f32x2 = instruction("st.shared.v2.f32 [$0], {$1, $2};", (), (i32, f32, f32), memory=True)
+load_shared_i32 = instruction("ld.shared.b32 $0, [$1];", (i32,), (i32,), memory=True)
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", (f32,), (i32,), memory=True)
 
 
-def _load_4(asm: str, warp: bool) -> Any:
-    """A function (fragment, first, address) that loads four registers."""
+def _load_4(asm: str) -> Any:
+    """A procedure (fragment, first, address) that loads four registers, by all lanes together."""
 
     @intrinsic
     def load(context, fragment, first, address):
         def codegen(context, builder, signature, arguments):
             places = _elements(context, builder, signature.args[0], arguments[0], arguments[1], 4)
             for place, value in zip(
-                places, _assemble(builder, asm, (i32,) * 4, (i32,), [arguments[2]], True, warp), strict=True
+                places, _assemble(builder, asm, (i32,) * 4, (i32,), [arguments[2]], True, True), strict=True
             ):
                 builder.store(value, place)
             return context.get_dummy_value()
@@ -118,10 +121,27 @@ def _load_4(asm: str, warp: bool) -> Any:
     return load
 
 
-load_shared_16 = _load_4("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", warp=False)
+@intrinsic
+def load_shared_16(context, fragment, first, condition, address):
+    """Four registers, or zeros."""
+    asm = (
+        "{ .reg .pred p; setp.ne.s32 p, $4, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.shared.v4.b32 {$0, $1, $2, $3}, [$5]; }"
+    )
+
+    def codegen(context, builder, signature, arguments):
+        places = _elements(context, builder, signature.args[0], arguments[0], arguments[1], 4)
+        values = _assemble(builder, asm, (i32,) * 4, (i32, i32), list(arguments[2:]), True, False)
+        for place, value in zip(places, values, strict=True):
+            builder.store(value, place)
+        return context.get_dummy_value()
+
+    return types.void(fragment, i64, i32, i32), codegen
+
+
 # Four matrices of 8 x 8 elements of 16 bits; lane 8 m + r says where row r of matrix m is.
-load_matrices = _load_4("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", warp=True)
-load_transposed = _load_4("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", warp=True)
+load_matrices = _load_4("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];")
+load_transposed = _load_4("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];")
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -159,6 +179,12 @@ multiply_float16 = _multiply("f16")
 pack_bfloat16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", (i32,), (f32, f32))
 pack_float16 = instruction("cvt.rn.f16x2.f32 $0, $2, $1;", (i32,), (f32, f32))
 
+# And back.
+lower_bfloat16 = instruction("{ .reg .b32 x; shl.b32 x, $1, 16; mov.b32 $0, x; }", (f32,), (i32,))
+upper_bfloat16 = instruction("{ .reg .b32 x; and.b32 x, $1, 0xffff0000; mov.b32 $0, x; }", (f32,), (i32,))
+lower_float16 = instruction("{ .reg .b16 x, y; mov.b32 {x, y}, $1; cvt.f32.f16 $0, x; }", (f32,), (i32,))
+upper_float16 = instruction("{ .reg .b16 x, y; mov.b32 {x, y}, $1; cvt.f32.f16 $0, y; }", (f32,), (i32,))
+
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
@@ -172,6 +198,8 @@ product = instruction("mul.rn.f32 $0, $1, $2;", (f32,), (f32, f32))
 magnitude = instruction("abs.f32 $0, $1;", (f32,), (f32,))
 float_of = instruction("cvt.rn.f32.s32 $0, $1;", (f32,), (i32,))
 
+least = instruction("min.s64 $0, $1, $2;", (i64,), (i64, i64))
+most = instruction("max.s64 $0, $1, $2;", (i64,), (i64, i64))
 quotient = instruction("div.u32 $0, $1, $2;", (i32,), (i32, i32))
 product_low = instruction("mul.lo.u32 $0, $1, $2;", (i32,), (i32, i32))
 product_high = instruction("mul.hi.u32 $0, $1, $2;", (i32,), (i32, i32))
@@ -180,6 +208,7 @@ product_high = instruction("mul.hi.u32 $0, $1, $2;", (i32,), (i32, i32))
 exchange_f32 = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, i32), warp=True, memory=True)
 exchange_i32 = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (i32,), (i32, i32), warp=True, memory=True)
 value_of_lane = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", (f32,), (f32, i32), warp=True, memory=True)
+bits_of_lane = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", (i32,), (i32, i32), warp=True, memory=True)
 sync_warp = instruction("bar.warp.sync -1;", (), (), warp=True, memory=True)
 
 # Global memory --------------------------------------------------------------------------------------------------------
