@@ -86,10 +86,10 @@ MAY_IMPORT = {
     },
     # These load no Numba: kernels get what they are written in, and `cuda.compile` looks that up.
     "cuda.products": {"cuda.shared_tiles"},
-    "cuda.scores": {"cuda.row_results", "random"},
+    "cuda.tile_scores": {"cuda.row_results", "random"},
     "cuda.flash_results": {"cuda.row_results", "cuda.shared_tiles"},
     "cuda.flash": {
-        *("cuda.flash_results", "cuda.products", "cuda.row_results", "cuda.scores", "cuda.sequences"),
+        *("cuda.flash_results", "cuda.products", "cuda.row_results", "cuda.tile_scores", "cuda.sequences"),
         "cuda.shared_tiles",
     },
     "cuda.combine": {"cuda.flash_results", "cuda.row_results", "cuda.sequences"},

@@ -35,7 +35,7 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
         query_batch, query_head, key_batch, key_head, value_batch, value_head,
         mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
         statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
-        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, wide, seed_low, seed_high,
+        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide, seed_low, seed_high,
         scale, unit, cap, gain,
     ):  # fmt: skip
         thread = i32(cuda.threadIdx.x)
@@ -52,7 +52,7 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
             query_batch, key_batch, value_batch, mask_batch, out_batch, statistic_batch,
         )  # fmt: skip
         valid = i32(query_length * group)
-        if valid <= fewest or valid > most:
+        if valid <= fewest or valid > most or (padded == 0 and packed >= valid):
             return
         # Parts are 32 at a time, one a lane; those of no keys weigh nothing.
         stop = blocks if packed < valid else i32(0)

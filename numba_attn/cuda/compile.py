@@ -88,14 +88,14 @@ def _library(
     cc: tuple[Any, ...],
     launch_bounds: tuple[int, ...] | None,
 ) -> Any:
-    cuda: Any = importlib.import_module("numba.cuda")
-    if not hasattr(cuda, "compiler") or "numba_cuda" not in cuda.__file__.replace(os.sep, "/").split("/"):
-        raise ImportError("kernels of CUDA are compiled by the package numba-cuda, which is not installed")
-    ops = importlib.import_module("numba_attn.cuda.ptx")
-    kernel = make(cuda, ops, *configuration)
-    types = tuple(getattr(cuda.types, t) if isinstance(t, str) else t for t in argument_types)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Numba's own dependencies; what matters here is an error
+        cuda: Any = importlib.import_module("numba.cuda")
+        if "numba_cuda" not in str(cuda.__file__).replace(os.sep, "/").split("/"):
+            raise ImportError("kernels of CUDA are compiled by the package numba-cuda, which is not installed")
+        ops = importlib.import_module("numba_attn.cuda.ptx")
+        kernel = make(cuda, ops, *configuration)
+        types = tuple(getattr(cuda.types, t) if isinstance(t, str) else t for t in argument_types)
         library, _ = cuda.compiler._compile_pyfunc_with_fixup(
             kernel, types, device=False, abi="numba", cc=cc, launch_bounds=launch_bounds
         )

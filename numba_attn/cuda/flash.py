@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from numba_attn.cuda.flash_results import make_join_warps, make_write_parts, make_write_results, part_row
 from numba_attn.cuda.products import make_accumulate, make_add_odd, make_scores
 from numba_attn.cuda.row_results import LOG2_E
-from numba_attn.cuda.scores import make_drop, make_hide, make_transform
 from numba_attn.cuda.sequences import make_sequence
 from numba_attn.cuda.shared_tiles import make_copy, make_copy_packed, make_not_finite, tile_bytes
+from numba_attn.cuda.tile_scores import BOUNDS_BYTES, BOUNDS_STEP, make_drop, make_hide, make_transform
 
 
 class Configuration(NamedTuple):
@@ -55,7 +55,7 @@ class Configuration(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         keys, values = tile_bytes(self.keys, self.D), tile_bytes(self.keys, self.Dv)
-        loop = tile_bytes(self.rows, self.D) + self.stages * (keys + values)
+        loop = tile_bytes(self.rows, self.D) + self.stages * (keys + values) + self.key_warps * self.rows * BOUNDS_BYTES
         after = 0 if self.split else tile_bytes(self.rows, self.Dv)
         if self.key_warps > 1:
             after = self.key_warps * self.rows * part_row(self.Dv)
@@ -127,6 +127,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
     key_bytes, value_bytes = tile_bytes(keys, c.D), tile_bytes(keys, c.Dv)
     keys_at = tile_bytes(rows, c.D)
     values_at = keys_at + stages * key_bytes
+    bounds_at = values_at + stages * value_bytes
     nothing, masked_everywhere = -math.inf, bool(c.mask)
 
     sequence_of = make_sequence(cuda, ops)
@@ -149,7 +150,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         query_batch, query_head, key_batch, key_head, value_batch, value_head,
         mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
         statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
-        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, wide, seed_low, seed_high,
+        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide, seed_low, seed_high,
         scale, unit, cap, gain,
     ):  # fmt: skip
         thread = i32(cuda.threadIdx.x)
@@ -164,7 +165,9 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             table, sequence, offset, Lq, Lk,
             query_batch, key_batch, value_batch, mask_batch, out_batch, statistic_batch,
         )  # fmt: skip
-        valid, every = i32(query_length * group), i32(Lq * group)
+        valid = i32(query_length * group)
+        # Packed sequences have no more rows than these; results of others have rows for all that there may be.
+        every = i32(Lq * group) if padded != 0 else valid
         if valid <= fewest or valid > most:
             return
         # The longest rows first, where there is more than one block of them.
@@ -176,7 +179,8 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         start = i64(ops.quotient(first_row, group)) + ahead
         end = i64(ops.quotient(i32(ops.most(last_row, 0)), group)) + ahead
         some_low, some_high = ops.most(start - left, 0), ops.least(key_length, end + right + 1)
-        every_low, every_high = ops.most(end - left, 0), ops.least(key_length, start + right + 1)
+        every_low = i32(ops.least(ops.most(end - left, 0), key_length))
+        every_high = i32(ops.most(ops.least(start + right + 1, key_length), 0))
         if split:
             some_low = ops.most(some_low, i64(block) * i64(chunk))
             some_high = ops.least(some_high, i64(block + 1) * i64(chunk))
@@ -187,19 +191,21 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
 
         # The thread's own rows.
         row_number, row_head = cuda.local.array(halves, i32), cuda.local.array(halves, i32)
-        low, high = cuda.local.array(halves, i32), cuda.local.array(halves, i32)
         mask_rows, ahead_of = cuda.local.array(halves, i64), cuda.local.array(halves, i32)
         row_slope = cuda.local.array(halves, f32)
         warp_row, warp_key = i32(row_warp * warp_rows), i32(key_warp * warp_keys)
+        # What is only needed at the edges of a mask waits in shared memory.
+        bounds = i32(shared + bounds_at + (key_warp * rows + warp_row + (lane >> 2)) * BOUNDS_BYTES)
         for row in range(halves):
             packed = i32(first_row + warp_row + 8 * row + (lane >> 2))
             i = ops.quotient(packed, group)
             h = i32(head * group + packed - i * group)
             row_number[row], row_head[row] = i, h
             position = i64(i) + ahead
-            low[row] = i32(ops.least(ops.most(position - left, 0), key_length))
-            last = i32(ops.most(ops.least(position + right + 1, key_length), 0))
-            high[row] = cuda.selp(packed < valid, last, i32(0))
+            low = i32(ops.least(ops.most(position - left, 0), key_length))
+            high = i32(ops.most(ops.least(position + right + 1, key_length), 0))
+            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP), low)
+            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP + 4), cuda.selp(packed < valid, high, i32(0)))
             if masked_everywhere:
                 mask_rows[row] = i64(mask + at_mask + i64(h) * mask_head + i64(i) * mask_row)
             if alibi:
@@ -230,7 +236,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             first_key = i32(tile * keys)
             keys_here = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
             values_here = i32(shared + values_at + (tile & (stages - 1)) * value_bytes)
-            rest = i32(key_length - first_key)
+            rest = i32(i32(key_length) - first_key)
             partial = masked_everywhere or first_key < every_low or first_key + keys > every_high
             odd = False
             if stages == 1:
@@ -259,7 +265,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             if general:
                 transform(s, scale, cap, row_slope, ahead_of, thread_key)
             if partial:
-                hide(s, seen, low, high, mask_rows, mask_column, thread_key)
+                hide(s, seen, bounds, mask_rows, mask_column, thread_key)
             softmax(s, sums, top, total, spread, unit)
             if dropout:
                 first = i32(first_key + warp_key)
@@ -293,7 +299,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             write_parts(sums, top, total, spread, parts, part_sums, place, i32(warp_row), valid, begun, lane)
         else:
             write_results(
-                sums, top, total, spread, shared, warp_row, row_number, row_head, first_row, valid, every, lane,
+                sums, top, total, spread, shared, warp_row, first_row, valid, every, lane,
                 i64(out + at_out), out_head, out_row, out_column, wide, lse, max_score, entropy,
                 at_statistic, statistic_head, statistic_row, sinks, head, group, gain,
             )  # fmt: skip

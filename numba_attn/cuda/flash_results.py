@@ -32,13 +32,15 @@ def make_write_results(cuda: Any, ops: Any, kind: str, Dv: int, tiles: int, gene
 
     @cuda.jit(device=True, inline="always")
     def write_results(
-        sums, top, total, spread, shared, warp_row, row_number, row_head, first_row, valid, every, lane,
+        sums, top, total, spread, shared, warp_row, first_row, valid, every, lane,
         out, out_head, out_row, out_column, wide, lse, max_score, entropy,
         statistic, statistic_head, statistic_row, sinks, head, group, gain,
     ):  # fmt: skip
         for row in range(halves):
             inside = i32(warp_row + 8 * row + (lane >> 2))
-            i, h, packed = row_number[row], row_head[row], i32(first_row + inside)
+            packed = i32(first_row + inside)
+            i = ops.quotient(packed, group)
+            h = i32(head * group + packed - i * group)
             exists, attends = packed < every, packed < valid
             sink = ops.load_f32(exists & (sinks != 0), i64(sinks + 4 * h), f32(nothing))
             best = cuda.selp(attends, top[row], f32(nothing))

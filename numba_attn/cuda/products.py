@@ -1,6 +1,6 @@
 """The two products of a tile on tensor cores, from shared memory to registers and on to registers.
 
-Arrays are those of `scores`: four numbers for each pair of 16 rows and 8 columns.
+Arrays are those of `tile_scores`: four numbers for each pair of 16 rows and 8 columns.
 """
 
 from __future__ import annotations
@@ -8,34 +8,39 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba_attn.cuda.shared_tiles import chunks_of, make_address
+from numba_attn.cuda.shared_tiles import chunks_of, make_address, make_stepped, tile_bytes
 
 
 def make_scores(cuda: Any, ops: Any, kind: str, D: int, tiles: int, key_tiles: int) -> Any:
     """A procedure (s, queries, first_row, keys, first_key, lane): s = Q K^T, of tiles in shared memory."""
     i32, f32 = ops.i32, ops.f32
-    address = make_address(cuda, ops, D)
+    address, stepped, down = make_address(cuda, ops, D), make_stepped(cuda, ops, D), tile_bytes(16, D)
     multiply = ops.multiply_bfloat16 if kind == "bfloat16" else ops.multiply_float16
     steps, pairs, scored = chunks_of(D) // 2, key_tiles // 2, 4 * tiles * key_tiles
     left_size = 4 * tiles
+    inner_steps = next(n for n in (4, 3, 2, 1) if steps % n == 0)
+    outer_steps = steps // inner_steps
 
     @cuda.jit(device=True, inline="always")
     def scores(s, queries, first_row, keys, first_key, lane):
         left, right = cuda.local.array(left_size, i32), cuda.local.array(4, i32)
-        query_row, query_chunk = i32(first_row + (lane & 15)), i32(lane >> 4)
-        key_row, key_chunk = i32(first_key + (lane & 7) + ((lane >> 4) << 3)), i32((lane >> 3) & 1)
+        query_place = i32(queries + address(i32(first_row + (lane & 15)), i32(lane >> 4)))
+        key_row = i32(first_key + (lane & 7) + ((lane >> 4) << 3))
+        key_place = i32(keys + address(key_row, i32((lane >> 3) & 1)))
         for n in range(scored):
             s[n] = f32(0)
-        for step in range(steps):
-            for tile in range(tiles):
-                place = i32(queries + address(query_row + 16 * tile, query_chunk + 2 * step))
-                ops.load_matrices(left, 4 * tile, place)
-            for pair in range(pairs):
-                ops.load_matrices(right, 0, i32(keys + address(key_row + 16 * pair, key_chunk + 2 * step)))
+        # Two loops instead of one, as long ones are not unrolled.
+        for outer in range(outer_steps):
+            for inner in range(inner_steps):
+                step = outer * inner_steps + inner
                 for tile in range(tiles):
-                    at = 4 * (tile * key_tiles + 2 * pair)
-                    multiply(s, at, left, 4 * tile, right[0], right[1])
-                    multiply(s, at + 4, left, 4 * tile, right[2], right[3])
+                    ops.load_matrices(left, 4 * tile, i32(stepped(query_place, step) + tile * down))
+                for pair in range(pairs):
+                    ops.load_matrices(right, 0, i32(stepped(key_place, step) + pair * down))
+                    for tile in range(tiles):
+                        at = 4 * (tile * key_tiles + 2 * pair)
+                        multiply(s, at, left, 4 * tile, right[0], right[1])
+                        multiply(s, at + 4, left, 4 * tile, right[2], right[3])
 
     return scores
 
@@ -43,7 +48,7 @@ def make_scores(cuda: Any, ops: Any, kind: str, D: int, tiles: int, key_tiles: i
 def make_accumulate(cuda: Any, ops: Any, kind: str, Dv: int, tiles: int, key_tiles: int) -> Any:
     """A procedure (sums, p, values, first_key, lane): sums += P V, with P rounded to 16 bits."""
     i32 = ops.i32
-    address = make_address(cuda, ops, Dv)
+    address, stepped, down = make_address(cuda, ops, Dv), make_stepped(cuda, ops, Dv), tile_bytes(16, Dv)
     multiply = ops.multiply_bfloat16 if kind == "bfloat16" else ops.multiply_float16
     pack = ops.pack_bfloat16 if kind == "bfloat16" else ops.pack_float16
     steps, pairs, value_tiles = key_tiles // 2, chunks_of(Dv) // 2, chunks_of(Dv)
@@ -52,15 +57,14 @@ def make_accumulate(cuda: Any, ops: Any, kind: str, Dv: int, tiles: int, key_til
     @cuda.jit(device=True, inline="always")
     def accumulate(sums, p, values, first_key, lane):
         left, right = cuda.local.array(left_size, i32), cuda.local.array(4, i32)
-        value_row, value_chunk = i32(first_key + (lane & 15)), i32(lane >> 4)
+        value_place = i32(values + address(i32(first_key + (lane & 15)), i32(lane >> 4)))
         for step in range(steps):
             for tile in range(tiles):
                 for n in range(4):
                     at = 4 * (tile * key_tiles + 2 * step) + 2 * n
                     left[4 * tile + n] = pack(p[at], p[at + 1])
             for pair in range(pairs):
-                place = i32(values + address(value_row + 16 * step, value_chunk + 2 * pair))
-                ops.load_transposed(right, 0, place)
+                ops.load_transposed(right, 0, i32(stepped(value_place, pair) + step * down))
                 for tile in range(tiles):
                     at = 4 * (tile * value_tiles + 2 * pair)
                     multiply(sums, at, left, 4 * tile, right[0], right[1])

@@ -16,7 +16,7 @@ PARAMETERS = {
     **dict.fromkeys(("statistic_batch", "statistic_head", "statistic_row", "slopes_batch"), "int64"),
     **dict.fromkeys(("offset", "left", "right", "threshold"), "int64"),
     **dict.fromkeys(("query_row", "key_row", "value_row"), "int32"),
-    **dict.fromkeys(("heads", "group", "Lq", "Lk", "blocks", "chunk", "fewest", "most", "wide"), "int32"),
+    **dict.fromkeys(("heads", "group", "Lq", "Lk", "blocks", "chunk", "fewest", "most", "padded", "wide"), "int32"),
     **dict.fromkeys(("seed_low", "seed_high"), "int32"),
     **dict.fromkeys(("scale", "unit", "cap", "gain"), "float32"),
 }

@@ -37,6 +37,18 @@ def make_address(cuda: Any, ops: Any, columns: int) -> Any:
     return address
 
 
+def make_stepped(cuda: Any, ops: Any, columns: int) -> Any:
+    """A function (place, step) of where 16 elements further on is, so many steps from the first or second chunk."""
+    i32 = ops.i32
+    cycle = min(row_chunks(columns), 8)
+
+    @cuda.jit(device=True, inline="always")
+    def stepped(place, step):
+        return i32((place ^ (32 * (step % (cycle // 2)))) + 16 * cycle * (step // (cycle // 2)))
+
+    return stepped
+
+
 def make_present(cuda: Any, ops: Any, columns: int) -> Any:
     """A function (chunk) of how many bytes of a chunk are elements, and not filled up."""
     i32, size = ops.i32, 2 * columns
@@ -54,7 +66,21 @@ def make_copy(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any
     i32, i64 = ops.i32, ops.i64
     address, present = make_address(cuda, ops, columns), make_present(cuda, ops, columns)
     chunks, every = chunks_of(columns), rows * chunks_of(columns)
-    steps = -(-every // threads)
+    steps, further = -(-every // threads), threads // chunks
+    # Whether a thread has one chunk of every so many rows, at places that differ by a constant.
+    regular = every % threads == 0 and threads % chunks == 0 and further % 8 == 0
+    further_bytes = further * row_chunks(columns) * 16
+
+    @cuda.jit(device=True, inline="always")
+    def copy_regular(to, source, row_bytes, end, thread):
+        row = ops.quotient(thread, chunks)
+        chunk = i32(thread - row * chunks)
+        place = i64(source + i64(row) * i64(row_bytes) + i64(chunk << 4))
+        first, some = i32(to + address(row, chunk)), present(chunk)
+        for step in range(steps):
+            count = cuda.selp(i32(row + step * further) < end, some, i32(0))
+            ops.copy_16(True, i32(first + step * further_bytes), place, count)
+            place = i64(place + further * i64(row_bytes))
 
     @cuda.jit(device=True, inline="always")
     def copy(to, source, row_bytes, end, thread):
@@ -66,7 +92,7 @@ def make_copy(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any
             place = i64(source + i64(row) * i64(row_bytes) + i64(chunk << 4))
             ops.copy_16(n < every, i32(to + address(row, chunk)), place, count)
 
-    return copy
+    return copy_regular if regular else copy
 
 
 def make_copy_packed(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:

@@ -20,8 +20,16 @@ LARGEST_HEAD = 256
 LEAST_SCALE = 2.0**-100  # of those by which the largest score can be found before it is scaled
 CHUNK = 256  # keys of a part of few rows; of more rows, as many times more
 FEW, SOME = 16, 64  # packed rows that are computed in parts
+STATISTICS = "lse", "max_score", "entropy"
 _INT32 = 1 << 31
 _POSITIONS = 1 << 30
+
+
+class Where(NamedTuple):
+    """The place of an array of a problem on the device."""
+
+    address: int
+    strides: tuple[int, ...]  # in bytes
 
 
 class Launch(NamedTuple):
@@ -36,6 +44,14 @@ class Launch(NamedTuple):
     shared_bytes: int
     arguments: tuple[int | float, ...]
 
+    def words(self) -> np.ndarray:
+        """The arguments in eight bytes each, of which the first are what the kernel takes: (n,) int64."""
+        reals = np.array([kind == "float32" for kind in self.argument_types])
+        words = np.array([0 if real else x for x, real in zip(self.arguments, reals, strict=True)], np.int64)
+        bits = np.array([x for x, real in zip(self.arguments, reals, strict=True) if real], np.float32).view(np.uint32)
+        words[reals] = bits
+        return words
+
 
 class Tiling(NamedTuple):
     tiles: int
@@ -45,10 +61,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def supports(problem: Problem, cc: tuple[Any, ...], address: Callable[[Any], int] | None = None) -> str | None:
+def supports(problem: Problem, cc: tuple[Any, ...], where: Callable[[str], Where] | None = None) -> str | None:
     """Why these kernels can not compute a problem on devices of a compute capability; None if they can.
 
-    Whether arrays begin at multiples of 16 bytes is checked if it is known where they are.
+    `where` says where the array of that name is; if not given, it is as far apart as that of the problem, and aligned.
     """
     D, Dv = problem.sizes[-2:]
     if cc[0] < 8:
@@ -63,25 +79,22 @@ def supports(problem: Problem, cc: tuple[Any, ...], address: Callable[[Any], int
             return f"{name} is given"
     if problem.storage is not None and (problem.storage.numbers is not None or problem.storage.pages is not None):
         return "keys and values are quantised or in pages"
-    return _layout(problem, address)
+    return _layout(problem, where or (lambda name: Where(0, getattr(problem, name).strides)))
 
 
-def _layout(problem: Problem, address: Callable[[Any], int] | None) -> str | None:
+def _layout(problem: Problem, where: Callable[[str], Where]) -> str | None:
     """Why the arrays' places in memory are none for these kernels."""
     for name in ("query", "key", "value"):
-        x = getattr(problem, name)
-        strides = [stride for stride, n in zip(x.strides, x.shape, strict=True) if n > 1]
-        if x.shape[-1] > 1 and x.strides[-1] != x.dtype.itemsize:
+        shape, (address, strides) = getattr(problem, name).shape, where(name)
+        if shape[-1] > 1 and strides[-1] != 2:
             return f"elements of a row of {name} are not contiguous"
-        if x.shape[-1] > 1:
-            strides = strides[:-1]
-        if any(stride % 16 for stride in strides) or (address is not None and x.size and address(x) % 16):
+        between = [stride for stride, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1]
+        if address % 16 or any(stride % 16 for stride in between):
             return f"rows of {name} do not begin at multiples of 16 bytes"
-        if abs(x.strides[-2]) >= _INT32:
+        if abs(strides[-2]) >= _INT32:
             return f"rows of {name} are too far apart"
     B, Hq, Hkv, Lq, Lk, _, _ = problem.sizes
-    statistics = [x for x in (problem.lse, problem.max_score, problem.entropy) if x is not None]
-    if any(x.strides != statistics[0].strides for x in statistics):
+    if len({where(name).strides for name in STATISTICS if getattr(problem, name) is not None}) > 1:
         return "statistics have different strides"
     if max(Lq * (Hq // max(Hkv, 1)), Lk) >= _POSITIONS or B * Hq * max(Lq, 1) * (Lk // CHUNK + 1) >= _INT32:
         return "it has too many rows or keys"
@@ -93,21 +106,21 @@ def _layout(problem: Problem, address: Callable[[Any], int] | None) -> str | Non
 def launches(
     problem: Problem,
     cc: tuple[Any, ...],
-    address: Callable[[Any], int],
+    where: Callable[[str], Where],
     upload: Callable[[np.ndarray], int],
     scratch: Callable[[int], int],
     tiling: Callable[[int], Tiling] | None = None,
 ) -> list[Launch]:
     """The kernels that compute a problem that is supported, one after the other.
 
-    `address` is where an array of the problem is on the device, `upload` copies a small array to it, `scratch` gives
+    `where` is the place of the array of that name on the device, `upload` copies a small array to it, `scratch` gives
     so many bytes of it.  `tiling`, of a number of rows, takes the place of what is chosen for the device.
     """
     B, Hq, Hkv, Lq, Lk, _, Dv = sizes = problem.sizes
     if B * Hq * Lq == 0:
         return []
     group = Hq // Hkv
-    given = _arguments(problem, sizes, address, upload)
+    given = _arguments(problem, sizes, where, upload)
     rows_of = problem.intervals.table[:, 1] * group
     found: list[Launch] = []
     for fewest, most in ((-1, FEW), (FEW, SOME), (SOME, _INT32 - 1)):
@@ -210,34 +223,30 @@ def _staged(tiling: Tiling, D: int, Dv: int, limit: int) -> Tiling:
 
 
 def _arguments(
-    problem: Problem, sizes: Sizes, address: Callable[[Any], int], upload: Callable[[np.ndarray], int]
+    problem: Problem, sizes: Sizes, where: Callable[[str], Where], upload: Callable[[np.ndarray], int]
 ) -> dict[str, Any]:
     """Those that do not depend on tiles, by name."""
     _, Hq, Hkv, Lq, Lk, _, Dv = sizes
     intervals, slopes, sinks = problem.intervals, problem.slopes, problem.sinks
     p, seed = problem.dropout or (0.0, 0)
-    statistic = next((x for x in (problem.lse, problem.max_score, problem.entropy) if x is not None), None)
-    arrays = {
-        "query": problem.query, "key": problem.key, "value": problem.value, "mask": problem.mask, "out": problem.out,
-        "statistic": statistic,
-    }  # fmt: skip
-    inner = {name: _inner(x, 2 if name == "statistic" else 3) for name, x in arrays.items()}
-    batch, table = _sequences(problem, sizes, arrays)
-
-    def place(x: Any) -> int:
-        return 0 if x is None or not x.size else address(x)
+    names = "query", "key", "value", "mask", "out", *STATISTICS
+    given = {name: where(name) for name in names if (x := getattr(problem, name)) is not None and x.size}
+    strides = {name: _used(getattr(problem, name).shape, given[name].strides) for name in given}
+    strides["statistic"] = next((strides[name] for name in STATISTICS if name in given), ())
+    inner = {name: (0, 0, 0, *strides.get(name, ()))[-3:] for name in (*names[:5], "statistic")}
+    inner["statistic"] = *inner["statistic"][1:], 0
+    batch, table = _sequences(problem, sizes, {name: strides.get(name) or None for name in inner})
 
     return {
-        **{name: place(getattr(problem, name)) for name in ("query", "key", "value", "mask", "out")},
-        **{name: place(getattr(problem, name)) for name in ("lse", "max_score", "entropy")},
+        **{name: given[name].address if name in given else 0 for name in names},
         "slopes": 0 if slopes is None else upload(slopes.astype(np.float32)),
         "sinks": 0 if sinks is None else upload(sinks.astype(np.float32)),
         "table": 0 if table is None else upload(table),
         "parts": 0,
         "part_sums": 0,
-        **{f"{name}_batch": batch[name] for name in arrays},
-        **{f"{name}_head": inner[name][0] for name in arrays},
-        **{f"{name}_row": inner[name][1] for name in arrays},
+        **{f"{name}_batch": batch[name] for name in inner},
+        **{f"{name}_head": inner[name][0] for name in inner},
+        **{f"{name}_row": inner[name][1] for name in inner},
         **{f"{name}_column": inner[name][2] for name in ("mask", "out")},
         "slopes_batch": Hq if slopes is not None and len(slopes) > 1 else 0,
         "offset": int(intervals.table[0, 0]),
@@ -249,7 +258,8 @@ def _arguments(
         "Lq": Lq,
         "Lk": Lk,
         "chunk": 0,
-        "wide": int(Dv % 8 == 0 and _wide(problem.out, address)),
+        "padded": int(problem.packed is None),
+        "wide": int(Dv % 8 == 0 and _wide(*given["out"], problem.out.shape)),
         "seed_low": _signed(seed & 0xFFFFFFFF),
         "seed_high": _signed(seed >> 32),
         "scale": problem.scale,
@@ -263,38 +273,32 @@ def _signed(word: int) -> int:
     return word - (word >> 31 << 32)
 
 
-def _inner(x: Any, axes: int) -> tuple[int, ...]:
-    """Bytes from head to head, row to row and column to column, 0 along axes that are broadcast."""
-    if x is None:
-        return (0,) * axes
-    return tuple(0 if n == 1 else stride for n, stride in zip(x.shape[-axes:], x.strides[-axes:], strict=True))
+def _used(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides that are 0 along axes of length 1."""
+    return tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
 
 
-def _sequences(problem: Problem, sizes: Sizes, arrays: dict[str, Any]) -> tuple[dict[str, int], np.ndarray | None]:
+def _sequences(
+    problem: Problem, sizes: Sizes, strides: dict[str, tuple[int, ...] | None]
+) -> tuple[dict[str, int], np.ndarray | None]:
     """Bytes from sequence to sequence in each array; or a table, if there is no such number or sequences differ."""
     batch = problem.query.shape[:-3]
-    none = dict.fromkeys(arrays, 0)
-    steps = {
-        name: _inner(x, x.ndim)[: len(batch)] if x is not None else (0,) * len(batch) for name, x in arrays.items()
-    }
     table = problem.intervals.table
-    alike = problem.packed is None and bool((table == (table[0, 0], sizes.Lq, sizes.Lk)).all())
-    merged = {name: _merged(batch, step) for name, step in steps.items()}
-    if alike and None not in merged.values():
-        return {name: step or 0 for name, step in merged.items()}, None
     if problem.packed is not None:
-        rows, keys = (starts[:-1] for starts in problem.packed)
-        starts = {name: keys if name in ("key", "value") else rows for name in arrays}
-        starts["mask"] = np.arange(sizes.B)
-        along = {name: 0 if name == "mask" else 1 for name in arrays}
+        starts = dict.fromkeys(strides, problem.packed.query_starts[:-1])
+        starts["key"] = starts["value"] = problem.packed.key_starts[:-1]
         places = [
-            starts[name] * (0 if x is None or x.shape[along[name]] == 1 else x.strides[along[name]])
-            for name, x in arrays.items()
+            np.arange(sizes.B) * (step or (0,))[0] if name == "mask" else starts[name] * (step or (0, 0))[1]
+            for name, step in strides.items()
         ]
-    else:
-        index = np.indices(batch or (1,)).reshape(max(len(batch), 1), -1)
-        places = [np.array(steps[name] or (0,), np.int64) @ index for name in arrays]
-    return none, np.stack([*table.T, *places], axis=1).astype(np.int64)
+        return dict.fromkeys(strides, 0), np.stack([*table.T, *places], axis=1).astype(np.int64)
+    steps = {name: (step or (0,) * len(batch))[: len(batch)] for name, step in strides.items()}
+    merged = {name: _merged(batch, step) for name, step in steps.items()}
+    if None not in merged.values() and (table == (table[0, 0], sizes.Lq, sizes.Lk)).all():
+        return {name: step or 0 for name, step in merged.items()}, None
+    index = np.indices(batch or (1,)).reshape(max(len(batch), 1), -1)
+    places = [np.array(step or (0,), np.int64) @ index for step in steps.values()]
+    return dict.fromkeys(strides, 0), np.stack([*table.T, *places], axis=1).astype(np.int64)
 
 
 def _merged(batch: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
@@ -311,8 +315,6 @@ def _merged(batch: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     return step
 
 
-def _wide(out: Any, address: Callable[[Any], int]) -> bool:
+def _wide(address: int, strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether rows of results can be written 16 bytes at a time."""
-    strides = [stride for stride, n in zip(out.strides, out.shape, strict=True) if n > 1]
-    inner = out.strides[-1] == out.dtype.itemsize
-    return bool(inner and not any(stride % 16 for stride in strides[:-1]) and address(out) % 16 == 0)
+    return strides[-1] == 2 and address % 16 == 0 and not any(stride % 16 for stride in _used(shape, strides)[:-1])

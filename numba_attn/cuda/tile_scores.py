@@ -13,6 +13,9 @@ from typing import Any
 from numba_attn import random
 from numba_attn.cuda.row_results import LOG2_E
 
+BOUNDS_BYTES = 8  # of a row: the first key it may attend to, and the end of them
+BOUNDS_STEP = 8 * BOUNDS_BYTES  # a thread has every eighth row
+
 
 def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: bool, alibi: bool) -> Any:
     """A procedure (s, scale, cap, slopes, positions, key) that makes scaled, capped and biased scores of products.
@@ -55,22 +58,23 @@ def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: boo
 
 
 def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str) -> Any:
-    """A procedure (s, seen, low, high, masks, step, key) that makes scores -inf that do not count, and `seen` tell.
+    """A procedure (s, seen, bounds, masks, step, key) that makes scores -inf that do not count, and `seen` tell.
 
-    Row r attends to the keys from low[r] up to high[r], and its mask, of elements of the kind `mask`, begins at the
-    address masks[r] and goes on in steps of bytes; `key` is the number of the thread's first key.  Bit 4 key_tile +
-    2 half + e of seen[tile] is of that element.
+    Row r attends to the keys from one up to another number, which lie in shared memory at bounds + r * BOUNDS_STEP, and
+    its mask, of elements of the kind `mask`, begins at the address masks[r] and goes on in steps of bytes; `key` is the
+    number of the thread's first key.  Bit 4 key_tile + 2 half + e of seen[tile] is of that element.
     """
     i32, i64, f32 = ops.i32, ops.i64, ops.f32
     given_too, boolean, hidden = bool(mask), mask == "bool", -math.inf
     load = getattr(ops, f"load_{mask}" if mask else "load_f32")
 
     @cuda.jit(device=True, inline="always")
-    def hide(s, seen, low, high, masks, step, key):
+    def hide(s, seen, bounds, masks, step, key):
         for tile in range(tiles):
             seen[tile] = i32(0)
         for row in range(2 * tiles):
-            first, end = i32(low[row] - key), i32(high[row] - key)
+            first = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP)) - key)
+            end = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP + 4)) - key)
             given_row = i64(masks[row] + key * step)
             for tile in range(key_tiles):
                 for e in range(2):
