@@ -8,7 +8,7 @@ is wrong is made to show:
 * copies arrive when they are waited for;
 * a warp that reads or writes in shared memory what another has written, or writes what another has read, without a
   barrier between them, is an error, as is any access to global memory outside the arrays given;
-* accesses to shared memory that take more than one turn, because of banks, are counted.
+* accesses to shared memory that take more than one turn, because of banks, are counted if that is asked for.
 
 It cannot show what lanes of one warp do to each other, nor how fast anything is.
 """
@@ -78,8 +78,8 @@ class Memory:
 class Block:
     """The state of the block of threads that is running."""
 
-    def __init__(self, launch: Launch, number: int, counts: Counter[str]):
-        self.threads, self.number, self.counts = launch.block[0], number, counts
+    def __init__(self, launch: Launch, counts: Counter[str] | None):
+        self.threads, self.counts = launch.block[0], counts
         self.warps = np.arange(self.threads)[:, None] // 32
         words = launch.shared_bytes // 4
         self.shared = np.full(words, 0xFFFFFFFF, np.uint32)
@@ -119,12 +119,15 @@ class Block:
 
     def count_turns(self, name: str, words: np.ndarray) -> None:
         """Of accesses that the hardware makes 32 words at a time: whether some are different words of one bank."""
+        if self.counts is None:
+            return
         flat = words.reshape(-1)
         together = np.sort(np.resize(flat, (-(-len(flat) // 32), 32)), axis=1)
         banks = np.where(np.diff(together, axis=1, prepend=-1) == 0, -1, together % 32)  # a word once
         banks = np.sort(banks, axis=1)
         twice = (np.diff(banks, axis=1) == 0) & (banks[:, 1:] >= 0)
         self.counts[f"{name} conflicts"] += int(twice.any(axis=1).sum())
+        self.counts[name] += 1
 
 
 class _Cast:
@@ -165,8 +168,9 @@ def _signed(words: np.ndarray) -> np.ndarray:
 class Machine:
     """`cuda` and `ops` for kernels, and what they work on."""
 
-    def __init__(self, memory: Memory):
-        self.memory, self.counts = memory, Counter()  # type: ignore[var-annotated]
+    def __init__(self, memory: Memory, counted: bool = False):
+        self.memory = memory
+        self.counts: Counter[str] | None = Counter() if counted else None
         self.block: Block = None  # type: ignore[assignment]
         self.cuda = SimpleNamespace(
             jit=lambda **options: lambda function: function,
@@ -191,7 +195,7 @@ class Machine:
             assert kind == "float32" or -half <= x < half
         with np.errstate(all="ignore"):
             for number in range(launch.grid[0]):
-                self.block = Block(launch, number, self.counts)
+                self.block = Block(launch, self.counts)
                 self.cuda.threadIdx.x, self.cuda.blockIdx.x = np.arange(launch.block[0]), number
                 kernel(*arguments)
 
@@ -317,7 +321,6 @@ class _Ops:
     def _multiply(
         self, numbers: Callable[[np.ndarray], np.ndarray], c: Any, at: int, a: Any, a_at: int, *b: Any
     ) -> None:
-        self._machine.counts["products"] += 1
         left = numbers(a[a_at : a_at + 4]).reshape(2, 2, -1, 8, 4, 2)  # half of columns, half of rows, warp, row, ...
         left = left.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16)
         right = numbers(np.stack([self._block.lanes(x, np.int64) for x in b])).reshape(2, -1, 8, 4, 2)

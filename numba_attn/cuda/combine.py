@@ -35,8 +35,8 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
         query_batch, query_head, key_batch, key_head, value_batch, value_head,
         mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
         statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
-        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide, seed_low, seed_high,
-        scale, unit, cap, gain,
+        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide,
+        seed_low, seed_high, scale, unit, cap, gain,
     ):  # fmt: skip
         thread = i32(cuda.threadIdx.x)
         lane = i32(thread & 31)
