@@ -20,7 +20,7 @@ from numba_attn.cuda import compile
 from numba_attn.cuda.combine import Combination, make_combine
 from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.sequences import PARAMETERS
-from numba_attn.cuda.tensorcore import FEW, SOME, choose, shared_limit
+from numba_attn.cuda.tensorcore import FEW, SOME, choose
 
 TYPES = tuple(PARAMETERS.values())
 MANY = 1 << 20
@@ -108,24 +108,6 @@ def test_every_variant_stays_in_registers(cc: tuple[int, int], D: int, rows: int
     configuration = flash("float16" if D == 64 else "bfloat16", D, rows, cc, **given)
     # With all options at once the largest head leaves no room.
     check(make_flash, configuration, cc, tmp_path, 255, 256 if D == 256 and options == "every option" else 0)
-
-
-@pytest.mark.parametrize("cc", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
-def test_shared_memory_suffices(cc: tuple[int, int]) -> None:
-    for D in (8, 16, 64, 80, 96, 128, 192, 256):
-        for Dv in (8, D, 256):
-            for rows in (FEW, SOME, MANY):
-                for options in (False, True):
-                    chosen = Configuration("", D, Dv, *choose(D, Dv, rows, cc, options), rows <= SOME, **NO_OPTIONS)
-                    assert chosen.shared_bytes <= shared_limit(cc)
-                    assert chosen.rows >= min(rows, SOME) and chosen.threads <= 256
-
-
-def test_keys_of_a_tile_depend_on_no_option() -> None:
-    for cc in ((8, 0), (8, 9), (9, 0)):
-        for D in (16, 64, 128, 256):
-            for rows in (FEW, SOME, MANY):
-                assert choose(D, D, rows, cc, False).keys == choose(D, D, rows, cc, True).keys
 
 
 SCRIPT = """

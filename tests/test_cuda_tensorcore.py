@@ -18,9 +18,9 @@ from tolerances import DEFAULTS, assert_accurate, same_bits
 
 from numba_attn.cuda import tensorcore
 from numba_attn.cuda.combine import make_combine
-from numba_attn.cuda.flash import make_flash
+from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.sequences import PARAMETERS
-from numba_attn.cuda.tensorcore import Tiling, Where
+from numba_attn.cuda.tensorcore import FEW, SOME, Tiling, Where, choose, shared_limit
 from numba_attn.problem import Problem
 
 STATISTICS = "lse", "max_score", "entropy"
@@ -86,12 +86,12 @@ def _computed(case: Case) -> bool:
 
 CASES = [case for case in SMALL if _computed(case)]
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-_SOME = [
+_MOST = [
     *("plain", "odd sizes", "one query", "groups of 4", "causal, offsets", "window, causal, offset", "lengths"),
     *("mask bool", "mask bool reversed", "additive -inf, groups", "alibi per batch, offsets", "sinks and lengths"),
     *("softcap, causal, additive", "dropout, causal, groups"),
 ]
-SOME = pytest.mark.parametrize("case", [c for c in CASES if c.name in _SOME], ids=lambda c: c.name)
+MOST = pytest.mark.parametrize("case", [c for c in CASES if c.name in _MOST], ids=lambda c: c.name)
 _A_FEW = "one query", "lengths", "mask bool", "softcap, causal, additive", "dropout, causal, groups"
 A_FEW = pytest.mark.parametrize("case", [c for c in CASES if c.name in _A_FEW], ids=lambda c: c.name)
 
@@ -117,7 +117,7 @@ def check(case: Case, tiling: str, cc: tuple[int, int] = H100) -> None:
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-@SOME
+@MOST
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_agrees_with_float64(case: Case, dtype: str) -> None:
     check(of_type(case, dtype), "16 x 16" if dtype == "float16" else "32 x 32")
@@ -342,6 +342,28 @@ def test_parameters_are_those_that_are_given() -> None:
         scale = list(PARAMETERS).index("scale")
         assert words[scale : scale + 1].view(np.float32)[0] == np.float32(0.25)
         assert words[list(PARAMETERS).index("heads")] == 1
+
+
+MANY = 1 << 20
+NOTHING = "", False, False, False, False, False  # of options
+
+
+@pytest.mark.parametrize("cc", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_shared_memory_suffices(cc: tuple[int, int]) -> None:
+    for D in (8, 16, 64, 80, 96, 128, 192, 256):
+        for Dv in (8, D, 256):
+            for rows in (FEW, SOME, MANY):
+                for options in (False, True):
+                    chosen = Configuration("", D, Dv, *choose(D, Dv, rows, cc, options), rows <= SOME, *NOTHING)
+                    assert chosen.shared_bytes <= shared_limit(cc)
+                    assert chosen.rows >= min(rows, SOME) and chosen.threads <= 256
+
+
+def test_keys_of_a_tile_depend_on_no_option() -> None:
+    for cc in ((8, 0), (8, 9), (9, 0)):
+        for D in (16, 64, 128, 256):
+            for rows in (FEW, SOME, MANY):
+                assert choose(D, D, rows, cc, False).keys == choose(D, D, rows, cc, True).keys
 
 
 # The emulator itself --------------------------------------------------------------------------------------------------

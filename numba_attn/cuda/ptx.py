@@ -35,8 +35,12 @@ def _assemble(
     result = {0: ir.VoidType(), 1: results[0] if results else None}.get(len(results)) or ir.LiteralStructType(results)
     kind = ir.FunctionType(result, [_LLVM[t] for t in inputs])
     code = ir.InlineAsm(kind, asm, ",".join(constraints), side_effect=memory or not outputs)
-    # Convergent: all lanes of the warp execute it together, so it must not move into a branch.
-    called = builder.call(code, values, attrs=("convergent",) if warp else ())
+    # Convergent: all lanes of the warp execute it together, so it must not move into a branch.  Arithmetic that nobody
+    # uses is left out; that of addresses is done again in every turn of a loop, which takes fewer registers.
+    attributes = {"convergent"} if warp else set()
+    if not memory and f32 in outputs:
+        attributes |= {"readnone", "nounwind"}
+    called = builder.call(code, values, attrs=attributes)
     if len(results) < 2:
         return [called] if results else []
     return [builder.extract_value(called, n) for n in range(len(results))]

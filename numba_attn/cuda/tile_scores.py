@@ -40,6 +40,7 @@ def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: boo
 
     @cuda.jit(device=True, inline="always")
     def transform(s, scale, cap, slopes, positions, key):
+        per_cap = ops.reciprocal(cap)
         for row in range(2 * tiles):
             if alibi:
                 ahead = ops.float_of(i32(positions[row] - key))
@@ -48,7 +49,7 @@ def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: boo
                     at = 4 * ((row // 2) * key_tiles + tile) + 2 * (row % 2) + e
                     x = ops.product(s[at], scale)
                     if softcap:
-                        x = ops.product(tanh(ops.product(x, ops.reciprocal(cap))), cap)
+                        x = ops.product(tanh(ops.product(x, per_cap)), cap)
                     if alibi:
                         distance = ops.magnitude(f32(ahead - f32(8 * tile + e)))
                         x = ops.multiply_add(f32(-slopes[row]), distance, x)
