@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ LEAST_SCALE = 2.0**-100  # of those by which the largest score can be found befo
 CHUNK = 256  # keys of a part of few rows; of more rows, as many times more
 FEW, SOME = 16, 64  # packed rows that are computed in parts
 STATISTICS = "lse", "max_score", "entropy"
+_TYPES, _IN_ORDER = tuple(PARAMETERS.values()), operator.itemgetter(*PARAMETERS)
 _INT32 = 1 << 31
 _POSITIONS = 1 << 30
 
@@ -46,11 +50,12 @@ class Launch(NamedTuple):
 
     def words(self) -> np.ndarray:
         """The arguments in eight bytes each, of which the first are what the kernel takes: (n,) int64."""
-        reals = np.array([kind == "float32" for kind in self.argument_types])
-        words = np.array([0 if real else x for x, real in zip(self.arguments, reals, strict=True)], np.int64)
-        bits = np.array([x for x, real in zip(self.arguments, reals, strict=True) if real], np.float32).view(np.uint32)
-        words[reals] = bits
-        return words
+        return np.frombuffer(_packing(self.argument_types).pack(*self.arguments), np.int64)
+
+
+@functools.cache
+def _packing(types: tuple[str, ...]) -> struct.Struct:
+    return struct.Struct("<" + "".join("f4x" if kind == "float32" else "q" for kind in types))
 
 
 class Tiling(NamedTuple):
@@ -121,10 +126,10 @@ def launches(
         return []
     group = Hq // Hkv
     given = _arguments(problem, sizes, where, upload)
-    rows_of = problem.intervals.table[:, 1] * group
+    rows = {length * group for _, length, _ in problem.intervals.table.tolist()}
     found: list[Launch] = []
     for fewest, most in ((-1, FEW), (FEW, SOME), (SOME, _INT32 - 1)):
-        if not ((fewest < rows_of) & (rows_of <= most)).any():
+        if not any(fewest < n <= most for n in rows):
             continue
         configuration = _configuration(problem, cc, most, tiling)
         arguments = {**given, "fewest": fewest, "most": most}
@@ -154,12 +159,12 @@ def _launch(
     return Launch(
         make=make,
         configuration=tuple(configuration),
-        argument_types=tuple(PARAMETERS.values()),
+        argument_types=_TYPES,
         launch_bounds=(configuration.threads, 1),
         grid=(blocks, 1, 1),
         block=(configuration.threads, 1, 1),
         shared_bytes=shared_bytes,
-        arguments=tuple(arguments[name] for name in PARAMETERS),
+        arguments=_IN_ORDER(arguments),
     )
 
 
@@ -195,6 +200,7 @@ def shared_limit(cc: tuple[Any, ...]) -> int:
     return {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}.get(tuple(cc[:2]), 99) * 1024
 
 
+@functools.lru_cache(maxsize=256)
 def choose(D: int, Dv: int, rows: int, cc: tuple[Any, ...], options: bool) -> Tiling:
     """Tiles for a number of packed rows at most; options that take registers leave 16 rows to a warp, not 32.
 
@@ -294,7 +300,8 @@ def _sequences(
         return dict.fromkeys(strides, 0), np.stack([*table.T, *places], axis=1).astype(np.int64)
     steps = {name: (step or (0,) * len(batch))[: len(batch)] for name, step in strides.items()}
     merged = {name: _merged(batch, step) for name, step in steps.items()}
-    if None not in merged.values() and (table == (table[0, 0], sizes.Lq, sizes.Lk)).all():
+    alike = [int(table[0, 0]), sizes.Lq, sizes.Lk]
+    if None not in merged.values() and all(row == alike for row in table.tolist()):
         return {name: step or 0 for name, step in merged.items()}, None
     index = np.indices(batch or (1,)).reshape(max(len(batch), 1), -1)
     places = [np.array(step or (0,), np.int64) @ index for step in steps.values()]
