@@ -22,6 +22,7 @@ from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.sequences import PARAMETERS
 from numba_attn.cuda.tensorcore import FEW, SOME, Tiling, Where, choose, shared_limit
 from numba_attn.problem import Problem
+from numba_attn.storage import Storage
 
 STATISTICS = "lse", "max_score", "entropy"
 A100, H100, L40 = (8, 0), (9, 0), (8, 9)
@@ -293,6 +294,17 @@ def test_arrays_anywhere() -> None:
     assert same_bits(run(*rows_first, attn_mask=mask, layout="BLHD", tiling="16 x 16").swapaxes(-3, -2), whole)
 
 
+def test_cache_of_numbers() -> None:
+    """Of which the keys behind those that there are count for nothing."""
+    rng = np.random.default_rng(5)
+    query, key, value = (rng.standard_normal((2, H, L, 16)).astype(np.float16) for H, L in ((4, 1), (2, 50), (2, 50)))
+    expected = run(query, key[:, :, :40], value[:, :, :40], enable_gqa=True, kv_lengths=[40, 9], tiling="32 x 32")
+    held = Storage(key, value, None, 16, 16, 40)
+    problem = Problem.from_call(query, held, None, **{**DEFAULTS, "return_aux": (), "kv_lengths": [40, 9]})
+    emulate(problem, tiling=TILINGS["32 x 32"])
+    np.testing.assert_allclose(problem.result.astype(float), expected.astype(float), atol=2e-3)
+
+
 @pytest.mark.parametrize("form", ["Fortran", "reversed", "steps", "unaligned"])
 def test_masks_anywhere(form: str) -> None:
     rng = np.random.default_rng(4)
@@ -305,22 +317,42 @@ def test_masks_anywhere(form: str) -> None:
 # What is not computed here --------------------------------------------------------------------------------------------
 
 
-def _reason(cc: tuple[int, int] = H100, D: int = 16, dtype: Any = np.float16, of: Any = None, **options: Any) -> Any:
+_PAGES = np.array([[0, 2]])
+
+
+def _reason(
+    cc: tuple[int, int] = H100,
+    D: int = 16,
+    dtype: Any = np.float16,
+    of: Any = None,
+    key: Any = None,
+    where: dict[str, int] | None = None,
+    **options: Any,
+) -> str | None:
     x = np.ones((1, 2, 8, D), dtype) if of is None else of
-    return tensorcore.supports(Problem.from_call(x, x, x, **{**DEFAULTS, "return_aux": (), **options}), cc)
+    call = {**DEFAULTS, "return_aux": (), **options}
+    problem = Problem.from_call(x, *((x, x) if key is None else (key, None)), **call)
+    if where is None:
+        return tensorcore.supports(problem, cc)
+    return tensorcore.supports(problem, cc, lambda name: Where(where.get(name, 0), getattr(problem, name).strides))
 
 
 def test_what_is_left_to_other_kernels() -> None:
     assert _reason() is None
-    assert "compute capability 7.5" in _reason((7, 5))
-    assert "float32 is not of 16 bits" in _reason(dtype=np.float32)
-    assert "head size 264" in _reason(D=264)
-    assert "head size 0" in _reason(D=0)
-    assert "score_mod" in _reason(score_mod=lambda score, b, h, i, j: score)
-    assert "key_weight" in _reason(return_aux=("key_weight",))
-    assert "rows of query" in _reason(D=20)
-    assert "contiguous" in _reason(of=np.ones((1, 2, 16, 8), np.float16).swapaxes(-1, -2))
-    assert "positions" in _reason(alibi_slopes=np.ones(2), query_offset=1 << 31)
+    assert "compute capability 7.5" in str(_reason((7, 5)))
+    assert "float32 is not of 16 bits" in str(_reason(dtype=np.float32))
+    assert "head size 264" in str(_reason(D=264))
+    assert "head size 0" in str(_reason(D=0))
+    assert "score_mod" in str(_reason(score_mod=lambda score, b, h, i, j: score))
+    assert "key_weight" in str(_reason(return_aux=("key_weight",)))
+    assert "rows of query" in str(_reason(D=20))
+    assert "contiguous" in str(_reason(of=np.ones((1, 2, 16, 8), np.float16).swapaxes(-1, -2)))
+    odd = STORAGE["unaligned"](np.zeros((8, 8), np.float32))
+    assert "elements of mask" in str(_reason(where={"mask": odd.ctypes.data}, attn_mask=odd))
+    assert "rows of key" in str(_reason(where={"key": 8}))
+    paged = Storage(np.ones((3, 2, 4, 16), np.float16), np.ones((3, 2, 4, 16), np.float16), None, 16, 16, 8, _PAGES)
+    assert "in pages" in str(_reason(key=paged))
+    assert "positions" in str(_reason(alibi_slopes=np.ones(2), query_offset=1 << 31))
 
 
 def test_nothing_to_compute() -> None:

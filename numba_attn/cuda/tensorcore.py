@@ -98,6 +98,12 @@ def _layout(problem: Problem, where: Callable[[str], Where]) -> str | None:
             return f"rows of {name} do not begin at multiples of 16 bytes"
         if abs(strides[-2]) >= _INT32:
             return f"rows of {name} are too far apart"
+    for name in ("mask", "out", *STATISTICS):
+        x = getattr(problem, name)
+        if x is not None:
+            address, strides = where(name)
+            if any(n % x.dtype.itemsize for n in (address, *_used(x.shape, strides))):
+                return f"elements of {name} are not at multiples of their size"
     B, Hq, Hkv, Lq, Lk, _, _ = problem.sizes
     if len({where(name).strides for name in STATISTICS if getattr(problem, name) is not None}) > 1:
         return "statistics have different strides"
