@@ -88,8 +88,21 @@ MAY_IMPORT = {
         *("cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.launch", "cpu.narrow", "cpu.plan", "cpu.score"),
         *("cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random", "threads"),
     },
+    # These load no Numba: kernels get what they are written in, and `cuda.compile` looks that up.
+    "cuda.products": {"cuda.shared_tiles"},
+    "cuda.tile_scores": {"cuda.row_results", "random"},
+    "cuda.flash_results": {"cuda.row_results", "cuda.shared_tiles"},
+    "cuda.flash": {
+        *("cuda.flash_results", "cuda.products", "cuda.row_results", "cuda.tile_scores", "cuda.sequences"),
+        "cuda.shared_tiles",
+    },
+    "cuda.combine": {"cuda.flash_results", "cuda.row_results", "cuda.sequences"},
+    "cuda.tensorcore": {
+        *("cuda.combine", "cuda.flash", "cuda.flash_results", "cuda.row_results", "cuda.sequences"),
+        *("checks", "problem", "random"),
+    },
 }
-WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name != "threads"}
+WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name not in ("threads", "cuda.ptx")}
 
 
 def imports(path: Path, everywhere: bool) -> set[str]:
