@@ -88,6 +88,22 @@ MAY_IMPORT = {
         *("cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.launch", "cpu.narrow", "cpu.plan", "cpu.score"),
         *("cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random", "threads"),
     },
+    "cuda.elements": {"cuda.arguments", "storage"},
+    "cuda.philox": {"cuda.elements", "random"},
+    "cuda.scores": {"block_mask", "cuda.arguments", "cuda.elements"},
+    "cuda.simt": {"cuda.arguments", "cuda.elements", "cuda.philox", "cuda.scores"},
+    "cuda.key_weight": {"cuda.arguments", "cuda.scores"},
+    "cuda.simulator": {"cuda.arguments"},
+    "cuda.placed": {"checks", "cuda.arguments"},
+    "cuda.user_functions": {"checks", "cuda.launch"},  # the latter for memory, when an array is captured
+    "cuda.launch": {"cuda.arguments", "cuda.compile", "cuda.user_functions"},
+    "cuda.portable": {
+        *("cuda.arguments", "cuda.key_weight", "cuda.placed", "cuda.scores", "cuda.simt", "checks", "problem"),
+        "random",
+    },
+    "cuda.attention": {
+        *("cuda.launch", "cuda.placed", "cuda.portable", "cuda.simulator", "cuda.tensorcore", "problem"),
+    },
     # These load no Numba: kernels get what they are written in, and `cuda.compile` looks that up.
     "cuda.products": {"cuda.shared_tiles"},
     "cuda.tile_scores": {"cuda.row_results", "random"},
@@ -137,7 +153,7 @@ def test_import_direction() -> None:
             module.removeprefix("numba_attn.")
             for module in imports(path, everywhere=True)
             if module.startswith("numba_attn.")
-        } & set(MODULES) - {"cpu"}  # an empty package
+        } & set(MODULES) - {"cpu", "cuda"}  # empty packages
         assert ours <= MAY_IMPORT.get(name, set()), f"{name} must not import {ours - MAY_IMPORT.get(name, set())}"
 
 

@@ -154,7 +154,10 @@ def fingerprint() -> str:
     """Of all that every kernel depends on beside its own configuration: sources and versions."""
     digest = hashlib.sha256(repr([platform.machine(), *map(_version, _COMPILERS)]).encode())
     here = Path(__file__).parent
-    for source in [*sorted(here.glob("*.py")), here.parent / "random.py"]:
+    for source in [
+        *sorted(here.glob("*.py")),
+        *(here.parent / name for name in ("block_mask.py", "random.py", "storage.py")),
+    ]:
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
