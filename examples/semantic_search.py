@@ -160,8 +160,14 @@ class Encoder:
                 progress(done, len(order))
         return vectors
 
-    def hidden_states(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The last layer's output, (B, L, 384), for token ids (B, L) of which row b has lengths[b], then padding."""
+    def hidden_states(
+        self, ids: np.ndarray, lengths: np.ndarray, observe: Callable[..., None] | None = None
+    ) -> np.ndarray:
+        """The last layer's output, (B, L, 384), for token ids (B, L) of which row b has lengths[b], then padding.
+
+        `observe`, if given, is called in every layer with query, key and value, (B, L, heads, head size), which it must
+        neither keep nor change.
+        """
         B, L = ids.shape
         w = self.embeddings
         x: np.ndarray = w["word_embeddings.weight"][ids.ravel()]
@@ -177,6 +183,8 @@ class Encoder:
         for w in self.layers:
             np.matmul(x, w["qkv.weight"].T, out=qkv)
             qkv += w["qkv.bias"]
+            if observe is not None:
+                observe(query, key, value)
             numba_attn.scaled_dot_product_attention(
                 query, key, value, query_lengths=lengths, kv_lengths=lengths, out=out, layout="BLHD"
             )

@@ -1,4 +1,4 @@
-"""The command line, `python -m numba_attn` or `numba-attn`: info, run, bench, warmup.
+"""The command line, `python -m numba_attn` or `numba-attn`: info, run, inspect, bench, warmup.
 
 Nothing but the standard library is imported before a command needs it.
 """
@@ -147,17 +147,10 @@ def _run(options: argparse.Namespace) -> int:
         arrays = _arrays(_npz.load(options.input), options)
         call = inspect.signature(scaled_dot_product_attention).bind(
             **arrays,
-            is_causal=options.causal,
-            scale=options.scale,
-            enable_gqa=options.gqa,
-            window=options.window,
-            softcap=options.softcap,
+            **_keywords(options),
             dropout_p=options.dropout_p,
             dropout_seed=options.dropout_seed,
             return_aux=tuple(options.aux),
-            layout=options.layout,
-            backend=options.backend,
-            precision=options.precision,
         )
         call.apply_defaults()
         forward = dispatch.forward(call.arguments.pop("backend"))
@@ -210,6 +203,20 @@ def _arrays(arrays: dict[str, np.ndarray], options: argparse.Namespace) -> dict[
     if "query_offset" in arrays:
         raise CommandError(f"{options.input} has a query_offset: it cannot be combined with --query-offset")
     return {**arrays, "query_offset": options.query_offset}
+
+
+def _keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """What run and inspect have in common, by the names of the function."""
+    return {
+        "is_causal": options.causal,
+        "scale": options.scale,
+        "enable_gqa": options.gqa,
+        "window": options.window,
+        "softcap": options.softcap,
+        "layout": options.layout,
+        "backend": options.backend,
+        "precision": options.precision,
+    }
 
 
 def _flop(problem: Problem) -> int:
@@ -282,6 +289,38 @@ def _part(problem: Problem, axis: int, start: int, stop: int) -> Problem:
         out=part(problem.out),
         **statistics,
     )
+
+
+# inspect --------------------------------------------------------------------------------------------------------------
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from numba_attn import _npz, plot
+    from numba_attn.diagnostics import diagnose
+
+    if options.output and options.output.suffix not in PICTURES:
+        raise CommandError(f"-o must end with one of {', '.join(PICTURES)}, got {options.output}")
+    if options.dpi < 1:
+        raise CommandError(f"--dpi must be 1 or more, got {options.dpi}")
+    if options.output and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("-o needs matplotlib: pip install 'numba_attn[plot]'")
+    loaded = _npz.load(options.input)
+    tokens: Any = loaded.pop("tokens", None)
+    call = {**_arrays(loaded, options), **_keywords(options)}
+    try:
+        report = diagnose(**call, key_weight=options.key_weight)
+        if options.output:
+            choice = {"query_rows": options.rows, "heads": options.heads, "sequence": options.sequence}
+            figure = plot.inspect(**call, report=report, tokens=tokens, **choice)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise CommandError(str(error)) from error
+    if options.output:
+        with _npz.replacing(options.output) as file:
+            figure.savefig(file, format=options.output.suffix[1:], dpi=options.dpi)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    return 0
 
 
 # bench and warmup -----------------------------------------------------------------------------------------------------
@@ -366,6 +405,21 @@ def _offset(text: str) -> int | str:
     return text if text == "bottom_right" else int(text)
 
 
+def _add_keywords(command: argparse.ArgumentParser) -> None:
+    """See `_keywords`."""
+    command.add_argument("--causal", action="store_true", help="query row i attends to keys up to i + offset")
+    command.add_argument("--scale", type=float, help="of the scores; default 1 / sqrt(head size)")
+    command.add_argument("--gqa", action="store_true", help="allow more query heads than key-value heads")
+    command.add_argument(
+        "--window", type=_side, nargs=2, metavar=("LEFT", "RIGHT"), help="keys on either side; 'none' is unbounded"
+    )
+    command.add_argument("--query-offset", type=_offset, metavar="N|bottom_right", help="key position of query row 0")
+    command.add_argument("--softcap", type=float, metavar="C", help="scores s become C * tanh(s / C)")
+    command.add_argument("--layout", choices=("BHLD", "BLHD"), default="BHLD", help="heads before or after rows")
+    command.add_argument("--backend", choices=tuple(BACKENDS), default="cpu", help="default cpu")
+    command.add_argument("--precision", choices=("bfloat16",), help="of the products, where the processor has these")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="numba-attn", description="Attention for NumPy arrays, in Numba.")
     parser.add_argument("--version", action="version", version=f"numba_attn {numba_attn.__version__}")
@@ -389,23 +443,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("input", type=Path, metavar="IN.npz")
     run.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.npz")
-    run.add_argument("--causal", action="store_true", help="query row i attends to keys up to i + offset")
-    run.add_argument("--scale", type=float, help="of the scores; default 1 / sqrt(head size)")
-    run.add_argument("--gqa", action="store_true", help="allow more query heads than key-value heads")
-    run.add_argument(
-        "--window", type=_side, nargs=2, metavar=("LEFT", "RIGHT"), help="keys on either side; 'none' is unbounded"
-    )
-    run.add_argument("--query-offset", type=_offset, metavar="N|bottom_right", help="key position of query row 0")
-    run.add_argument("--softcap", type=float, metavar="C", help="scores s become C * tanh(s / C)")
+    _add_keywords(run)
     run.add_argument("--dropout-p", type=float, default=0.0, metavar="P", help="drop probabilities; default 0")
     run.add_argument("--dropout-seed", type=int, metavar="N", help="the same drops the same; default a fresh one")
-    run.add_argument("--layout", choices=("BHLD", "BLHD"), default="BHLD", help="heads before or after rows")
-    run.add_argument("--backend", choices=tuple(BACKENDS), default="cpu", help="default cpu")
-    run.add_argument("--precision", choices=("bfloat16",), help="of the products, where the processor has these")
     run.add_argument(
         "--aux", choices=AUX_NAMES, action="append", default=[], help="also write this statistic; more by --aux again"
     )
     run.add_argument("--lse", action="append_const", dest="aux", const="lse", help="the same as --aux lse")
+
+    look = command(
+        "inspect",
+        _inspect,
+        "say what each head does: entropy, saturation, spread of scores",
+        "IN.npz is as for run, and may hold tokens, labels of the keys. The picture shows some rows of some heads, the "
+        "entropy of all heads and the distribution of scores; it needs matplotlib.",
+    )
+    look.add_argument("input", type=Path, metavar="IN.npz")
+    look.add_argument("-o", "--output", type=Path, metavar="REPORT.png", help="also draw a picture, png, pdf or svg")
+    look.add_argument(
+        "--rows", type=int, nargs="+", metavar="I", help="query rows of the picture; default a few of all"
+    )
+    look.add_argument("--heads", type=int, nargs="+", metavar="H", help="heads of the picture; default the first four")
+    look.add_argument("--sequence", type=int, default=0, metavar="B", help="sequence of the picture; default 0")
+    look.add_argument("--dpi", type=int, default=100, help="of the picture; default 100")
+    look.add_argument("--key-weight", action="store_true", help="also find which keys have most of the weight")
+    _add_keywords(look)
 
     bench = command(
         "bench",

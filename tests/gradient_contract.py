@@ -79,7 +79,7 @@ def assert_accurate_gradients(
         if result is None:
             continue
         assert result.shape == truth.shape, name
-        rounding = float(np.finfo(result.dtype).eps) if result.dtype in (np.float32, np.float64) else 0.0
+        rounding = 2.0**-8 if is_bfloat16(result.dtype) else float(np.finfo(result.dtype).eps)
         result, truth, rough = (x.astype(np.float64) for x in (result, truth, rough))
         finite = np.isfinite(truth)
         assert np.array_equal(result[~finite], truth[~finite], equal_nan=True), f"{name}: what is not finite differs"

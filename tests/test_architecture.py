@@ -24,15 +24,27 @@ MODULES = {
 MAY_IMPORT = {
     # For type checkers; at run time on first use.
     "__init__": {
-        *("api", "block_mask", "kv_attention", "kv_cache", "merge", "onnx", "paged_kv_cache", "problem", "rotary"),
-        *("threads", "varlen"),
+        *(
+            "api",
+            "block_mask",
+            "gradient_problem",
+            "gradients",
+            "kv_attention",
+            "kv_cache",
+            "merge",
+            "onnx",
+            "paged_kv_cache",
+            "problem",
+            "rotary",
+        ),
+        *("diagnostics", "multihead", "plot", "row_weights", "threads", "varlen"),
     },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
     "arrays": {"device_array", "dlpack"},
     "checks": {"arrays", "device_array"},
     "problem": {"block_mask", "checks", "masks", "storage"},
-    "reference": {"block_mask", "problem", "random"},
+    "reference": {"block_mask", "gradient_problem", "problem", "random"},
     "dispatch": {"arrays", "gradient_problem", "problem"},
     "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},
@@ -44,10 +56,23 @@ MAY_IMPORT = {
     "paged_kv_cache": {"checks", "kv_cache", "storage"},
     # Rotary when it is asked for.
     "kv_attention": {"api", "arrays", "checks", "kv_cache", "paged_kv_cache", "problem", "rotary", "storage"},
+    "calls": {"api", "dispatch", "problem"},
+    "padding": {"block_mask", "checks"},
+    "parameters": {"checks"},
+    "primitives": {"rotary"},
+    "heads": {"checks", "parameters", "primitives"},
+    "multihead": {
+        *("calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
+        *("gradients", "kv_attention", "kv_cache", "paged_kv_cache"),  # when they are asked for
+    },
+    "row_weights": {"block_mask", "calls", "checks", "problem"},
+    "moments": {"problem", "row_weights"},
+    "diagnostics": {"block_mask", "calls", "checks", "moments", "problem"},
+    "plot": {"calls", "checks", "diagnostics", "moments", "row_weights"},
     "onnx": {"api", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
-        *("_npz", "_bench", "api", "dispatch", "problem", "threads"),
+        *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),
         *("cpu", "cpu.attention", "cpu.cache", "cpu.plan", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
@@ -84,10 +109,34 @@ MAY_IMPORT = {
         *("cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows", "cpu.score"),
         *("cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "block_mask", "threads"),
     },
-    "cpu.attention": {
-        *("cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.launch", "cpu.narrow", "cpu.plan", "cpu.score"),
-        *("cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random", "threads"),
+    "cpu.call": {
+        *("cpu.launch", "cpu.narrow", "cpu.score", "cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random"),
     },
+    "cpu.attention": {
+        *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan"),
+        *("problem", "threads"),
+    },
+    "cpu.gradient_tiles": {"cpu.plan", "cpu.simd", "cpu.tiles"},
+    "cpu.score_gradients": {
+        *("cpu.dropout", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.score"),
+        *("cpu.simd", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
+    },
+    "cpu.backward": {
+        *("cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),
+        *("cpu.score", "cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+    },
+    "cpu.bias_gradient": {
+        *("cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results", "cpu.score"),
+        *("cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+    },
+    "cpu.gradients": {
+        *("cpu.backward", "cpu.bias_gradient", "cpu.call", "cpu.launch", "cpu.narrow", "cpu.score_gradients"),
+        *("gradient_problem", "problem", "threads"),
+    },
+    "cpu.inside": {
+        *("cpu.decode", "cpu.forward", "cpu.jit", "cpu.narrow", "cpu.plan", "cpu.score", "cpu.target", "cpu.tiles"),
+    },
+    "overloads": {"api", "cpu.inside", "cpu.jit", "masks"},  # the kernels when it is called in compiled code
     "cuda.elements": {"cuda.arguments", "storage"},
     "cuda.philox": {"cuda.elements", "random"},
     "cuda.scores": {"block_mask", "cuda.arguments", "cuda.elements"},
@@ -118,7 +167,9 @@ MAY_IMPORT = {
         *("checks", "problem", "random"),
     },
 }
-WITHOUT_NUMBA = {name for name in MODULES if not name.startswith("cpu") and name not in ("threads", "cuda.ptx")}
+WITHOUT_NUMBA = {
+    name for name in MODULES if not name.startswith("cpu") and name not in ("cuda.ptx", "overloads", "threads")
+}
 
 
 def imports(path: Path, everywhere: bool) -> set[str]:
@@ -172,6 +223,9 @@ def test_import_is_light(python: Callable[..., str]) -> None:
         "numba_attn.scaled_dot_product_attention(x, x, x, backend='reference')\n"
         "numba_attn.and_masks(numba_attn.block_mask.causal), numba_attn.onnx, numba_attn.rotary\n"
         "numba_attn.merge_attention([x], [x[:, 0]])\n"
+        "layer = numba_attn.MultiHeadAttention.init(np.random.default_rng(0), 4, 2)\n"
+        "layer(np.ones((2, 4), np.float32), backend='reference')\n"
+        "numba_attn.plot, numba_attn.diagnose(x, x, x, backend='reference')\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     optional = {"torch", "jax", "cupy", "onnx", "onnxruntime", "dask", "matplotlib", "ml_dtypes"}
@@ -189,7 +243,8 @@ def test_import_time(python: Callable[..., str]) -> None:
 def test_public_names() -> None:
     """What is public comes on first use, and nothing else does."""
     assert all(getattr(numba_attn, name).__module__.startswith("numba_attn.") for name in numba_attn.__all__)
-    assert {*numba_attn.__all__, "block_mask", "onnx", "rotary", "threads"} <= set(dir(numba_attn))
+    modules = {"block_mask", "diagnostics", "onnx", "plot", "rotary", "threads"}
+    assert {*numba_attn.__all__, *modules} <= set(dir(numba_attn))
     with pytest.raises(AttributeError, match="no attribute 'attention'"):
         _ = numba_attn.attention
 

@@ -445,3 +445,55 @@ def test_version_and_help(capsys):
 def test_usage_errors_are_one_line(arguments, capsys):
     assert cli.main(arguments) == 2
     assert "--help" in one_error_line(capsys)
+
+
+# inspect --------------------------------------------------------------------------------------------------------------
+
+
+def look(*arguments):
+    return cli.main([str(argument) for argument in ("inspect", *arguments, "--backend", "reference")])
+
+
+def test_inspect_is_the_report(archive, arrays, capsys):
+    expected = numba_attn.diagnose(**arrays, is_causal=True, scale=0.3, backend="reference")
+    assert look(archive, "--causal", "--scale", "0.3") == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert look(archive, "--causal", "--scale", "0.3", "--key-weight", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["entropy"] == expected.entropy.tolist() and len(found["key_weight"]) == 4
+
+
+def test_inspect_draws(archive, arrays, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    np.savez(archive, **arrays, tokens=np.array(list("abcde")))
+    for name, head in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
+        picture = tmp_path / name
+        assert look(archive, "-o", picture, "--rows", "0", "-1", "--heads", "1", "--sequence", "1", "--dpi", "40") == 0
+        assert picture.read_bytes().startswith(head)
+    assert capsys.readouterr().out.count("\n") == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dpi", "0"], "--dpi must be 1 or more, got 0"),
+        (["-o", "a.txt"], "-o must end with one of .png, .pdf, .svg, got a.txt"),
+        (["--window", "-1", "0"], "window sides"),
+        (["-o", "a.png", "--heads", "9"], "heads must be between 0 and 3, got 9"),
+        (["-o", "a.png", "--sequence", "2"], "sequence must be between 0 and 1, got 2"),
+    ],
+)
+def test_inspect_refuses(archive, tmp_path, monkeypatch, capsys, arguments, message):
+    if "a.png" in arguments:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert look(archive, *arguments) == 2
+    assert message in one_error_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz"]
+
+
+def test_inspect_without_matplotlib(archive, monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert look(archive, "-o", "a.png") == 2
+    assert "pip install 'numba_attn[plot]'" in one_error_line(capsys)
+    assert look(archive) == 0

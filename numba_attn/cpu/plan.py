@@ -51,14 +51,20 @@ def plan(
     more for each worker wherever the problem allows it, so that all finish together.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
-    keys = _within(16 * 1024 // (block * itemsize), 96, 192) // 48 * 48
-    while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
-        keys -= 48
+    keys = tile_keys(block, D, Dv, itemsize)
     rows = -(-Lq // block)
     fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
     mean_rows = Lq if mean_rows is None else mean_rows
     blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
     return Plan(keys, block, blocks, -(-rows // blocks))
+
+
+def tile_keys(block: int, D: int, Dv: int, itemsize: int) -> int:
+    """Keys of a key tile; compiled too, for calls from compiled code."""
+    keys = max(96, min(16 * 1024 // (block * itemsize), 192)) // 48 * 48
+    while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
+        keys -= 48
+    return keys
 
 
 def _within(value: int, low: int, high: int) -> int:

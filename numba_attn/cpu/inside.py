@@ -1,0 +1,100 @@
+"""Attention as other compiled code calls it: one serial entry, which does what `attention` and `Problem` do in Python.
+
+It takes the kernels by their addresses, so that what calls it holds no copy of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numba import types
+
+from numba_attn.cpu import decode, forward, plan
+from numba_attn.cpu.jit import Compiled, compiled, device, kernel, through_pointer
+from numba_attn.cpu.narrow import COMPUTED, STORED
+from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
+from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.tiles import LOG2_E
+
+tile_keys = device(plan.tile_keys)
+
+
+@device
+def whole_lines(elements):
+    return (elements + 15) // 16 * 16
+
+
+@kernel
+def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, scale, softcap):
+    """Write attention of arrays (B, H, L, D) to out, which must fit; codes are the addresses of forward and decode.
+
+    The scale is NaN for 1 / sqrt(D), softcap 0 for none; offset, lengths and window are the same for all sequences.
+    """
+    (B, Hq, Lq, D), (_, Hkv, Lk, _), Dv = q.shape, k.shape, v.shape[3]
+    if B * Hq * Lq == 0:
+        return
+    number, itemsize = out.dtype.type, out.itemsize
+    lanes = VECTOR_BYTES // itemsize
+    if math.isnan(scale):
+        scale = 1 / math.sqrt(D) if D else 1.0
+    offsets, intervals, numbers = np.zeros((B, 9), np.int64), np.empty((B, 3), np.int64), np.empty((B, 1), np.int64)
+    for b in range(B):
+        offsets[b, 0], offsets[b, 1], offsets[b, 2] = b * q.strides[0], b * k.strides[0], b * v.strides[0]
+        offsets[b, 4] = b * out.strides[0]
+        intervals[b, 0], intervals[b, 1], intervals[b, 2], numbers[b, 0] = offset, query_length, kv_length, b
+    none = np.empty((0, 0), out.dtype)
+    arrays = Arrays(
+        q[0], k[0], v[0], np.empty((0, 0, 0), np.uint8), out[0], none, none, none, none, none.reshape(-1),
+        np.empty((0, 0, 0, 0), np.uint8), none.reshape(-1),
+    )  # fmt: skip
+    sequences = Sequences(offsets, intervals, numbers, np.zeros((1, 1), np.int64))
+    table = np.zeros(1, np.int64)
+    functions = Functions(np.zeros(4, np.intp), table, table, table, table)
+    settings = Settings(
+        left, right, number(scale), number(scale * LOG2_E), number(softcap), number(1.0),
+        0, 0, 0, 0, 0, 0, 0, 0, 0, Lq, Lk,
+    )  # fmt: skip
+    counters = np.zeros((1, 8), np.int64)
+    most = min(decode.MOST_ROWS, lanes)
+    if min(Lq, query_length) <= most:
+        group, rows = Hq // Hkv, min(Lq, most)
+        heads = max(1, min(group, lanes // rows))
+        blocks, end = (group + heads - 1) // heads, min(kv_length, offset + rows + right)
+        first = max(0, offset - left) // decode.SPLIT
+        splits = max(1, (end + decode.SPLIT - 1) // decode.SPLIT - first)
+        height, columns = decode.power_of_two(heads * rows), decode.padded(Dv, lanes)
+        size = decode.memory_map(decode.padded(D, lanes), columns, lanes, blocks, height).size
+        partials = np.empty((B * Hkv * splits, whole_lines(blocks * (4 * lanes + height * columns))), out.dtype)
+        counters[0, 1] = B * Hkv * splits
+        decode.decode_through_pointer(
+            codes[1:], np.empty(whole_lines(size), out.dtype), 0, counters,
+            np.empty((1, 4, decode.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
+            arrays, sequences, functions, settings, decode.Cut(rows, heads, blocks, splits),
+        )  # fmt: skip
+        return
+    block = plan.WIDEST * lanes
+    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), block, 1, lanes)
+    at = forward.memory_map(forward.Sizes(D, Dv, cut.keys, cut.block, cut.lanes))
+    counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
+    forward.work_through_pointer(
+        codes, np.empty(whole_lines(at.state + at.state_size), out.dtype), 0, counters,
+        arrays, sequences, functions, settings, cut,
+    )  # fmt: skip
+
+
+attend_through_pointer = through_pointer(attend.py_func)
+
+
+@functools.cache
+def entry(kind: str) -> tuple[Compiled, np.ndarray]:
+    """`attend`, compiled for a kind of element, and the addresses that it takes."""
+    kinds = kind, COMPUTED[kind], kind
+    codes = [module.serial(*kinds).code for module in (forward, decode)]
+    given = types.Array(STORED[kind], 4, "A", readonly=True, aligned=False)
+    written = types.Array(STORED[kind], 4, "A", aligned=False)
+    signature = (
+        types.Array(types.intp, 1, "C"), given, given, given, written, *(types.int64,) * 5, *(types.float64,) * 2,
+    )  # fmt: skip
+    return compiled(attend, signature), np.concatenate(codes)
