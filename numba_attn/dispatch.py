@@ -51,18 +51,19 @@ def adopt(backend: Any, call: dict[str, Any]) -> tuple[arrays.Caller, Any]:
 
 
 def forward(backend: Any) -> Callable[[Problem], None]:
-    """The forward pass of a backend by name."""
+    """The forward pass of a backend by name; None is that of NumPy's arrays."""
     run: Callable[[Problem], None] = _module(_MODULES, backend).forward
     return run
 
 
 def backward(backend: Any) -> Callable[[GradientProblem], None]:
-    """The gradient of a backend by name."""
+    """The gradient of a backend by name, likewise."""
     run: Callable[[GradientProblem], None] = _module(_GRADIENTS, backend, "the gradient of ").backward
     return run
 
 
 def _module(modules: dict[str, str], backend: Any, what: str = "") -> ModuleType:
+    backend = "cpu" if backend is None else backend
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'cpu', 'cuda' or 'reference', got {backend!r}")
     if backend not in modules:

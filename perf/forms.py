@@ -94,6 +94,58 @@ def _padded(case: Case) -> Prepared:
     return Prepared(call, functools.partial(within, case))
 
 
+# What is timed of a gradient, a layer or a diagnosis is no attention's output: the plain result stands for its own.
+
+
+def plain_result(case: Case) -> Callable[[Any], np.ndarray]:
+    return lambda _: np.asarray(numba_attn.scaled_dot_product_attention(*case.arrays(), **case.keywords()))
+
+
+def upstream(case: Case) -> np.ndarray:
+    """The gradient with respect to the output, N(0, 1)."""
+    shape = case.B, case.Hq, case.Lq, case.Dv or case.D
+    return np.random.default_rng(1).standard_normal(shape).astype(case.numpy_dtype)
+
+
+def _gradient(case: Case) -> Prepared:
+    """The output, and the gradients of query, key and value."""
+    arrays, grad_out = case.arrays(), upstream(case)
+
+    def call() -> Any:
+        _, vjp = numba_attn.scaled_dot_product_attention_vjp(*arrays, **case.keywords())
+        return vjp(grad_out)
+
+    return Prepared(call, plain_result(case))
+
+
+def _backward(case: Case) -> Prepared:
+    """The gradients alone."""
+    _, vjp = numba_attn.scaled_dot_product_attention_vjp(*case.arrays(), **case.keywords())
+    return Prepared(functools.partial(vjp, upstream(case)), plain_result(case))
+
+
+def layer_weights(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The state of a PyTorch layer of as many heads of that size, and its input (B, L, E)."""
+    rng, E = np.random.default_rng(2), case.Hq * case.D
+    shapes = {
+        "in_proj_weight": (3 * E, E), "in_proj_bias": (3 * E,), "out_proj.weight": (E, E), "out_proj.bias": (E,),
+    }  # fmt: skip
+    state = {name: (rng.standard_normal(shape) / np.sqrt(E)).astype(np.float32) for name, shape in shapes.items()}
+    return state, rng.standard_normal((case.B, case.Lq, E)).astype(np.float32)
+
+
+def _layer(case: Case) -> Prepared:
+    """A whole layer: projections, heads, attention, output."""
+    state, x = layer_weights(case)
+    layer = numba_attn.MultiHeadAttention.from_torch_state(state, num_heads=case.Hq)
+    return Prepared(functools.partial(layer, x), plain_result(case))
+
+
+def _diagnose(case: Case) -> Prepared:
+    """What the heads do."""
+    return Prepared(functools.partial(numba_attn.diagnose, *case.arrays(), **case.keywords()), plain_result(case))
+
+
 FORMS: dict[str, Callable[[Case], Prepared]] = {
     "float32": _cached,
     "bfloat16": functools.partial(_cached, dtype="bfloat16"),
@@ -105,4 +157,8 @@ FORMS: dict[str, Callable[[Case], Prepared]] = {
     "varlen": _varlen,
     "loop": _loop,
     "padded": _padded,
+    "gradient": _gradient,
+    "backward": _backward,
+    "layer": _layer,
+    "diagnose": _diagnose,
 }

@@ -53,6 +53,8 @@ COMPARED = (
     ("padded with lengths / packed", "ours", "ours varlen", True),
     ("PyTorch, a call for each / packed", "torch loop", "ours varlen", True),
     ("PyTorch, padded / packed", "torch padded", "ours varlen", True),
+    ("PyTorch's layer / ours", "torch layer", "ours layer", True),
+    ("diagnosis / attention", "ours diagnose", "ours", False),
 )
 
 Result = dict[str, Any]
@@ -137,8 +139,37 @@ def section(results: Result) -> str:
     lines += extra_lines(results["extras"]) if results["extras"] else []
     parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(environment_sentence(results))
+    parts += gradients(cases)
     parts += decoding(cases)
     return "\n\n".join(part for part in parts if part)
+
+
+def gradients(cases: Sequence[Result]) -> list[str]:
+    """Forward and backward passes together, and backward alone, which does five products to the forward's two."""
+    found = [case for case in cases if "median" in case["peers"].get("ours backward", {})]
+    if not found:
+        return []
+    ours, theirs = ({n: f"{peer} {n}" for n in ("gradient", "backward")} for peer in (OURS, "torch"))
+    rows: list[Row] = []
+    faster: dict[str, list[float]] = {"gradient": [], "backward": []}
+    for case in found:
+        row = [case["name"]]
+        for name, values in faster.items():
+            mine = case["peers"][ours[name]]
+            row.append(milliseconds(mine["median"]))
+            if name == "backward":
+                rate = 2.5 * mine["gflops"]
+                row += [f"{rate:.0f}", f"{100 * rate / case['peak_gflops']:.0f} %"]
+            other = case["peers"].get(theirs[name], {}).get("median")
+            row.append(times(None if other is None else other / mine["median"]))
+            values += [] if other is None else [other / mine["median"]]
+        rows.append(row)
+    for name, summarise in (("*geometric mean*", geometric_mean), ("*least*", min)):
+        both = [times(summarise(values)) if values else NONE for values in faster.values()]
+        rows.append([name, "", both[0], "", "", "", both[1]])
+    head = ["", "forward and backward, ms", "PyTorch / ours", "backward, ms", "GFLOP/s", "of peak", "PyTorch / ours"]
+    lines = [f"* {line}" for case in tagged(cases, "table") for line in comparisons(case)]
+    return ["### Gradients, layers, diagnosis", table(head, rows), "\n".join(lines)]
 
 
 def decoding(cases: Sequence[Result]) -> list[str]:

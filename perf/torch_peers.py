@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from cases import Case, dtype_of
+from forms import layer_weights, plain_result, upstream
 from peer import Peer, Prepared, Unsupported, explicit_mask, joined, only_causal, sequences, within
 
 BFLOAT16 = "bfloat16"
@@ -17,7 +18,7 @@ class Torch(Peer):
     """`torch.nn.functional.scaled_dot_product_attention`."""
 
     packages = ("torch",)
-    forms: tuple[str, ...] = ("loop", "padded")
+    forms: tuple[str, ...] = ("loop", "padded", "gradient", "backward", "layer")
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -40,9 +41,17 @@ class Torch(Peer):
         return Prepared(call, array)
 
     def prepare_form(self, case: Case, form: str) -> Prepared:
-        """Sequences of many lengths in a call for each, or as if all were of the greatest."""
+        """Gradients, a layer; or sequences of many lengths in a call for each, or as if all were of the greatest."""
         import torch
 
+        if form in ("gradient", "backward"):
+            return _gradient(case, alone=form == "backward")
+        if form == "layer":
+            state, x = layer_weights(case)
+            layer = torch.nn.MultiheadAttention(x.shape[-1], case.Hq, batch_first=True).eval()
+            layer.load_state_dict({name: tensor(weight) for name, weight in state.items()})
+            operands = [tensor(x)] * 3
+            return Prepared(lambda: layer(*operands, need_weights=False), plain_result(case))
         attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
         if form == "padded":
             whole = functools.partial(attention, *(tensor(x) for x in case.arrays()))
@@ -98,6 +107,26 @@ class FlexAttention(Torch):
             return lambda score, b, h, i, j: score - slopes[h] * (i - j).abs()
         assert score_mod is not None
         return score_mod
+
+
+def _gradient(case: Case, alone: bool) -> Prepared:
+    """The output and the gradients of query, key and value, or these alone."""
+    import torch
+
+    attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=only_causal(case))
+    operands, grad_out = [tensor(x).requires_grad_() for x in case.arrays()], tensor(upstream(case))
+
+    @torch.enable_grad()
+    def forward() -> Any:
+        return attention(*operands)
+
+    kept = forward() if alone else None
+
+    def call() -> Any:
+        out = forward() if kept is None else kept
+        return torch.autograd.grad(out, operands, grad_out, retain_graph=alone)
+
+    return Prepared(call, plain_result(case))
 
 
 def tensor(x: np.ndarray) -> Any:

@@ -205,25 +205,34 @@ def _packed() -> Case:
     return _perf(name, 8, 1000, 64, B=64, options=options, forms=("varlen", "loop", "padded"), tags="cache")
 
 
+def _forms(L: int, D: int) -> tuple[str, ...]:
+    """What else is measured of a row of the table: gradients of moderate lengths, what heads do of a great one."""
+    if L in (1024, 2048) and D != 80:
+        return ("gradient", "backward")
+    return ("diagnose",) if (L, D) == (8192, 64) else ()
+
+
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
 # 16-bit types; "variant": what changes scores, probabilities or results; "decode": one new token, with the keys of a
 # cache; "cache": what a cache or a batch may look like; "reads": those of both in which reading keys and values, which
 # no processor's caches hold, is what takes time.
 PERF = [
     *(
-        _perf(f"{H} x {L}, D {D}{', causal' if options else ''}", H, L, D, options=options, tags="table")
+        _perf(
+            f"{H} x {L}, D {D}{', causal' * bool(options)}", H, L, D, None, "table", options=options, forms=_forms(L, D)
+        )
         for D, sizes in [
             (64, [(8, 512), (8, 1024), (8, 2048), (8, 4096), (2, 8192)]),
             (80, [(8, 512), (8, 2048)]),
-            (128, [(8, 512), (8, 2048), (2, 8192)]),
+            (128, [(8, 512), (8, 1024), (8, 2048), (2, 8192)]),
         ]
         for H, L in sizes
         for options in ({}, CAUSAL)
     ),
-    _perf("12 x 128, D 64", 12, 128, 64, tags="table model"),
+    _perf("12 x 128, D 64", 12, 128, 64, tags="table model", forms=("layer",)),
     _perf("12 x 128, D 64, causal", 12, 128, 64, options=CAUSAL, tags="table model"),
-    _perf("16 of 12 x 128, D 32", 12, 128, 32, B=16, tags="table model"),
-    _perf("64 of 12 x 17, D 64", 12, 17, 64, B=64, tags="table model"),
+    _perf("16 of 12 x 128, D 32", 12, 128, 32, B=16, tags="table model", forms=("layer",)),
+    _perf("64 of 12 x 17, D 64", 12, 17, 64, B=64, tags="table model", forms=("layer",)),
     _perf("float64, 8 x 1024, D 64", 8, 1024, 64, dtype="float64", tags="table"),
     _perf("window 256, 2 x 8192, D 64", 2, 8192, 64, options={"is_causal": True, "window": (256, 0)}),
     _perf("no mask, 4 of 8 x 1024", 8, 1024, 64, B=4),

@@ -85,6 +85,8 @@ def test_shapes_that_do_not_fit() -> None:
         causal(query, key[..., :3].copy(), value, 0, 6)
     with pytest.raises(ValueError, match="query heads"):
         causal(query[:, :1], key, value, 0, 6)
+    with pytest.raises(ValueError, match="dropout_p must be 0"):
+        numba.njit(lambda x: scaled_dot_product_attention(x, x, x, None, 0.5))(query)
     with pytest.raises(ValueError, match="kv_lengths"):
         causal(query, key, value, 0, 7)
 
@@ -93,7 +95,7 @@ def test_shapes_that_do_not_fit() -> None:
     ("call", "reason"),
     [
         (lambda x: scaled_dot_product_attention(x, x, x, x), "attn_mask is not available in compiled code"),
-        (lambda x: scaled_dot_product_attention(x, x, x, dropout_p=0.5), "dropout_p is not available"),
+        (lambda x: scaled_dot_product_attention(x, x, x, alibi_slopes=x[0, 0]), "alibi_slopes is not available"),
         (lambda x: scaled_dot_product_attention(x, x, x.astype(np.float64)), "one dtype and rank"),
         (lambda x: scaled_dot_product_attention(x, x, x[0]), "one dtype and rank"),
         (lambda x: scaled_dot_product_attention(x, x, 1), "value must be a float32 or float64 array"),
