@@ -6,7 +6,7 @@ together, or the rows that a warp writes together, lie in different banks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def chunks_of(columns: int) -> int:
@@ -61,38 +61,65 @@ def make_present(cuda: Any, ops: Any, columns: int) -> Any:
     return present
 
 
+class Share(NamedTuple):
+    """How the threads of a block share the chunks of a tile: each has one chunk of every so many rows."""
+
+    shift: int  # of a thread's number, to that of its first row
+    slots: int  # threads to a row, a power of two
+    further: int  # rows from one to the next that a thread has
+    steps: int
+    exact: bool  # whether there is a chunk for every thread in every step
+
+    @classmethod
+    def of(cls, rows: int, columns: int, threads: int) -> Share:
+        shift = (chunks_of(columns) - 1).bit_length()
+        further = threads >> shift
+        exact = rows % further == 0 and chunks_of(columns) == 1 << shift
+        return cls(shift, 1 << shift, further, -(-rows // further), exact)
+
+
+def make_place(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
+    """Two functions: (row, chunk), whether there is such a chunk, and (first, step), where a thread's is in a step.
+
+    `first` is where that of the first step is.  Its row is below `further`, so that the bits of later rows that permute
+    chunks are beside its own.
+    """
+    i32 = ops.i32
+    chunks, share = chunks_of(columns), Share.of(rows, columns, threads)
+    exact, further, further_bytes = share.exact, share.further, share.further * row_chunks(columns) * 16
+
+    @cuda.jit(device=True, inline="always")
+    def inside(row, chunk):
+        if exact:
+            return True
+        return (chunk < chunks) & (row < rows)
+
+    @cuda.jit(device=True, inline="always")
+    def place(first, step):
+        return i32((first ^ (16 * (further * step & 7))) + step * further_bytes)
+
+    return inside, place
+
+
 def make_copy(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
     """A procedure (to, source, row_bytes, end, thread) that copies a tile whose rows from `end` on are zeros."""
     i32, i64 = ops.i32, ops.i64
     address, present = make_address(cuda, ops, columns), make_present(cuda, ops, columns)
-    chunks, every = chunks_of(columns), rows * chunks_of(columns)
-    steps, further = -(-every // threads), threads // chunks
-    # Whether a thread has one chunk of every so many rows, at places that differ by a constant.
-    regular = every % threads == 0 and threads % chunks == 0 and further % 8 == 0
-    further_bytes = further * row_chunks(columns) * 16
-
-    @cuda.jit(device=True, inline="always")
-    def copy_regular(to, source, row_bytes, end, thread):
-        row = ops.quotient(thread, chunks)
-        chunk = i32(thread - row * chunks)
-        place = i64(source + i64(row) * i64(row_bytes) + i64(chunk << 4))
-        first, some = i32(to + address(row, chunk)), present(chunk)
-        for step in range(steps):
-            count = cuda.selp(i32(row + step * further) < end, some, i32(0))
-            ops.copy_16(True, i32(first + step * further_bytes), place, count)
-            place = i64(place + further * i64(row_bytes))
+    inside, place = make_place(cuda, ops, rows, columns, threads)
+    shift, slots, further, steps, _ = Share.of(rows, columns, threads)
 
     @cuda.jit(device=True, inline="always")
     def copy(to, source, row_bytes, end, thread):
+        first_row, chunk = i32(thread >> shift), i32(thread & (slots - 1))
+        first, some = i32(to + address(first_row, chunk)), present(chunk)
+        there = i64(source + i64(first_row) * i64(row_bytes) + i64(chunk << 4))
         for step in range(steps):
-            n = i32(thread + step * threads)
-            row = ops.quotient(n, chunks)
-            chunk = i32(n - row * chunks)
-            count = cuda.selp(row < end, present(chunk), i32(0))
-            place = i64(source + i64(row) * i64(row_bytes) + i64(chunk << 4))
-            ops.copy_16(n < every, i32(to + address(row, chunk)), place, count)
+            row = i32(first_row + step * further)
+            count = cuda.selp(row < end, some, i32(0))
+            ops.copy_16(inside(row, chunk), place(first, step), there, count)
+            there = i64(there + further * i64(row_bytes))
 
-    return copy_regular if regular else copy
+    return copy
 
 
 def make_copy_packed(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
@@ -102,21 +129,21 @@ def make_copy_packed(cuda: Any, ops: Any, rows: int, columns: int, threads: int)
     """
     i32, i64 = ops.i32, ops.i64
     address, present = make_address(cuda, ops, columns), make_present(cuda, ops, columns)
-    chunks, every = chunks_of(columns), rows * chunks_of(columns)
-    steps = -(-every // threads)
+    inside, place = make_place(cuda, ops, rows, columns, threads)
+    shift, slots, further, steps, _ = Share.of(rows, columns, threads)
 
     @cuda.jit(device=True, inline="always")
     def copy_packed(to, source, row_bytes, head_bytes, group, first, end, thread):
+        first_row, chunk = i32(thread >> shift), i32(thread & (slots - 1))
+        begin, some = i32(to + address(first_row, chunk)), present(chunk)
         for step in range(steps):
-            n = i32(thread + step * threads)
-            row = ops.quotient(n, chunks)
-            chunk = i32(n - row * chunks)
+            row = i32(first_row + step * further)
             packed = i32(first + row)
             i = ops.quotient(packed, group)
             g = i32(packed - i * group)
-            count = cuda.selp(packed < end, present(chunk), i32(0))
-            place = i64(source + i64(g) * head_bytes + i64(i) * i64(row_bytes) + i64(chunk << 4))
-            ops.copy_16(n < every, i32(to + address(row, chunk)), place, count)
+            count = cuda.selp(packed < end, some, i32(0))
+            there = i64(source + i64(g) * head_bytes + i64(i) * i64(row_bytes) + i64(chunk << 4))
+            ops.copy_16(inside(row, chunk), place(begin, step), there, count)
 
     return copy_packed
 
@@ -127,22 +154,19 @@ def make_not_finite(cuda: Any, ops: Any, kind: str, rows: int, columns: int, thr
     The first: is any element infinite or NaN?  The second makes zeros of those that are.
     """
     i32 = ops.i32
-    address, chunks, every = make_address(cuda, ops, columns), chunks_of(columns), rows * chunks_of(columns)
-    steps = -(-every // threads)
+    address = make_address(cuda, ops, columns)
+    inside, place = make_place(cuda, ops, rows, columns, threads)
+    shift, slots, further, steps, _ = Share.of(rows, columns, threads)
     exponent, unit = exponents(kind)
-
-    @cuda.jit(device=True, inline="always")
-    def place_of(tile, n):
-        row = ops.quotient(n, chunks)
-        return i32(tile + address(row, i32(n - row * chunks)))
 
     @cuda.jit(device=True, inline="always")
     def not_finite(tile, thread):
         words = cuda.local.array(4, i32)
-        found = i32(0)
+        first_row, chunk = i32(thread >> shift), i32(thread & (slots - 1))
+        first, found = i32(tile + address(first_row, chunk)), i32(0)
         for step in range(steps):
-            n = i32(thread + step * threads)
-            ops.load_shared_16(words, 0, n < every, place_of(tile, n))
+            row = i32(first_row + step * further)
+            ops.load_shared_16(words, 0, inside(row, chunk), place(first, step))
             for w in range(4):
                 found = i32(found | ((words[w] & exponent) + unit))
         return (found & 0x80008000) != 0
@@ -150,13 +174,16 @@ def make_not_finite(cuda: Any, ops: Any, kind: str, rows: int, columns: int, thr
     @cuda.jit(device=True, inline="always")
     def clean(tile, thread):
         words = cuda.local.array(4, i32)
+        first_row, chunk = i32(thread >> shift), i32(thread & (slots - 1))
+        first = i32(tile + address(first_row, chunk))
         for step in range(steps):
-            n = i32(thread + step * threads)
-            place = place_of(tile, n)
-            ops.load_shared_16(words, 0, n < every, place)
+            row = i32(first_row + step * further)
+            there = place(first, step)
+            ops.load_shared_16(words, 0, inside(row, chunk), there)
             for w in range(4):
                 odd = i32((((words[w] & exponent) + unit) >> 15) & 0x00010001)
-                ops.store_shared_i32(n < every, i32(place + 4 * w), i32(words[w] & ~(odd * 0xFFFF)))
+                cleaned = i32(words[w] & ~(odd * 0xFFFF))
+                ops.store_shared_i32(inside(row, chunk), i32(there + 4 * w), cleaned)
 
     return not_finite, clean
 
