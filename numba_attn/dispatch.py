@@ -21,7 +21,7 @@ _ON_HOST = ("cpu", "reference")
 
 # Backend -> the module whose `forward(problem)` it is.  If the module has `unavailable()`, that says why it cannot be
 # used here, or None.
-_MODULES = {"cpu": "numba_attn.cpu.attention", "reference": "numba_attn.reference"}
+_MODULES = {"cpu": "numba_attn.cpu.attention", "cuda": "numba_attn.cuda.attention", "reference": "numba_attn.reference"}
 
 # Likewise, for `backward(gradient)`.
 _GRADIENTS = {"cpu": "numba_attn.cpu.gradients", "reference": "numba_attn.reference"}

@@ -206,11 +206,6 @@ def test_read_only_out() -> None:
         scaled_dot_product_attention(Q, K, K, out=out)
 
 
-def test_backend_to_come() -> None:
-    with pytest.raises(NotImplementedError, match="'cuda' is not implemented yet"):
-        scaled_dot_product_attention(Q, K, K, backend="cuda")
-
-
 @pytest.mark.parametrize(
     "options",
     [

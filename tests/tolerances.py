@@ -54,15 +54,25 @@ def compute(
 
 
 def assert_accurate(
-    out: np.ndarray, aux: Aux | None, query: np.ndarray, key: np.ndarray, value: np.ndarray, **options: Any
+    out: np.ndarray,
+    aux: Aux | None,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    *,
+    rounded_weights: bool = False,
+    **options: Any,
 ) -> None:
-    """Hold a result and its statistics against float64, in the sense above; NaN and infinities must be the same."""
+    """Hold a result and its statistics against float64, in the sense above; NaN and infinities must be the same.
+
+    `rounded_weights`: of kernels that round probabilities to float16 too, where that is the type of the arrays.
+    """
     results = {"out": out, **({} if aux is None else {k: x for k, x in aux._asdict().items() if x is not None})}
     working = statistics_dtype(query.dtype)
     for name, got in results.items():
         assert got.dtype == (query.dtype if name == "out" else working), f"{name} is {got.dtype}"
     arrays = query, key, value
-    complaints = _complaints(results, arrays, options)
+    complaints = _complaints(results, arrays, options, rounded_weights=rounded_weights)
     if complaints and options.get("precision") == "bfloat16" and query.dtype == np.float32:
         complaints = _complaints(results, tuple(bfloat16(x) for x in arrays), options, products_slack=True)
     assert not complaints, "; ".join(complaints)
@@ -73,6 +83,7 @@ def _complaints(
     arrays: tuple[np.ndarray, ...],
     options: dict[str, Any],
     products_slack: bool = False,
+    rounded_weights: bool = False,
 ) -> list[str]:
     """What is wrong with these results of a problem, in words."""
     dtype, rows, found = arrays[0].dtype, arrays[0].shape[-2], []
@@ -105,7 +116,7 @@ def _complaints(
             allowed = min(allowed, CAPS[working] * scale * (1 if name == "out" else max(1, score)))
         slack: Any = 0.0
         if name == "out" and working != dtype:
-            slack = largest_value * 2.0**-8 if is_bfloat16(dtype) else 0.0
+            slack = largest_value * (2.0**-8 if is_bfloat16(dtype) else 2.0**-11 if rounded_weights else 0.0)
             slack = slack + np.abs(truth) * (BFLOAT16_EPS if is_bfloat16(dtype) else float(np.finfo(dtype).eps))
         if products_slack:
             slack = BFLOAT16_EPS * (1 + score / 8) * (largest_value if name == "out" else scale)

@@ -1,0 +1,307 @@
+"""Attention of 16-bit numbers on tensor cores, softmax(scale Q K^T) V without the matrix of scores: the kernel.
+
+A block of threads has one tile of rows, packed from the query rows of all heads that share keys: row r is query row
+r // group of head r % group.  It goes over the tiles of keys that these may attend to and keeps, for each row, the
+largest score, the sum of exponentials below it and the output so far.  Scores stay in registers, where the fragments of
+one product are, as numbers of 16 bits, the operands of the next.  Keys are copied a tile ahead of what is computed.
+
+Where few rows have many keys, blocks have `chunk` keys each and write what `combine` joins; tiles and chunks begin at
+multiples of their size, so that no sum depends on what else is in a batch.
+
+Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning" (2023); Dao, Haziza, Massa and
+Sizov, "Flash-Decoding for long-context inference" (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from numba_attn.cuda.flash_results import make_join_warps, make_write_parts, make_write_results, part_row
+from numba_attn.cuda.products import make_accumulate, make_add_odd, make_scores
+from numba_attn.cuda.row_results import LOG2_E
+from numba_attn.cuda.sequences import make_sequence
+from numba_attn.cuda.shared_tiles import make_copy, make_copy_packed, make_not_finite, tile_bytes
+from numba_attn.cuda.tile_scores import BOUNDS_BYTES, BOUNDS_STEP, make_drop, make_hide, make_transform
+
+
+class Configuration(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kind: str  # "bfloat16" or "float16"
+    D: int
+    Dv: int
+    tiles: int  # of 16 rows that a warp has
+    row_warps: int  # that share the rows of a block
+    key_warps: int  # that share the keys of a tile
+    keys: int  # of a tile
+    stages: int  # tiles of keys, and of values, in shared memory
+    split: bool  # write parts, for `combine`, instead of results
+    mask: str  # kind of its elements, "" if there is none
+    general: bool  # scores are more than a positive number times the products
+    softcap: bool
+    alibi: bool
+    dropout: bool
+    entropy: bool
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.tiles * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.row_warps * self.key_warps
+
+    @property
+    def shared_bytes(self) -> int:
+        keys, values = tile_bytes(self.keys, self.D), tile_bytes(self.keys, self.Dv)
+        loop = tile_bytes(self.rows, self.D) + self.stages * (keys + values) + self.key_warps * self.rows * BOUNDS_BYTES
+        after = 0 if self.split else tile_bytes(self.rows, self.Dv)
+        if self.key_warps > 1:
+            after = self.key_warps * self.rows * part_row(self.Dv)
+        return max(loop, after)
+
+
+def make_softmax(
+    cuda: Any, ops: Any, tiles: int, key_tiles: int, value_tiles: int, general: bool, entropy: bool
+) -> Any:
+    """A procedure (s, sums, top, total, spread, unit): scores to exponentials below the largest of their rows so far.
+
+    What has been summed is brought to that too.  `spread` is the sum of p log2(p), of p before division by `total`.
+    """
+    f32, halves, nothing = ops.f32, 2 * tiles, -math.inf
+
+    @cuda.jit(device=True, inline="always")
+    def softmax(s, sums, top, total, spread, unit):
+        for row in range(halves):
+            first = 4 * (row // 2) * key_tiles + 2 * (row % 2)
+            high = ops.maximum(s[first], s[first + 1])
+            for n in range(1, key_tiles):
+                high = ops.maximum(high, ops.maximum(s[first + 4 * n], s[first + 4 * n + 1]))
+            high = ops.maximum(high, ops.exchange_f32(high, 1))
+            high = ops.maximum(high, ops.exchange_f32(high, 2))
+            if not general:
+                high = ops.product(high, unit)
+            high = ops.maximum(high, top[row])
+            level = cuda.selp(high == f32(nothing), f32(0), high)
+            fall = f32(top[row] - level)
+            if general:
+                fall = ops.product(fall, f32(LOG2_E))
+            shrink = ops.exp2(fall)
+            if entropy:
+                fall = cuda.selp(shrink == f32(0), f32(0), fall)
+                spread[row] = ops.product(shrink, ops.multiply_add(total[row], fall, spread[row]))
+            top[row] = high
+            added = f32(0)
+            for n in range(key_tiles):
+                for e in range(2):
+                    at = first + 4 * n + e
+                    if general:
+                        x = ops.product(f32(s[at] - level), f32(LOG2_E))
+                    else:
+                        x = ops.multiply_add(s[at], unit, f32(-level))
+                    p = ops.exp2(x)
+                    if entropy:
+                        spread[row] = ops.multiply_add(p, ops.larger(x, f32(-1024)), spread[row])
+                    added = f32(added + p)
+                    s[at] = p
+            total[row] = ops.multiply_add(total[row], shrink, added)
+            for n in range(value_tiles):
+                for e in range(2):
+                    at = 4 * ((row // 2) * value_tiles + n) + 2 * (row % 2) + e
+                    sums[at] = ops.product(sums[at], shrink)
+
+    return softmax
+
+
+def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
+    """The kernel of a `Configuration`, with the parameters `sequences.PARAMETERS`."""
+    c = Configuration(*configuration)
+    i32, i64, f32 = ops.i32, ops.i64, ops.f32
+    rows, threads, keys, stages = c.rows, c.threads, c.keys, c.stages
+    row_warps, key_warps, tiles = c.row_warps, c.key_warps, c.tiles
+    split, general, alibi, dropout = c.split, c.general, c.alibi, c.dropout
+    warp_keys, warp_rows = keys // key_warps, 16 * tiles
+    key_tiles, value_tiles = warp_keys // 8, 2 * -(-c.Dv // 16)
+    scored, summed, halves = 4 * tiles * key_tiles, 4 * tiles * value_tiles, 2 * tiles
+    key_bytes, value_bytes = tile_bytes(keys, c.D), tile_bytes(keys, c.Dv)
+    keys_at = tile_bytes(rows, c.D)
+    values_at = keys_at + stages * key_bytes
+    bounds_at = values_at + stages * value_bytes
+    nothing, masked_everywhere = -math.inf, bool(c.mask)
+
+    sequence_of = make_sequence(cuda, ops)
+    copy_queries = make_copy_packed(cuda, ops, rows, c.D, threads)
+    copy_keys, copy_values = make_copy(cuda, ops, keys, c.D, threads), make_copy(cuda, ops, keys, c.Dv, threads)
+    not_finite, clean = make_not_finite(cuda, ops, c.kind, keys, c.Dv, threads)
+    scores = make_scores(cuda, ops, c.kind, c.D, tiles, key_tiles)
+    transform = make_transform(cuda, ops, tiles, key_tiles, c.softcap, alibi)
+    hide = make_hide(cuda, ops, tiles, key_tiles, c.mask)
+    softmax = make_softmax(cuda, ops, tiles, key_tiles, value_tiles, general, c.entropy)
+    drop = make_drop(cuda, ops, tiles, key_tiles)
+    accumulate = make_accumulate(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
+    add_odd = make_add_odd(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
+    write_results = make_write_results(cuda, ops, c.kind, c.Dv, tiles, general)
+    write_parts = make_write_parts(cuda, ops, c.Dv, tiles)
+    join_warps = make_join_warps(cuda, ops, c.Dv, tiles, row_warps, key_warps, general)
+
+    def flash(
+        query, key, value, mask, out, lse, max_score, entropy, slopes, sinks, table, parts, part_sums,
+        query_batch, query_head, key_batch, key_head, value_batch, value_head,
+        mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
+        statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
+        query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide,
+        seed_low, seed_high, scale, unit, cap, gain,
+    ):  # fmt: skip
+        thread = i32(cuda.threadIdx.x)
+        lane, warp = i32(thread & 31), i32(thread >> 5)
+        row_warp, key_warp = i32(warp % row_warps), i32(warp // row_warps)
+        number = i32(cuda.blockIdx.x)
+        over = ops.quotient(number, blocks)
+        block = i32(number - over * blocks)
+        sequence = ops.quotient(over, heads)
+        head = i32(over - sequence * heads)
+        ahead, query_length, key_length, at_query, at_key, at_value, at_mask, at_out, at_statistic = sequence_of(
+            table, sequence, offset, Lq, Lk,
+            query_batch, key_batch, value_batch, mask_batch, out_batch, statistic_batch,
+        )  # fmt: skip
+        valid = i32(query_length * group)
+        # Packed sequences have no more rows than these; results of others have rows for all that there may be.
+        every = i32(Lq * group) if padded != 0 else valid
+        if valid <= fewest or valid > most:
+            return
+        # The longest rows first, where there is more than one block of them.
+        first_row = i32(0) if split else i32((blocks - 1 - block) * rows)
+        shared = ops.shared_address(cuda.shared.array(0, ops.u8, alignment=128))
+
+        # Keys that some of the rows may attend to, and those that every one may.
+        last_row = ops.least(i64(first_row + rows), i64(valid)) - 1
+        start = i64(ops.quotient(first_row, group)) + ahead
+        end = i64(ops.quotient(i32(ops.most(last_row, 0)), group)) + ahead
+        some_low, some_high = ops.most(start - left, 0), ops.least(key_length, end + right + 1)
+        every_low = i32(ops.least(ops.most(end - left, 0), key_length))
+        every_high = i32(ops.most(ops.least(start + right + 1, key_length), 0))
+        if split:
+            some_low = ops.most(some_low, i64(block) * i64(chunk))
+            some_high = ops.least(some_high, i64(block + 1) * i64(chunk))
+        tile, stop = i32(0), i32(0)
+        if some_low < some_high and first_row < valid:
+            tile, stop = i32(some_low // keys), i32((some_high + keys - 1) // keys)
+        begun = tile < stop
+
+        # The thread's own rows.
+        row_number, row_head = cuda.local.array(halves, i32), cuda.local.array(halves, i32)
+        mask_rows, ahead_of = cuda.local.array(halves, i64), cuda.local.array(halves, i32)
+        row_slope = cuda.local.array(halves, f32)
+        warp_row, warp_key = i32(row_warp * warp_rows), i32(key_warp * warp_keys)
+        # What is only needed at the edges of a mask waits in shared memory.
+        bounds = i32(shared + bounds_at + (key_warp * rows + warp_row + (lane >> 2)) * BOUNDS_BYTES)
+        for row in range(halves):
+            packed = i32(first_row + warp_row + 8 * row + (lane >> 2))
+            i = ops.quotient(packed, group)
+            h = i32(head * group + packed - i * group)
+            row_number[row], row_head[row] = i, h
+            position = i64(i) + ahead
+            low = i32(ops.least(ops.most(position - left, 0), key_length))
+            high = i32(ops.most(ops.least(position + right + 1, key_length), 0))
+            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP), low)
+            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP + 4), cuda.selp(packed < valid, high, i32(0)))
+            if masked_everywhere:
+                mask_rows[row] = i64(mask + at_mask + i64(h) * mask_head + i64(i) * mask_row)
+            if alibi:
+                ahead_of[row] = i32(position)
+                at = i64(slopes + 4 * (i64(sequence) * slopes_batch + h))
+                row_slope[row] = ops.load_f32(packed < valid, at, f32(0))
+
+        s, seen = cuda.local.array(scored, f32), cuda.local.array(tiles, i32)
+        sums, top = cuda.local.array(summed, f32), cuda.local.array(halves, f32)
+        total, spread = cuda.local.array(halves, f32), cuda.local.array(halves, f32)
+        for n in range(summed):
+            sums[n] = f32(0)
+        for row in range(halves):
+            top[row], total[row], spread[row] = f32(nothing), f32(0), f32(0)
+
+        key_source = i64(key + at_key + i64(head) * key_head)
+        value_source = i64(value + at_value + i64(head) * value_head)
+        if begun:
+            query_source = i64(query + at_query + i64(head * group) * query_head)
+            copy_queries(shared, query_source, query_row, query_head, group, first_row, valid, thread)
+            slot = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
+            first_key = i32(tile * keys)
+            copy_keys(
+                slot, i64(key_source + i64(first_key) * i64(key_row)), key_row, i32(key_length - first_key), thread
+            )
+            ops.commit_copies()
+        while tile < stop:
+            first_key = i32(tile * keys)
+            keys_here = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
+            values_here = i32(shared + values_at + (tile & (stages - 1)) * value_bytes)
+            rest = i32(i32(key_length) - first_key)
+            partial = masked_everywhere or first_key < every_low or first_key + keys > every_high
+            odd = False
+            if stages == 1:
+                ops.wait_for_all_copies()
+                cuda.syncthreads()
+            copy_values(values_here, i64(value_source + i64(first_key) * i64(value_row)), value_row, rest, thread)
+            ops.commit_copies()
+            if stages == 2:
+                ops.wait_for_all_but_last()
+                cuda.syncthreads()
+            scores(s, shared, warp_row, keys_here, warp_key, lane)
+            if stages == 1:
+                ops.wait_for_all_copies()
+                if partial:
+                    odd = cuda.syncthreads_or(i32(not_finite(values_here, thread))) != 0
+                else:
+                    cuda.syncthreads()
+            tile = i32(tile + 1)
+            if tile < stop:
+                slot = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
+                next_key = i32(first_key + keys)
+                copy_keys(slot, i64(key_source + i64(next_key) * i64(key_row)), key_row, i32(rest - keys), thread)
+            ops.commit_copies()
+
+            thread_key = i32(first_key + warp_key + 2 * (lane & 3))
+            if general:
+                transform(s, scale, cap, row_slope, ahead_of, thread_key)
+            if partial:
+                hide(s, seen, bounds, mask_rows, mask_column, thread_key)
+            softmax(s, sums, top, total, spread, unit)
+            if dropout:
+                first = i32(first_key + warp_key)
+                drop(s, first, row_number, row_head, sequence, seed_low, seed_high, threshold, lane)
+
+            if stages == 2:
+                ops.wait_for_all_but_last()
+                if partial:
+                    odd = cuda.syncthreads_or(i32(not_finite(values_here, thread))) != 0
+                else:
+                    cuda.syncthreads()
+            if odd:
+                add_odd(sums, seen, values_here, warp_key, lane)
+                cuda.syncthreads()
+                clean(values_here, thread)
+                cuda.syncthreads()
+            accumulate(sums, s, values_here, warp_key, lane)
+
+        for row in range(halves):
+            for step in range(1, 3):
+                total[row] = f32(total[row] + ops.exchange_f32(total[row], step))
+                spread[row] = f32(spread[row] + ops.exchange_f32(spread[row], step))
+        ops.wait_for_all_copies()
+        cuda.syncthreads()
+        place = i64((i64(over) * blocks + block) * rows)
+        if key_warps > 1:
+            join_warps(
+                sums, top, total, spread, shared, warp_row, key_warp, parts, part_sums, place, valid, begun, thread
+            )
+        elif split:
+            write_parts(sums, top, total, spread, parts, part_sums, place, i32(warp_row), valid, begun, lane)
+        else:
+            write_results(
+                sums, top, total, spread, shared, warp_row, first_row, valid, every, lane,
+                i64(out + at_out), out_head, out_row, out_column, wide, lse, max_score, entropy,
+                at_statistic, statistic_head, statistic_row, sinks, head, group, gain,
+            )  # fmt: skip
+
+    return flash

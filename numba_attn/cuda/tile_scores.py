@@ -1,0 +1,142 @@
+"""What scores are beyond products, which of them count, and which probabilities are dropped.
+
+A thread has, of each pair of `tiles` of 16 rows by 8 keys, four scores: rows g and g + 8, where g is its lane // 4, and
+of each the keys 2 (lane % 4) and the next one.  Element 4 (tile * key_tiles + key_tile) + 2 half + e of its array is
+row 16 tile + 8 half + g, key 8 key_tile + 2 (lane % 4) + e; rows are numbered 2 tile + half in what is kept of each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba_attn import random
+from numba_attn.cuda.row_results import LOG2_E
+
+BOUNDS_BYTES = 8  # of a row: the first key it may attend to, and the end of them
+BOUNDS_STEP = 8 * BOUNDS_BYTES  # a thread has every eighth row
+
+
+def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: bool, alibi: bool) -> Any:
+    """A procedure (s, scale, cap, slopes, positions, key) that makes scaled, capped and biased scores of products.
+
+    `key` is the number of the thread's first key; each row has a slope and a position on the keys.
+    """
+    i32, f32 = ops.i32, ops.f32
+
+    @cuda.jit(device=True, inline="always")
+    def tanh(x):
+        size = ops.magnitude(x)
+        small = ops.exp2(ops.product(size, f32(-2 * LOG2_E)))
+        far = ops.product(f32(f32(1) - small), ops.reciprocal(f32(f32(1) + small)))
+        far = cuda.selp(x < f32(0), f32(-far), far)
+        # Near 0, where that difference would cancel, by Taylor's series.
+        square = ops.product(x, x)
+        series = ops.multiply_add(square, f32(62 / 2835), f32(-17 / 315))
+        series = ops.multiply_add(series, square, f32(2 / 15))
+        series = ops.multiply_add(series, square, f32(-1 / 3))
+        near = ops.multiply_add(ops.product(x, square), series, x)
+        return cuda.selp(size < f32(0.3), near, far)
+
+    @cuda.jit(device=True, inline="always")
+    def transform(s, scale, cap, slopes, positions, key):
+        per_cap = ops.reciprocal(cap)
+        for row in range(2 * tiles):
+            if alibi:
+                ahead = ops.float_of(i32(positions[row] - key))
+            for tile in range(key_tiles):
+                for e in range(2):
+                    at = 4 * ((row // 2) * key_tiles + tile) + 2 * (row % 2) + e
+                    x = ops.product(s[at], scale)
+                    if softcap:
+                        x = ops.product(tanh(ops.product(x, per_cap)), cap)
+                    if alibi:
+                        distance = ops.magnitude(f32(ahead - f32(8 * tile + e)))
+                        x = ops.multiply_add(f32(-slopes[row]), distance, x)
+                    s[at] = x
+
+    return transform
+
+
+def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str) -> Any:
+    """A procedure (s, seen, bounds, masks, step, key) that makes scores -inf that do not count, and `seen` tell.
+
+    Row r attends to the keys from one up to another number, which lie in shared memory at bounds + r * BOUNDS_STEP, and
+    its mask, of elements of the kind `mask`, begins at the address masks[r] and goes on in steps of bytes; `key` is the
+    number of the thread's first key.  Bit 4 key_tile + 2 half + e of seen[tile] is of that element.
+    """
+    i32, i64, f32 = ops.i32, ops.i64, ops.f32
+    given_too, boolean, hidden = bool(mask), mask == "bool", -math.inf
+    load = getattr(ops, f"load_{mask}" if mask else "load_f32")
+
+    @cuda.jit(device=True, inline="always")
+    def hide(s, seen, bounds, masks, step, key):
+        for tile in range(tiles):
+            seen[tile] = i32(0)
+        for row in range(2 * tiles):
+            first = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP)) - key)
+            end = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP + 4)) - key)
+            given_row = i64(masks[row] + key * step)
+            for tile in range(key_tiles):
+                for e in range(2):
+                    at = 4 * ((row // 2) * key_tiles + tile) + 2 * (row % 2) + e
+                    n = 8 * tile + e
+                    counts = (first <= n) & (n < end)
+                    x = s[at]
+                    if given_too:
+                        given = load(counts, i64(given_row + n * step), f32(0))
+                        if boolean:
+                            counts = counts & (given != f32(0))
+                        else:
+                            counts = counts & (given != f32(hidden))
+                            x = f32(x + given)
+                    s[at] = cuda.selp(counts, x, f32(hidden))
+                    bit = 4 * tile + 2 * (row % 2) + e
+                    seen[row // 2] = i32(seen[row // 2] | (cuda.selp(counts, i32(1), i32(0)) << bit))
+
+    return hide
+
+
+def make_drop(cuda: Any, ops: Any, tiles: int, key_tiles: int) -> Any:
+    """A procedure (s, key, rows, heads, sequence, seed_low, seed_high, threshold, lane) that drops probabilities.
+
+    `key` is the number of the first key of the tile, a multiple of 8; `rows` and `heads` those of each row.
+    """
+    i32, i64, f32 = ops.i32, ops.i64, ops.f32
+    first_factor, second_factor = random.MULTIPLIERS
+    first_step, second_step = random.WEYL
+    rounds = random.ROUNDS
+
+    @cuda.jit(device=True, inline="always")
+    def words(x0, x1, x2, x3, seed_low, seed_high):
+        low, high = i32(seed_low), i32(seed_high)
+        for _ in range(rounds):
+            first_high = ops.product_high(x0, first_factor)
+            first_low = ops.product_low(x0, first_factor)
+            second_high = ops.product_high(x2, second_factor)
+            second_low = ops.product_low(x2, second_factor)
+            x0, x1, x2, x3 = i32(second_high ^ x1 ^ low), second_low, i32(first_high ^ x3 ^ high), first_low
+            low, high = i32(low + first_step), i32(high + second_step)
+        return x0, x1, x2, x3
+
+    @cuda.jit(device=True, inline="always")
+    def drop(s, key, rows, heads, sequence, seed_low, seed_high, threshold, lane):
+        # Two lanes have two words each of the block of a row's four keys: one finds that of the row of half 0, its
+        # neighbour that of half 1, and they exchange what the other needs.
+        even = (lane & 1) == 0
+        for tile in range(tiles):
+            row = cuda.selp(even, rows[2 * tile], rows[2 * tile + 1])
+            head = cuda.selp(even, heads[2 * tile], heads[2 * tile + 1])
+            for key_tile in range(key_tiles):
+                block = i32((key >> 2) + 2 * key_tile + ((lane & 2) >> 1))
+                x0, x1, x2, x3 = words(block, row, head, sequence, seed_low, seed_high)
+                for e in range(2):
+                    lower, upper = (x1, x3) if e else (x0, x2)
+                    own = cuda.selp(even, lower, upper)
+                    other = ops.exchange_i32(cuda.selp(even, upper, lower), 1)
+                    for half in range(2):
+                        word = cuda.selp(even, other, own) if half else cuda.selp(even, own, other)
+                        at = 4 * (tile * key_tiles + key_tile) + 2 * half + e
+                        s[at] = cuda.selp((i64(word) & 0xFFFFFFFF) >= threshold, s[at], f32(0))
+
+    return drop

@@ -1,0 +1,160 @@
+"""The launcher with `simulated_driver` in the place of the driver; `test_cuda_simulator` runs it in a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mods
+import numpy as np
+import pytest
+from contract import STORAGE
+from simulated_cuda import TINY, pytestmark, tiles, turns  # noqa: F401
+from simulated_driver import Driver, install
+from tolerances import assert_accurate, same_bits
+
+from numba_attn import scaled_dot_product_attention, varlen_attention
+from numba_attn.cuda import launch, simulator
+from numba_attn.cuda.flash import make_flash
+from numba_attn.cuda.sequences import PARAMETERS
+from numba_attn.cuda.simt import make_forward
+from numba_attn.problem import AUX_NAMES
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    driver = Driver()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulator, "enabled", lambda: False)
+        install(patch, driver)
+        patch.setattr(launch, "unavailable", lambda: None)
+        yield driver
+    assert not driver.contexts
+
+
+class OnDevice:
+    """An array that only says where it is; its memory is the host's, as the driver's is."""
+
+    def __init__(self, x: np.ndarray, stream: int = 77) -> None:
+        self.numbers = x
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": x.shape,
+            "strides": x.strides,
+            "typestr": x.dtype.str,
+            "data": (x.ctypes.data, False),
+            "stream": stream,
+        }
+
+
+def test_numpy_arrays(driver: Driver) -> None:
+    """They are copied to the device and back, and nothing but tables stays there."""
+    for case in TINY:
+        if case.name in ("tiny, plain", "tiny, everything at once, float16", "tiny, lengths, bottom right"):
+            arrays, options = case.arrays(), case.keywords()
+            options.pop("score_mod", None)  # which captures an array: the simulator knows none of a device
+            out, aux = scaled_dot_product_attention(*arrays, backend="cuda", return_aux=AUX_NAMES, **options)
+            assert_accurate(out, aux, *arrays, **options)
+            assert set(driver.memory) == {table.buffer.address for table in launch._tables.values()}
+    assert {call[-1] for call in driver.called("cuMemAllocAsync")} == {launch._BY_THREAD}
+
+
+def _arrays() -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((2, 2, L, 5)).astype(np.float32) for L in (9, 13, 13))
+
+
+@pytest.mark.parametrize("storage", sorted(set(STORAGE) - {"unaligned", "read-only"}))
+def test_device_arrays_of_any_strides(driver: Driver, storage: str) -> None:
+    arrays, mask, form = _arrays(), np.random.default_rng(1).random((1, 2, 1, 13)) < 0.8, STORAGE[storage]
+    expected = scaled_dot_product_attention(*arrays, mask, backend="cuda")
+    out = OnDevice(form(np.zeros(expected.shape, np.float32)))
+    driver.calls.clear()
+    given = [OnDevice(form(x)) for x in (*arrays, mask)]
+    assert scaled_dot_product_attention(*given, out=out) is out
+    assert same_bits(out.numbers, expected)
+    (launched,) = driver.called("cuLaunchKernel")
+    assert launched[8] == 77, "not on the array's stream"
+
+
+def test_a_call_like_another_neither_allocates_nor_waits(driver: Driver) -> None:
+    given = [OnDevice(x) for x in _arrays()]
+    out = OnDevice(np.zeros((2, 2, 9, 5), np.float32))
+    options: dict[str, Any] = {"out": out, "is_causal": True, "kv_lengths": [13, 5], "sinks": np.ones(2)}
+    scaled_dot_product_attention(*given, **options)
+    expected, out.numbers[...] = out.numbers.copy(), 0
+    driver.calls.clear()
+    scaled_dot_product_attention(*given, **options)
+    assert same_bits(out.numbers, expected)
+    assert {call[0] for call in driver.calls} <= {
+        "cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuStreamIsCapturing", "cuLaunchKernel",
+    }  # fmt: skip
+
+
+def test_capture_in_a_graph(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph reads stays; what is not on the device yet is refused."""
+    monkeypatch.setattr(launch, "MOST_KEPT", 8)
+    arrays = _arrays()
+    given = [OnDevice(x) for x in arrays]
+    out = OnDevice(np.zeros((2, 2, 9, 5), np.float32))
+    scaled_dot_product_attention(*given, out=out, kv_lengths=[13, 5])
+    driver.capturing = 1
+    with pytest.raises(RuntimeError, match="needs one like it before the capture"):
+        scaled_dot_product_attention(*given, out=out, kv_lengths=[13, 6])
+    driver.calls.clear()
+    scaled_dot_product_attention(*(OnDevice(x, stream=78) for x in arrays), out=out, kv_lengths=[13, 5])
+    assert not driver.called("cuMemAllocAsync") and driver.called("cuStreamSynchronize") == [[77]] * 4
+    driver.capturing = 0
+    captured = {table.buffer.address for table in launch._tables.values() if table.captured}
+    assert len(captured) == 4
+    for n in range(14):
+        scaled_dot_product_attention(*given, out=out, kv_lengths=[n, 13])
+        assert len(driver.memory) <= len(captured) + 8
+    assert captured < set(driver.memory) and driver.called("cuMemFreeAsync")
+
+
+def test_unaligned_arrays_are_refused(driver: Driver) -> None:
+    query, key, value = _arrays()
+    buffer = np.zeros(query.nbytes + 2, np.uint8)
+    shifted = OnDevice(buffer[2:].view(np.float32).reshape(query.shape))
+    out = OnDevice(np.zeros(query.shape, np.float32))
+    with pytest.raises(NotImplementedError, match="elements of 4 bytes at multiples of that, got query at"):
+        scaled_dot_product_attention(shifted, OnDevice(key), OnDevice(value), out=out)
+    assert not driver.called("cuLaunchKernel")
+
+
+def test_packed_sequences(driver: Driver) -> None:
+    rng = np.random.default_rng(2)
+    starts = [0, 4, 4, 11]
+    query, key, value = (OnDevice(rng.standard_normal((11, 2, 5), dtype=np.float32)) for _ in range(3))
+    out = OnDevice(np.zeros((11, 2, 5), np.float32))
+    varlen_attention(query, key, value, starts, starts, is_causal=True, out=out, mask_mod=mods.prefix)
+    arrays = [x.numbers for x in (query, key, value)]
+    expected = varlen_attention(*arrays, starts, starts, is_causal=True, backend="reference", mask_mod=mods.prefix)
+    np.testing.assert_allclose(out.numbers, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_functions_are_compiled_once_for_what_they_do(driver: Driver) -> None:
+    def nearby(limit: int) -> Any:
+        return lambda b, h, i, j: abs(i - j) <= limit
+
+    arrays = _arrays()
+    for limit in (2, 2, 3):
+        out = scaled_dot_product_attention(*arrays, mask_mod=nearby(limit), backend="cuda")
+        assert_accurate(out, None, *arrays, mask_mod=nearby(limit))
+    assert len(driver.kernels) == 2
+
+
+def test_tensor_cores_are_chosen_for_what_they_can_do(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels are beyond the simulator: here is how they are started."""
+    monkeypatch.setattr(driver, "_cuLaunchKernel", lambda *arguments: None, raising=False)
+    query, key, value = (OnDevice(np.zeros((2, 4, L, 64), np.float16)) for L in (200, 300, 300))
+    out = OnDevice(np.zeros((2, 4, 200, 64), np.float16))
+    scaled_dot_product_attention(query, key, value, is_causal=True, out=out)
+    (launched,) = driver.called("cuLaunchKernel")
+    make, configuration, types, bounds = driver.kernels[launched[0]]
+    assert make is make_flash and configuration[0] == "float16" and bounds[0] == launched[4]
+    assert driver.called("cuFuncSetAttribute") == [[launched[0], "shared", launched[7]]] and launched[7] > 48 << 10
+    assert len(types) == len(PARAMETERS) and not driver.called("cuMemAllocAsync")
+    scaled_dot_product_attention(query, key, value, mask_mod=mods.prefix, out=out)
+    assert driver.kernels[driver.called("cuLaunchKernel")[1][0]][0] is make_forward
