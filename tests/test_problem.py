@@ -155,7 +155,7 @@ WRONG: list[Wrong] = [
     ("slopes transposed", (Q, K, K), {"alibi_slopes": np.ones((4, 2))}, ValueError, "have shape .* got \\(4, 2\\)"),
     ("sinks per batch", (Q, K, K), {"sinks": np.ones((2, 4))}, ValueError, "shape \\(4,\\), got \\(2, 4\\)"),
     ("sinks of key heads", (Q, K[:, :2], K[:, :2]), {"sinks": np.ones(2), "enable_gqa": True}, ValueError, "\\(4,\\)"),
-    *(case for name in MOD_PARAMETERS for case in _wrong_functions(name)),
+    *(case for name in ("score_mod", "mask_mod") for case in _wrong_functions(name)),
     ("score_mod without score", (Q, K, K), {"score_mod": lambda b, h, i, j: 0.0}, TypeError, "'<lambda>' with 4"),
     ("mask_mod with score", (Q, K, K), {"mask_mod": lambda s, b, h, i, j: True}, TypeError, "'<lambda>' with 5"),
     ("block_mask array", (Q, K, K), {"block_mask": np.ones((5, 7), bool)}, TypeError, "must be a BlockMask, got numpy"),
