@@ -1,8 +1,8 @@
 """Kernels on a device: its memory, machine code as functions of the driver, and their launch.
 
 Nothing here goes through Numba's own launcher, which looks at every argument again in each call: the arguments of a
-call are one array of words.  A launch neither allocates nor waits, and can be captured in a CUDA graph, if the tables
-of the call are on the device already: if a call like it came before.
+call are one array of words.  A launch waits for nothing, takes working memory, if any, in the order of its stream, and
+can be captured in a CUDA graph, if the tables of the call are on the device already: if a call like it came before.
 """
 
 from __future__ import annotations
