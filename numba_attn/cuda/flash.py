@@ -132,7 +132,8 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
 
     sequence_of = make_sequence(cuda, ops)
     copy_queries = make_copy_packed(cuda, ops, rows, c.D, threads)
-    copy_keys, copy_values = make_copy(cuda, ops, keys, c.D, threads), make_copy(cuda, ops, keys, c.Dv, threads)
+    own_keys, copy_keys = make_copy(cuda, ops, keys, c.D, threads)
+    own_values, copy_values = make_copy(cuda, ops, keys, c.Dv, threads)
     not_finite, clean = make_not_finite(cuda, ops, c.kind, keys, c.Dv, threads)
     scores = make_scores(cuda, ops, c.kind, c.D, tiles, key_tiles)
     transform = make_transform(cuda, ops, tiles, key_tiles, c.softcap, alibi)
@@ -145,6 +146,14 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
     write_parts = make_write_parts(cuda, ops, c.Dv, tiles)
     join_warps = make_join_warps(cuda, ops, c.Dv, tiles, row_warps, key_warps, general)
 
+    @cuda.jit(device=True, inline="always")
+    def number_of(blocks, heads):
+        """Of the sequence and head together, of the block of its rows or keys, and of either alone."""
+        number = i32(cuda.blockIdx.x)
+        over = ops.quotient(number, blocks)
+        sequence = ops.quotient(over, heads)
+        return over, i32(number - over * blocks), sequence, i32(over - sequence * heads)
+
     def flash(
         query, key, value, mask, out, lse, max_score, entropy, slopes, sinks, table, parts, part_sums,
         query_batch, query_head, key_batch, key_head, value_batch, value_head,
@@ -156,18 +165,12 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         thread = i32(cuda.threadIdx.x)
         lane, warp = i32(thread & 31), i32(thread >> 5)
         row_warp, key_warp = i32(warp % row_warps), i32(warp // row_warps)
-        number = i32(cuda.blockIdx.x)
-        over = ops.quotient(number, blocks)
-        block = i32(number - over * blocks)
-        sequence = ops.quotient(over, heads)
-        head = i32(over - sequence * heads)
-        ahead, query_length, key_length, at_query, at_key, at_value, at_mask, at_out, at_statistic = sequence_of(
+        over, block, sequence, head = number_of(blocks, heads)
+        ahead, query_length, key_length, at_query, at_key, at_value, at_mask, _, _ = sequence_of(
             table, sequence, offset, Lq, Lk,
             query_batch, key_batch, value_batch, mask_batch, out_batch, statistic_batch,
         )  # fmt: skip
         valid = i32(query_length * group)
-        # Packed sequences have no more rows than these; results of others have rows for all that there may be.
-        every = i32(Lq * group) if padded != 0 else valid
         if valid <= fewest or valid > most:
             return
         # The longest rows first, where there is more than one block of them.
@@ -221,8 +224,8 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         for row in range(halves):
             top[row], total[row], spread[row] = f32(nothing), f32(0), f32(0)
 
-        key_source = i64(key + at_key + i64(head) * key_head)
-        value_source = i64(value + at_value + i64(head) * value_head)
+        key_source = own_keys(i64(key + at_key + i64(head) * key_head), key_row, thread)
+        value_source = own_values(i64(value + at_value + i64(head) * value_head), value_row, thread)
         if begun:
             query_source = i64(query + at_query + i64(head * group) * query_head)
             copy_queries(shared, query_source, query_row, query_head, group, first_row, valid, thread)
@@ -290,6 +293,16 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
                 spread[row] = f32(spread[row] + ops.exchange_f32(spread[row], step))
         ops.wait_for_all_copies()
         cuda.syncthreads()
+        # Found once more, instead of being kept in registers all the while.
+        over, block, sequence, head = number_of(blocks, heads)
+        _, query_length, _, _, _, _, _, at_out, at_statistic = sequence_of(
+            table, sequence, offset, Lq, Lk,
+            query_batch, key_batch, value_batch, mask_batch, out_batch, statistic_batch,
+        )  # fmt: skip
+        valid = i32(query_length * group)
+        # Packed sequences have no more rows than these; results of others have rows for all that there may be.
+        every = i32(Lq * group) if padded != 0 else valid
+        first_row = i32(0) if split else i32((blocks - 1 - block) * rows)
         place = i64((i64(over) * blocks + block) * rows)
         if key_warps > 1:
             join_warps(

@@ -51,10 +51,12 @@ def make_stepped(cuda: Any, ops: Any, columns: int) -> Any:
 
 def make_present(cuda: Any, ops: Any, columns: int) -> Any:
     """A function (chunk) of how many bytes of a chunk are elements, and not filled up."""
-    i32, size = ops.i32, 2 * columns
+    i32, size, always = ops.i32, 2 * columns, columns % 16 == 0
 
     @cuda.jit(device=True, inline="always")
     def present(chunk):
+        if always:
+            return i32(16)
         left = i32(size - (chunk << 4))
         return cuda.selp(left < 16, cuda.selp(left < 0, i32(0), left), i32(16))
 
@@ -102,24 +104,33 @@ def make_place(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> An
 
 
 def make_copy(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
-    """A procedure (to, source, row_bytes, end, thread) that copies a tile whose rows from `end` on are zeros."""
+    """A function (source, row_bytes, thread) of where a thread's share of an array begins, and a procedure.
+
+    (to, there, row_bytes, end, thread): copy the tile in which that share begins `there`; its rows from `end` on are
+    zeros.
+    """
     i32, i64 = ops.i32, ops.i64
     address, present = make_address(cuda, ops, columns), make_present(cuda, ops, columns)
     inside, place = make_place(cuda, ops, rows, columns, threads)
     shift, slots, further, steps, _ = Share.of(rows, columns, threads)
 
     @cuda.jit(device=True, inline="always")
-    def copy(to, source, row_bytes, end, thread):
-        first_row, chunk = i32(thread >> shift), i32(thread & (slots - 1))
+    def own(source, row_bytes, thread):
+        return i64(source + i64(thread >> shift) * i64(row_bytes) + i64((thread & (slots - 1)) << 4))
+
+    @cuda.jit(device=True, inline="always")
+    def copy(to, there, row_bytes, end, thread):
+        # A division, as what a shift gives would be kept in registers from tile to tile.
+        first_row = ops.quotient(thread, slots)
+        chunk = i32(thread - first_row * slots)
         first, some = i32(to + address(first_row, chunk)), present(chunk)
-        there = i64(source + i64(first_row) * i64(row_bytes) + i64(chunk << 4))
         for step in range(steps):
             row = i32(first_row + step * further)
             count = cuda.selp(row < end, some, i32(0))
             ops.copy_16(inside(row, chunk), place(first, step), there, count)
             there = i64(there + further * i64(row_bytes))
 
-    return copy
+    return own, copy
 
 
 def make_copy_packed(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
