@@ -207,7 +207,9 @@ def test_a_sample_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in SMALL if c.name in ("lengths", "mask bool", "everything at once, float64")], ids=str
+    "case",
+    [c for c in SMALL if c.name in ("lengths", "mask bool", "everything at once, float64")],
+    ids=lambda case: case.name,
 )
 def test_what_is_masked_changes_nothing(case: Case) -> None:
     (query, key, value), options = case.arrays(), case.keywords()
