@@ -23,7 +23,7 @@ from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import gradient_tiles, launch, pack
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import WIDEST
+from numba_attn.cpu.plan import CACHE, WIDEST
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
@@ -53,6 +53,7 @@ Memory = namedtuple(
     "qt gt ot q g dq p ds k clean v size",
 )
 
+KEYS, MOST_BLOCKS = 96, 8  # of a tile, and of a group
 RUN = 16  # keys of a tile whose row blocks are looked for together
 PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PARTS
 MOST_PARTS = 16
@@ -368,9 +369,11 @@ def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], wo
 
 @functools.lru_cache(maxsize=64)
 def cut_of(D: int, Dv: int, itemsize: int) -> Cut:
+    """Of head sizes alone, as bits depend on it: what is kept of a group of rows leaves room in cache for key tiles."""
     lanes = VECTOR_BYTES // itemsize
     block = WIDEST * lanes
-    return Cut(keys=128, block=block, blocks=max(1, 96 // block), lanes=lanes)
+    blocks = CACHE * 4 // 5 // (block * max(3 * D + 2 * Dv, 1) * itemsize)
+    return Cut(keys=KEYS, block=block, blocks=max(1, min(blocks, MOST_BLOCKS)), lanes=lanes)
 
 
 def tables_of(call: Call, cut: Cut) -> Tables:
