@@ -349,10 +349,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from numba_attn.cpu import attention, cache
+    from numba_attn.cpu import attention, cache, gradients
 
     start = time.perf_counter()
-    names = attention.warmup()
+    names = attention.warmup() + (gradients.warmup() if options.gradients else [])
     seconds = time.perf_counter() - start
     directory = cache.directory()
     where = None if directory is None else str(directory)
@@ -479,7 +479,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a bar chart (needs matplotlib)")
 
-    command("warmup", _warmup, "compile every kernel and keep it in the cache")
+    warmup = command("warmup", _warmup, "compile every kernel and keep it in the cache")
+    warmup.add_argument("--gradients", action="store_true", help="those of gradients too")
     return parser
 
 

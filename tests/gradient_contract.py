@@ -136,7 +136,7 @@ class GradientContract:
                 assert same_bits(getattr(some, name), getattr(got, name)), "what else is wanted changes bits"
 
     @ALL
-    @pytest.mark.parametrize("poison", [np.nan, np.inf])
+    @pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
     def test_what_is_masked_changes_no_gradient(self, case: Case, poison: float) -> None:
         query, key, value = (x.copy() for x in case.arrays())
         grad_out, grad_lse = upstream(case)

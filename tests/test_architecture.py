@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "_bench": {"api"},
     "cli": {
         *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),
-        *("cpu", "cpu.attention", "cpu.cache", "cpu.plan", "cpu.target"),
+        *("cpu", "cpu.attention", "cpu.cache", "cpu.gradients", "cpu.plan", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},

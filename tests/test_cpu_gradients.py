@@ -7,7 +7,11 @@ from gradient_contract import GradientContract
 
 from numba_attn.cpu import backward, bias_gradient
 
-CUTS = ["planned", "7 keys, 1 block, parts of 1 row", "16 keys, 2 blocks, parts of 30 rows"]
+CUTS = [
+    "planned",
+    "7 keys, 1 block, parts of 1 row",
+    pytest.param("16 keys, 2 blocks, parts of 30 rows", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(params=CUTS, scope="class", autouse=True)

@@ -36,7 +36,8 @@ def in_simulator(*arguments: str, timeout: float) -> str:
 
 
 def test_contract_on_tiny_problems() -> None:
-    assert "passed" in in_simulator("tests/simulated_cuda.py", "-k", "not TestSmall", timeout=600)
+    few = "not TestSmall and not nan_reaches and not rows_without"
+    assert "passed" in in_simulator("tests/simulated_cuda.py", "-k", few, timeout=600)
 
 
 def test_launcher() -> None:
@@ -45,4 +46,4 @@ def test_launcher() -> None:
 
 @pytest.mark.slow
 def test_every_case_of_the_contract() -> None:
-    assert "passed" in in_simulator("tests/simulated_cuda.py", "-k", "TestSmall", timeout=1800)
+    assert "passed" in in_simulator("tests/simulated_cuda.py", timeout=1800)

@@ -312,7 +312,7 @@ def add_parts(first, end, tasks, sums, columns, gradient, row, sizes):
 
 
 @kernel
-def work(memory, worker, counters, gradients, tables, arrays, sequences, functions, settings, cut):
+def differentiate(memory, worker, counters, gradients, tables, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none."""
     align_stack()
     sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
@@ -337,14 +337,14 @@ def work(memory, worker, counters, gradients, tables, arrays, sequences, functio
             add_parts(first, end, tables.tasks, gradients.sums_v, sizes.Dv, dv, element(memory, at.g), sizes)
 
 
-work_through_pointer = through_pointer(work.py_func)
+differentiate_through_pointer = through_pointer(differentiate.py_func)
 
 
 @parallel_kernel
-def work_together(code, memory, counters, gradients, tables, arrays, sequences, functions, settings, cut):
-    """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
+def differentiate_together(code, memory, counters, gradients, tables, arrays, sequences, functions, settings, cut):
+    """`differentiate`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
-        work_through_pointer(
+        differentiate_through_pointer(
             code, memory[worker], worker, counters, gradients, tables, arrays, sequences, functions, settings, cut
         )
 
@@ -420,7 +420,7 @@ def memory_size(cut: Cut, D: int, Dv: int) -> int:
 
 
 def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `work`, for a kind of element and an operand, see `narrow`."""
+    """Of `differentiate`, for a kind of element and an operand, see `narrow`."""
     element_type, table = COMPUTED[kind], types.Array(types.int64, 2, "C")
     return (
         types.Array(element_type, 1, "C"),
@@ -433,4 +433,4 @@ def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-serial, parallel = launch.entries(work, work_together, signature)
+serial, parallel = launch.entries(differentiate, differentiate_together, signature)

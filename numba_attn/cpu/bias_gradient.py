@@ -144,13 +144,14 @@ def add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, me
     keys, block, lanes, itemsize = sizes.keys, sizes.block, sizes.lanes, memory.itemsize
     k, v = in_place(head.k, memory), in_place(head.v, memory)
     p, ds = element(memory, at.p), element(memory, at.ds)
-    for row in range(part.low_row, part.high_row, block):
+    for number in range((part.high_row - part.low_row + block - 1) // block):
+        row = part.low_row + number * block
         rows = min(block, part.high_row - row)
         across, loaded = padded(rows, lanes), False
         low, high, _, _ = visible(row, row + rows, head.position)
         low, high = max(low, part.low_key), min(high, part.high_key)
-        for number in range(low // keys, (high + keys - 1) // keys):
-            start, stop = max(number * keys, low), min((number + 1) * keys, high)
+        for tile in range(low // keys, (high + keys - 1) // keys):
+            start, stop = max(tile * keys, low), min((tile + 1) * keys, high)
             here = select(head, settings, row, rows, 1, start, stop, False, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
@@ -173,7 +174,7 @@ def add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, me
 
 
 @kernel
-def work(memory, worker, counters, bias, gradients, arrays, sequences, functions, settings, cut):
+def differentiate_bias(memory, worker, counters, bias, gradients, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none."""
     align_stack()
     Hq = arrays.q.shape[0]
@@ -200,14 +201,14 @@ def work(memory, worker, counters, bias, gradients, arrays, sequences, functions
                 add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, memory, at)
 
 
-work_through_pointer = through_pointer(work.py_func)
+differentiate_bias_through_pointer = through_pointer(differentiate_bias.py_func)
 
 
 @parallel_kernel
-def work_together(code, memory, counters, bias, gradients, arrays, sequences, functions, settings, cut):
-    """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
+def differentiate_bias_together(code, memory, counters, bias, gradients, arrays, sequences, functions, settings, cut):
+    """`differentiate_bias`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
-        work_through_pointer(
+        differentiate_bias_through_pointer(
             code, memory[worker], worker, counters, bias, gradients, arrays, sequences, functions, settings, cut
         )
 
@@ -256,7 +257,7 @@ def memory_size(D: int, Dv: int, cut: Cut) -> int:
 
 
 def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
-    """Of `work`, for a kind of element and an operand, see `narrow`."""
+    """Of `differentiate_bias`, for a kind of element and an operand, see `narrow`."""
     table = types.Array(types.int64, 2, "C")
     element_type = COMPUTED[kind]
     bias = [types.Array(element_type, 4, "C"), types.Array(types.float64, 3, "C"), table, table]
@@ -271,4 +272,4 @@ def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-serial, parallel = launch.entries(work, work_together, signature)
+serial, parallel = launch.entries(differentiate_bias, differentiate_bias_together, signature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,14 @@ def of_sinks(gradient: GradientProblem, delta: np.ndarray) -> np.ndarray:
     weight = np.exp(problem.sinks[:, None] - problem.lse)
     over = tuple(axis for axis in range(delta.ndim) if axis != delta.ndim - 2)
     return -(weight * delta).sum(axis=over)
+
+
+def warmup(kinds: Iterable[str] = tuple(COMPUTED)) -> list[str]:
+    """Compile every kernel for kinds of element, or load it from the cache; returns their names."""
+    names = []
+    for kind in kinds:
+        for module in (first_pass, bias_gradient):
+            for entry in (module.serial, module.parallel):
+                entry(kind, COMPUTED[kind])
+            names.append(f"{module.__name__}, {kind}")
+    return names
