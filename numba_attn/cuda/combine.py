@@ -72,7 +72,10 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
         while begin < stop:
             part = i32(begin + lane)
             at = i64(parts + (first_part + i64(part) * rows) * STATISTICS_BYTES)
-            fall = ops.product(f32(ops.load_f32(part < stop, at, f32(nothing)) - level), f32(base))
+            own_top = ops.load_f32(part < stop, at, f32(nothing))
+            # Of a part without keys there are no sums; one whose weight is 0 may have sums that are not finite.
+            begun = cuda.selp(own_top == f32(nothing), f32(0), f32(1))
+            fall = ops.product(f32(own_top - level), f32(base))
             shrink = ops.exp2(fall)
             fall = cuda.selp(shrink == f32(0), f32(0), fall)
             own_weight = ops.load_f32(part < stop, i64(at + 4), f32(0))
@@ -86,7 +89,8 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
                     by = ops.value_of_lane(shrink, i32(n + step))
                     part = i32(begin + n + step)
                     at = i64(part_sums + 4 * ((first_part + i64(part) * rows) * columns + thread))
-                    own = ops.load_f32((by != f32(0)) & (part < stop) & (thread < columns), at, f32(0))
+                    wanted = (ops.value_of_lane(begun, i32(n + step)) != f32(0)) & (part < stop) & (thread < columns)
+                    own = ops.load_f32(wanted, at, f32(0))
                     x = ops.multiply_add(by, own, x)
                 n = i32(n + 8)
             begin = i32(begin + 32)
