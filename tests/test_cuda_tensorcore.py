@@ -86,7 +86,8 @@ def _computed(case: Case) -> bool:
 
 
 CASES = [case for case in SMALL if _computed(case)]
-ALL = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+# Every third one, of which each of the longer tests has others: the emulator takes a second for each.
+THIRDS = [pytest.mark.parametrize("case", CASES[n::3], ids=lambda c: c.name) for n in range(3)]
 _MOST = [
     *("plain", "odd sizes", "one query", "groups of 4", "causal, offsets", "window, causal, offset", "lengths"),
     *("mask bool", "mask bool reversed", "additive -inf, groups", "alibi per batch, offsets", "sinks and lengths"),
@@ -125,7 +126,7 @@ def test_agrees_with_float64(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@ALL
+@THIRDS[0]
 @pytest.mark.parametrize(("tiling", "dtype"), list(zip(TILINGS, itertools.cycle(SIXTEEN_BITS), strict=False)))
 def test_every_option_agrees_with_float64(case: Case, dtype: str, tiling: str) -> None:
     check(of_type(case, dtype), tiling, L40 if case.Lq % 2 else A100)
@@ -188,7 +189,7 @@ def test_what_is_masked_changes_no_bit(case: Case) -> None:
 
 
 @pytest.mark.slow
-@ALL
+@THIRDS[1]
 def test_what_any_mask_hides_changes_no_bit(case: Case) -> None:
     check_what_is_masked(of_type(case, SIXTEEN_BITS[0]), -np.inf if case.Lk % 2 else np.nan)
 
@@ -219,7 +220,7 @@ def test_nan_reaches_exactly_the_rows_that_attend_to_it(case: Case) -> None:
 
 
 @pytest.mark.slow
-@ALL
+@THIRDS[2]
 def test_nan_reaches_the_rows_that_any_mask_leaves(case: Case) -> None:
     check_nan(of_type(case, SIXTEEN_BITS[0 if case.Lq % 2 else -1]))
 
