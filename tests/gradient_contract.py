@@ -16,8 +16,6 @@ from numba_attn.checks import is_bfloat16
 from numba_attn.gradient_problem import GradientProblem
 from numba_attn.problem import Problem, statistics_dtype
 
-CAPS = {np.dtype(np.float32): 3e-5, np.dtype(np.float64): 1e-12}
-
 
 def differentiable(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a call, as the gradient functions take them."""
