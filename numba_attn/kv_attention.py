@@ -10,10 +10,9 @@ import numpy as np
 from numba_attn import arrays, checks
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.arrays import Array
-from numba_attn.kv_cache import KVCache, Tokens, counts_of
+from numba_attn.kv_cache import KVCache, Tokens, counts_of, quantized, restored
 from numba_attn.paged_kv_cache import PagedBatch
 from numba_attn.problem import Aux
-from numba_attn.storage import dequantize, quantize
 
 
 def attention_with_kv_cache(
@@ -111,6 +110,14 @@ def attention_with_kv_cache(
     # Keys and values of a mask are made before the tokens are written: it is for those that are overwritten.
     masked = is_causal and n > 1 and bool((totals > cache.capacity).any())
     operands = _masked(cache, tokens, offset, n) if masked else None
+    # What is held of channels that have scales is attended to as it is, see `storage`: in float32, so that they
+    # can be as large as they like, and are not rounded.
+    key_scales, value_scales = (None, None) if masked else cache.channel_scales
+    scaled = key_scales is not None or value_scales is not None
+    given_out = given["out"]
+    if scaled:
+        _check_out(given_out, q, cache)
+        given_out, q = None, _times_channels(q.astype(np.float32), key_scales)
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
         keys, values, mask = operands or (*_held(cache), None)
@@ -134,11 +141,39 @@ def attention_with_kv_cache(
             mask_mod=mask_mod,
             dropout_seed=dropout_seed,
             return_aux=return_aux,
-            out=given["out"],
+            out=given_out,
             backend=backend,
             precision=precision,
         )
+        if scaled:
+            results = _of_channels(results, value_scales, cache.dtype, given["out"])
     return caller.give(results)
+
+
+def _check_out(out: Any, query: np.ndarray, cache: KVCache | PagedBatch) -> None:
+    if out is None:
+        return
+    out = checks.output_array(out, (*query.shape[:3], cache.shape[3]), query.dtype, like="query")
+    held = cache.storage()
+    for name, x in (("query", query), ("cache", held.key), ("cache", held.value)):
+        if checks.overlap(out, x):
+            raise ValueError(f"out must not share memory with {name}")
+
+
+def _times_channels(x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """Rows of all query heads, (B, Hq, n, columns), each times the scales of its key-value head."""
+    return x if scales is None else x * np.repeat(scales, x.shape[1] // max(1, len(scales)), axis=0)
+
+
+def _of_channels(results: Any, scales: np.ndarray | None, dtype: np.dtype, out: Any) -> Any:
+    """Results of attention to values that have been divided by the scales of their channels."""
+    made, *aux = results if isinstance(results, tuple) else (results,)
+    made = _times_channels(made, scales)
+    if out is None:
+        out = made.astype(dtype, copy=False)
+    else:
+        out[...] = made
+    return (out, *aux) if aux else out
 
 
 def _held(cache: KVCache | PagedBatch) -> tuple[Any, Any]:
@@ -156,7 +191,10 @@ def _masked(
     (key, value), positions = cache.used, cache.positions
     p = offset[:, None] + np.arange(n)
     if tokens is not None:
-        new = (_as_held(x, cache) for x in (tokens.key, tokens.value))
+        new = (
+            _as_held(x, cache, scales)
+            for x, scales in zip((tokens.key, tokens.value), cache.channel_scales, strict=True)
+        )
         key, value = (np.concatenate(pair, axis=2) for pair in zip((key, value), new, strict=True))
         positions = np.concatenate([positions, p], axis=1)
     p, positions = p[:, :, None], positions[:, None, :]
@@ -165,11 +203,12 @@ def _masked(
     return key, value, ((positions >= 0) & (positions <= p) & kept)[:, None]
 
 
-def _as_held(x: np.ndarray, cache: KVCache) -> np.ndarray:
+def _as_held(x: np.ndarray, cache: KVCache, scales: np.ndarray | None) -> np.ndarray:
     """Tokens with what quantisation takes from them."""
     if cache.quantize is None:
         return x
-    return dequantize(quantize(x, cache.quantize), cache.quantize, x.shape[-1]).astype(x.dtype, copy=False)
+    rows = quantized(x, cache.quantize, scales)
+    return restored(rows, cache.quantize, x.shape[-1], scales).astype(x.dtype, copy=False)
 
 
 def _rotated(
@@ -189,9 +228,11 @@ def _query(query: Any, cache: KVCache | PagedBatch) -> np.ndarray:
     query = checks.numpy_array("query", query)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must be {cache.dtype}, as the cache is, got {query.dtype}")
-    B, _, D, _ = cache.shape
+    B, Hkv, D, _ = cache.shape
     if query.ndim != 4 or query.shape[0] != B or query.shape[3] != D:
         raise ValueError(f"query must have shape ({B}, Hq, n, {D}), got {query.shape}")
+    if Hkv and query.shape[1] % Hkv:
+        raise ValueError(f"query heads must be a multiple of key-value heads, got {query.shape[1]} and {Hkv}")
     return query
 
 

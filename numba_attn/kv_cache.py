@@ -17,6 +17,9 @@ import numpy as np
 from numba_attn import checks
 from numba_attn.storage import QUANTIZED, Storage, dequantize, quantize, row_bytes
 
+# Of keys and values, (Hkv, 1, D) and (Hkv, 1, Dv); see `numba_attn.storage`.
+ChannelScales = tuple[np.ndarray | None, np.ndarray | None]
+
 
 class Tokens(NamedTuple):
     """What is to be appended, checked against a cache."""
@@ -38,6 +41,10 @@ class KVCache:
     quantize : None, "int8" or "int4"
         Keep them as integers of so many bits, of which each token and head has a scale, at "int4" one for each 32
         elements; they are widened where attention reads them.  Not of float64.  See `numba_attn.storage`.
+    channel_scales : (key, value), optional
+        Of a quantised cache: how large each channel is, (Hkv, D) and (Hkv, Dv) positive numbers, such as the largest
+        absolute value in some text, or None for either.  Elements are divided by them before they are quantised, so
+        that large channels do not cost the others their accuracy.
     buffers : (key, value), optional
         Arrays to use instead of new ones, np.memmap for example: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), of
         this dtype; if quantised uint8, with `storage.row_bytes(quantize, D)` in the place of D, and likewise of Dv.
@@ -78,6 +85,7 @@ class KVCache:
         *,
         dtype: Any = np.float32,
         quantize: str | None = None,
+        channel_scales: tuple[Any, Any] | None = None,
         buffers: tuple[np.ndarray, np.ndarray] | None = None,
         window: int | None = None,
         sinks: int = 0,
@@ -88,6 +96,7 @@ class KVCache:
         self._sinks = size_of("sinks", sinks)
         capacity = self._capacity(capacity)
         self._dtype, self._quantize, self._sizes = dtype_of(dtype, quantize), quantize, (D, Dv)
+        self._channel_scales = channel_scales_of(channel_scales, Hkv, self._sizes, quantize)
         self._key, self._value = pools((B, Hkv, capacity), D, Dv, self._dtype, quantize, buffers)
         self._totals = np.zeros(B, np.int64)
         self._lengths = np.zeros(B, np.int64)
@@ -125,7 +134,10 @@ class KVCache:
         parts = self._key[:, :, :longest], self._value[:, :, :longest]
         if self._quantize is None:
             return parts
-        key, value = (dequantize(x, self._quantize, n) for x, n in zip(parts, self._sizes, strict=True))
+        key, value = (
+            restored(x, self._quantize, n, scales)
+            for x, n, scales in zip(parts, self._sizes, self._channel_scales, strict=True)
+        )
         return key.astype(self._dtype, copy=False), value.astype(self._dtype, copy=False)
 
     def storage(self) -> Storage:
@@ -176,6 +188,11 @@ class KVCache:
     def quantize(self) -> str | None:
         """How keys and values are quantised."""
         return self._quantize
+
+    @property
+    def channel_scales(self) -> ChannelScales:
+        """(Hkv, 1, D) and (Hkv, 1, Dv) float32, or None for each: what elements are divided by before that."""
+        return self._channel_scales
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -326,7 +343,7 @@ class KVCache:
             if before[b] + tokens.counts[b] > self.capacity
         ]
         try:
-            key, value = (stored(x, self._quantize) for x in (tokens.key, tokens.value))
+            key, value = stored(tokens, self._quantize, self._channel_scales)
             for b, place, rows in spans:
                 self._key[b, :, place], self._value[b, :, place] = key[b, :, rows], value[b, :, rows]
             self._commit(before + tokens.counts)
@@ -379,9 +396,45 @@ def pools(
     return buffers_of(buffers, shapes, dtype)
 
 
-def stored(x: np.ndarray, numbers: str | None) -> np.ndarray:
-    """Rows of keys or values as a cache keeps them."""
-    return x if numbers is None else quantize(x, numbers)
+def channel_scales_of(given: Any, Hkv: int, sizes: tuple[int, int], quantize: str | None) -> ChannelScales:
+    if given is None:
+        return None, None
+    if quantize is None:
+        raise ValueError("channel_scales must be None of a cache that is not quantised")
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(f"channel_scales must be a pair of arrays (key, value), got {checks.type_name(given)}")
+    key, value = (None if x is None else _channels(x, (Hkv, n)) for x, n in zip(given, sizes, strict=True))
+    return key, value
+
+
+def _channels(given: Any, shape: tuple[int, int]) -> np.ndarray:
+    scales = checks.floating_array("channel_scales", given)
+    if scales.shape != shape:
+        raise ValueError(f"channel_scales must have shape {shape}, got {scales.shape}")
+    with np.errstate(over="ignore"):
+        scales = read_only(scales.astype(np.float32)[:, None])
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        raise ValueError("channel_scales must be positive and finite, in float32 too, got some that are not")
+    return scales
+
+
+def stored(tokens: Tokens, numbers: str | None, scales: ChannelScales) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values as a cache keeps them."""
+    if numbers is None:
+        return tokens.key, tokens.value
+    key, value = (quantized(x, numbers, own) for x, own in zip((tokens.key, tokens.value), scales, strict=True))
+    return key, value
+
+
+def quantized(x: np.ndarray, numbers: str, scales: np.ndarray | None) -> np.ndarray:
+    """Elements as rows of integers."""
+    return quantize(x if scales is None else x / scales, numbers)
+
+
+def restored(rows: np.ndarray, numbers: str, columns: int, scales: np.ndarray | None) -> np.ndarray:
+    """Elements of rows of integers, float32."""
+    x = dequantize(rows, numbers, columns)
+    return x if scales is None else x * scales
 
 
 def operand(

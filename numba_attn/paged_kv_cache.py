@@ -17,7 +17,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from numba_attn import checks
-from numba_attn.kv_cache import Tokens, counts_of, dtype_of, operand, pools, size_of, stored
+from numba_attn.kv_cache import (
+    ChannelScales,
+    Tokens,
+    channel_scales_of,
+    counts_of,
+    dtype_of,
+    operand,
+    pools,
+    size_of,
+    stored,
+)
 from numba_attn.storage import Storage
 
 
@@ -39,6 +49,8 @@ class PagedKVCache:
         Of the keys and values that come in, and of queries.
     quantize : None, "int8" or "int4"
         Keep them as integers and scales, as in `KVCache`.  Not of float64.
+    channel_scales : (key, value), optional
+        (Hkv, D) and (Hkv, Dv), as in `KVCache`.
     buffers : (key, value), optional
         Arrays to use instead of new ones, np.memmap for example: writeable, of the shapes and dtype of `key` and
         `value`.  Their contents are not used: the cache begins empty.
@@ -83,6 +95,7 @@ class PagedKVCache:
         *,
         dtype: Any = np.float32,
         quantize: str | None = None,
+        channel_scales: tuple[Any, Any] | None = None,
         buffers: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         pages, Hkv, page_size = size_of("pages", pages), size_of("Hkv", Hkv), size_of("page_size", page_size, 1)
@@ -90,6 +103,7 @@ class PagedKVCache:
         Dv = D if Dv is None else size_of("Dv", Dv)
         self._page_size, self._sizes = page_size, (D, Dv)
         self._dtype, self._quantize = dtype_of(dtype, quantize), quantize
+        self._channel_scales = channel_scales_of(channel_scales, Hkv, self._sizes, quantize)
         self._key, self._value = pools((pages, Hkv, page_size), D, Dv, self._dtype, quantize, buffers)
         self._free = list(range(pages))  # a heap
         self._users = [0] * pages  # of each page: sequences, and appends that may want it back
@@ -118,6 +132,11 @@ class PagedKVCache:
     def quantize(self) -> str | None:
         """How keys and values are quantised."""
         return self._quantize
+
+    @property
+    def channel_scales(self) -> ChannelScales:
+        """(Hkv, 1, D) and (Hkv, 1, Dv) float32, or None for each: what elements are divided by before that."""
+        return self._channel_scales
 
     @property
     def page_size(self) -> int:
@@ -433,6 +452,11 @@ class PagedBatch:
         return self._cache.quantize
 
     @property
+    def channel_scales(self) -> ChannelScales:
+        """What elements are divided by before that, as of the cache."""
+        return self._cache.channel_scales
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, Hkv, D, Dv)."""
         B = len(self._given[1] if self._given else self._sequences)
@@ -489,7 +513,7 @@ class PagedBatch:
         """
         cache, sequences = self._cache, self._growing()
         plan = cache._plan(sequences, tokens.counts)
-        key, value = (stored(x, cache.quantize) for x in (tokens.key, tokens.value))
+        key, value = stored(tokens, cache.quantize, cache.channel_scales)
         before = []
         try:
             for b, (sequence, (kept, taken), n) in enumerate(zip(sequences, plan, tokens.counts, strict=True)):

@@ -4,6 +4,10 @@ A row is one token of one head.  As numbers, it is those of its dtype.  Quantise
 `GROUP` of which (all of the head at 8 bits) is to be multiplied by a scale, and behind them these scales, float32.
 With 8 bits a byte is an integer from -127 to 127.  With 4 bits, byte i of the 16 of a group has element i in its lower
 half and element i + 16 in its upper half, as integers from -8 to 7 plus 8.  Groups are filled up with zeros.
+
+Before that elements may be divided by scales of their channels, (Hkv, 1, D): some channels of keys are far larger than
+others, and would leave few steps for these (Liu et al., "KIVI", 2024).  These scales are not in the rows: with Q times
+those of keys, and the output times those of values, attention to the rows as they are is attention to the elements.
 """
 
 from __future__ import annotations
