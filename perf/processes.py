@@ -63,6 +63,7 @@ def interrupt():
     sent = time.perf_counter()
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has the jobs of its background ignore it
 try:
     while True:
         scaled_dot_product_attention(long, long, long)
