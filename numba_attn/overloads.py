@@ -17,7 +17,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
 from numba_attn.api import scaled_dot_product_attention
-from numba_attn.cpu.jit import OPTIONS, device
+from numba_attn.cpu.jit import OPTIONS, counting_device
 from numba_attn.masks import UNBOUNDED
 
 KINDS = {types.float32: "f", types.float64: "d"}
@@ -95,17 +95,17 @@ def _addresses(kind: str) -> Any:
 _KEPT: list[np.ndarray] = []
 
 
-@device
+@counting_device
 def _with_four_axes_of_two(x):
     return x[np.newaxis, np.newaxis]
 
 
-@device
+@counting_device
 def _with_four_axes_of_three(x):
     return x[np.newaxis]
 
 
-@device
+@counting_device
 def _with_four_axes(x):
     return x
 
@@ -113,22 +113,22 @@ def _with_four_axes(x):
 _EXPAND = {2: _with_four_axes_of_two, 3: _with_four_axes_of_three, 4: _with_four_axes}
 
 
-@device
+@counting_device
 def _no_window(window):
     return UNBOUNDED, UNBOUNDED
 
 
-@device
+@counting_device
 def _left(window):
     return min(window[0], UNBOUNDED), UNBOUNDED
 
 
-@device
+@counting_device
 def _right(window):
     return UNBOUNDED, min(window[1], UNBOUNDED)
 
 
-@device
+@counting_device
 def _both(window):
     return min(window[0], UNBOUNDED), min(window[1], UNBOUNDED)
 

@@ -38,7 +38,9 @@ SOURCES = {
     for path in PACKAGE.rglob("*.py")
 }
 # The decorators of jit.py, and whether they make an entry point.
-DECORATORS = {"device": False, "kernel": True, "parallel_kernel": True}
+DECORATORS = {
+    "device": False, "kernel": True, "parallel_kernel": True, "counting_kernel": True, "counting_device": False
+}  # fmt: skip
 
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -119,7 +121,9 @@ def test_options_of_every_dispatcher(warm: dict[str, Any]) -> None:
             "fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False
         }, name  # fmt: skip
         assert options.pop("parallel", False) is (entry and name.endswith("_together")), name
-        assert options == {"nopython": True}, name
+        # Nothing that works on arrays of others counts who has them.
+        counts = (entry and (name in SERIAL or name.endswith("_together"))) or module == "numba_attn.overloads"
+        assert options == {"nopython": True, **({} if counts else {"_nrt": False})}, name
         kind = type(dispatcher._cache)
         assert kind.__module__.startswith("numba_attn.") if entry and warm["cache"] else kind is NullCache, name
 
@@ -166,10 +170,12 @@ def test_user_functions_get_the_options_of_this_package(monkeypatch: pytest.Monk
 FAST = re.compile(r" (fast|nnan|ninf|nsz|arcp|contract|afn|reassoc) ")
 CALL = re.compile(r'\bcall .*?(?:(?P<asm>\basm\b)|@"?(?P<name>[\w.$]+)"?\(|(?P<address>%[\w.]+)\()')
 FUNCTIONS = re.compile(r"llvm\.(exp|pow|log|sin|cos|tan|a(sin|cos|tan))")
-# Outside of LLVM: the logarithm of a row's sum, and the end of an array, which the caller's references put off.
-EXTERNAL = {"log2", "log2f", "NRT_MemInfo_call_dtor"}
-# What Numba puts in front of the function that workers run, for the case that it raises: which none does.
-RAISE_FOR_WORKERS = {
+# Outside of LLVM: the logarithm of a row's sum.
+EXTERNAL = {"log2", "log2f"}
+# What Numba puts in front of the function that workers run: counts of who has an array, the end of one, which the
+# caller's put off, and more for the case that it raises: which none does.
+FOR_WORKERS = {
+    "NRT_MemInfo_call_dtor",
     *("numba_gil_ensure", "numba_gil_release", "PyErr_Clear", "PyErr_SetString", "PyErr_SetNone", "NRT_Free"),
     *("PyBytes_FromStringAndSize", "numba_unpickle", "numba_runtime_build_excinfo_struct", "numba_do_raise"),
 }
@@ -186,7 +192,8 @@ def faults(module: str, root: str) -> list[str]:
     assert todo, f"no function {root}"
     for name in todo:  # which grows meanwhile
         _, _, body = functions[name].partition("\n")
-        may_call = EXTERNAL | (RAISE_FOR_WORKERS if name.startswith("__gufunc__") else set())
+        of_workers = name.startswith("__gufunc__") or (root == "__gufunc__" and name.startswith("NRT_"))
+        may_call = EXTERNAL | (FOR_WORKERS if of_workers else set())
         for call in CALL.finditer(body):
             callee = call["name"] or ""
             if callee in functions:
@@ -198,10 +205,15 @@ def faults(module: str, root: str) -> list[str]:
         found += [f"is {flag}" for flag in FAST.findall(body)]
         # Integers are made of addresses to find a distance, addresses of integers to call a function, and that is all.
         for value, made in re.findall(r"(%\S+) = (inttoptr|ptrtoint) ", body):
-            for use in re.findall(rf"^.*{re.escape(value)}(?![\w.]).*$", body, re.M):
-                allowed = f" call i32 {value}(" in use if made == "inttoptr" else " = sub " in use
-                if not allowed and not use.lstrip().startswith(f"{value} = "):
-                    found.append(f"{made}: {use.strip()}")
+            names = [value]
+            for name in names:  # which grows: where ways through the function meet, it goes on under another name
+                for use in re.findall(rf"^.*{re.escape(name)}(?![\w.]).*$", body, re.M):
+                    allowed = f" call i32 {name}(" in use if made == "inttoptr" else " = sub " in use
+                    result, _, operation = use.strip().partition(" = ")
+                    if operation.startswith("phi ptr "):
+                        names += [result] if result not in names else []
+                    elif not allowed and result != name:
+                        found.append(f"{made}: {use.strip()}")
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from numba_attn.cpu import decode, forward, plan
-from numba_attn.cpu.jit import Compiled, compiled, device, kernel, through_pointer
+from numba_attn.cpu.jit import Compiled, compiled, counting_kernel, device, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
@@ -26,7 +26,7 @@ def whole_lines(elements):
     return (elements + 15) // 16 * 16
 
 
-@kernel
+@counting_kernel
 def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, scale, softcap):
     """Write attention of arrays (B, H, L, D) to out, which must fit; codes are the addresses of forward and decode.
 

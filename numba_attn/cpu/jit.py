@@ -1,7 +1,7 @@
 """The one place with Numba options.
 
 `device` compiles a function into the kernels that call it, and only there: Python may call its `py_func`.  `kernel`
-makes an entry point that Python calls.  Both
+and its like make entry points that Python calls.  All
 state every option that Numba would otherwise take over from a caller: no fast-math (it would assume away -inf and NaN),
 NumPy's division (an exception inside a parallel region is lost), and no GIL.
 """
@@ -25,6 +25,9 @@ from numba.extending import intrinsic
 from numba_attn.cpu import cache
 
 OPTIONS: dict[str, Any] = {"fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False}
+# Kernels make no arrays, and keep no count of who has one: the caller has all of them, and each change of a count is a
+# locked operation on a cache line that all threads share.
+UNCOUNTED: dict[str, Any] = {**OPTIONS, "_nrt": False}
 
 
 class _Part(JITCodeLibrary):
@@ -58,11 +61,18 @@ class _PartCompiler(compiler.Compiler):
         return result
 
 
-device = numba.njit(pipeline_class=_PartCompiler, **OPTIONS)
+device = numba.njit(pipeline_class=_PartCompiler, **UNCOUNTED)
+# For code that makes arrays, and counts them: what it gets from a `device` is not counted, so must be no array.
+counting_device = numba.njit(pipeline_class=_PartCompiler, **OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A serial entry point, cached on disk."""
+    return _cached(numba.njit(**UNCOUNTED)(function))
+
+
+def counting_kernel(function: Callable[..., Any]) -> Any:
+    """A serial entry point that makes arrays, cached on disk."""
     return _cached(numba.njit(**OPTIONS)(function))
 
 
