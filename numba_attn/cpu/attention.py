@@ -41,10 +41,11 @@ def forward(problem: Problem) -> None:
         some = call._replace(sequences=call.sequences._replace(numbers=some_numbers))
         of_kernels = kinds
         if kernels is decode:
-            # Of elements as they are: reading them is what takes time.
-            of_kernels = kind, COMPUTED[kind], held
-            some = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
-            decode.run(some, of_kernels, _heads_alike(problem), operations)
+            # Products of keys as they are in memory: reading them is what takes time.
+            of_elements = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
+            of_kernels = kind, decode.operand(*kinds), held
+            decode.run(some if of_kernels == kinds else of_elements, of_kernels, _heads_alike(problem), operations)
+            some, of_kernels = of_elements, (kind, COMPUTED[kind], held)
         else:
             prefill.run(some, of_kernels, whole, workers, operations)
         if key_weights is not None and Lk:
@@ -79,8 +80,9 @@ def warmup() -> list[str]:
         for module in (prefill, key_weight):
             names.append(_compile(module, kind, narrow.operand(kind, bfloat16_products), kind))
     for kind, computed in COMPUTED.items():
-        for module in (decode, key_weight):
-            names.append(_compile(module, kind, computed, kind))
+        products = decode.operand(kind, narrow.operand(kind, kind == "bfloat16"), kind)
+        names.append(_compile(decode, kind, products, kind))
+        names.append(_compile(key_weight, kind, computed, kind))
     return names
 
 

@@ -19,7 +19,7 @@ from numba import prange, types
 
 from numba_attn import threads
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import dropout, launch, pack, rows, tiles
+from numba_attn.cpu import dropout, launch, pack, rows, target, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
@@ -30,6 +30,7 @@ from numba_attn.cpu.score import (
     Sequences,
     Settings,
     Sizes,
+    Tile,
     call_types,
     change,
     element,
@@ -37,13 +38,25 @@ from numba_attn.cpu.score import (
     matrix,
     select,
 )
-from numba_attn.cpu.simd import address, align_stack, as_element, fetch_add, moved, pointee_bytes
+from numba_attn.cpu.simd import (
+    PAIRS,
+    address,
+    align_stack,
+    as_element,
+    as_factor,
+    fetch_add,
+    holds_pairs,
+    moved,
+    pointee_bytes,
+)
 from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
 from numba_attn.cpu.target import VECTOR_BYTES
 
-# Bytes of K or V that are asked for before they are needed: less comes too late, more pushes out what is still to come.
-AHEAD, MOST_AHEAD = 32 * 1024, 512  # and rows of them, at most
-KEYS = 64  # of a tile: what is read of V a second time, for more rows, is still in the first-level cache
+# Bytes of K that are asked for before they are needed: less comes too late, more pushes out what is still to come.
+AHEAD, MOST_AHEAD = 8 * 1024, 128  # and rows of them, at most
+KEYS = (
+    4 * VECTOR_BYTES
+)  # of a tile, and rows of V: what is read a second time, for more rows, is still in the first-level cache
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
@@ -66,6 +79,12 @@ def padded(columns, lanes):
 
 
 @device
+def factors_of_vector(arrays, lanes):
+    """Elements of a vector that keys are multiplied by: of a query row."""
+    return 2 * lanes if holds_pairs(as_factor(address(arrays.lse), arrays.k, arrays.operands)) else lanes
+
+
+@device
 def power_of_two(count):
     power = 1
     while power < count:
@@ -75,9 +94,9 @@ def power_of_two(count):
 
 @device
 def memory_map(D, Dv, lanes, blocks, height):
-    """For head sizes of whole vectors."""
+    """For head sizes of whole vectors, as keys and values are read."""
     lane_vectors = (KEYS + lanes) * lanes
-    first = lane_vectors + KEYS * lanes
+    first = lane_vectors + (KEYS + 1) * lanes
     queries = first + 13 * lanes
     keys = queries + blocks * height * D
     values = keys + KEYS * D
@@ -157,6 +176,20 @@ def rows_ahead(rows, columns):
 
 
 @device
+def packed(tile, stride, lanes, memory, at):
+    """A tile with the vectors of a tile of scores, see `rows`, in the place of its keys, and what is added to these."""
+    n = tile.stop - tile.start
+    if stride == lanes:
+        return tile
+    vectors = (n * stride + lanes - 1) // lanes
+    if tile.row == 0 and n * stride == vectors * lanes:
+        return Tile(0, vectors, tile.added, tile.row, tile.kept)
+    bias = element(memory, at.bias)
+    rows.gather(n, stride, tile.added, tile.row, bias)
+    return Tile(0, vectors, bias, lanes * memory.itemsize, tile.kept)
+
+
+@device
 def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partial, tables, memory, careful):
     """Attend to the keys [low, high) of a key-value head: leaves the state of each block in `partial`.
 
@@ -166,7 +199,8 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     Lq = cut.rows
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
     height = power_of_two(min(cut.heads, group) * Lq)
-    sizes = Sizes(padded(D, lanes), padded(Dv, lanes), KEYS, lanes, lanes)
+    wide = factors_of_vector(arrays, lanes)
+    sizes = Sizes(padded(D, wide), padded(Dv, lanes), KEYS, lanes, lanes)
     at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
     moments, correction = element(memory, at.moments), element(memory, at.correction)
@@ -180,7 +214,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
     keys = as_element(element(memory, at.keys), arrays.k)
     values = as_element(element(memory, at.values), arrays.v)
-    k_in_place, v_in_place = is_read_in_place(k, D, lanes), is_read_in_place(v, Dv, lanes)
+    k_in_place, v_in_place = is_read_in_place(k, D, wide), is_read_in_place(v, Dv, lanes)
     # Where the rows of K and V are, and where those of a tile are that have been copied.
     k_table, v_table, k_copies, v_copies = tables[0], tables[1], tables[2], tables[3]
     k_ahead = v_ahead = 0
@@ -190,12 +224,14 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         else:
             list_copies(sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = rows_ahead(v, sizes.Dv)
+            v_ahead = KEYS
         else:
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
         list_rows(v, low, high - low + v_ahead, kv_length, v_table)
     weighted = arrays.entropy.size > 0
+    # Of the tiles of scores, see `rows`: functions and dropout tell the lanes of a vector apart.
+    stride = lanes if functions.codes[SCORE] != 0 or settings.threshold != 0 else height
     rising = 0  # bit i: scores of block i have been out of their reference's range
     for start in range(low, high, KEYS):
         stop, copied = min(start + KEYS, high), False
@@ -203,6 +239,8 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             first = shared * group + i * cut.heads
             heads = min(cut.heads, (shared + 1) * group - first)
             count = heads * Lq
+            if 4 * count > 3 * height:
+                count = height  # with rows of zeros: in one piece, which is faster
             head = head_of(arrays, sequences, functions, settings, b, first, nothing)
             here = select(head, settings, 0, Lq, heads, start, stop, False, sizes, memory, at)
             if here.kept == EMPTY:
@@ -220,39 +258,50 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
                 v_base, v_at = values, moved(address(v_copies), (here.start - start) * 8)
             copied = True
             state = state_of(partial, i, height, Dv, lanes)
-            queries = element(memory, at.queries + i * height * sizes.D)
+            queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
             # As in `forward`: where scores have risen once, they are expected to go on.
             raising, done = rising >> i & 1 or functions.codes[SCORE] != 0, False
+            tile = packed(here, stride, lanes, memory, at)
+            vectors = tile.stop - tile.start
             while not done:
                 rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, scores)
-                unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
+                if stride != height:
+                    rows.spread(n, height, scores)
+                unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
                 if raising:
-                    tiles.highest(1, scores, n, unit, here.added, here.row, state.reference, top)
+                    tiles.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
+                    rows.highest_across(stride, top)
                     if tiles.move_reference(1, top, state.reference, state.best, state.total, state.moment, correction):
                         rows.weigh_rows(count, state.o, sizes.Dv, correction)
                 if weighted:
-                    done = tiles.exponentiate_weighted(
-                        1, scores, n, unit, here.added, here.row,
-                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
-                    )  # fmt: skip
+                    tiles.powers_weighted(
+                        1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments
+                    )
+                    rows.highest_across(stride, top)
+                    done = tiles.take_in_weighted(
+                        1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
+                    )
                 else:
-                    done = tiles.exponentiate(
-                        1, scores, n, unit, here.added, here.row,
-                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
-                    )  # fmt: skip
+                    tiles.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
+                    rows.highest_across(stride, top)
+                    done = tiles.take_in(
+                        1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
+                    )
                 if not done:
                     rising |= 1 << i
                     raising = True
             if settings.threshold != 0:
                 dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
             if careful:
-                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, scores, state.o)
+                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, scores, stride, state.o)
             else:
-                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, scores, state.o)
+                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, scores, stride, state.o)
     finite, one = True, memory.dtype.type(1)
     pack.fill_lanes(element(memory, at.factors), one, 1)
     for i in range(cut.blocks):
         state = state_of(partial, i, height, Dv, lanes)
+        rows.add_across(stride, state.total)
+        rows.add_across(stride, state.moment)
         if rows.weigh_rows(height, state.o, sizes.Dv, element(memory, at.factors)):
             finite = False
     return finite
@@ -266,7 +315,7 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
     group = Hq // arrays.k.shape[0]
     height = power_of_two(min(cut.heads, group) * Lq)
     Dv_padded = padded(Dv, lanes)
-    at = memory_map(padded(D, lanes), Dv_padded, lanes, cut.blocks, height)
+    at = memory_map(padded(D, factors_of_vector(arrays, lanes)), Dv_padded, lanes, cut.blocks, height)
     kept, factors, others = element(memory, at.kept), element(memory, at.factors), at.others
     for i in range(cut.blocks):
         first = shared * group + i * cut.heads
@@ -309,14 +358,16 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
-    height, columns = power_of_two(min(cut.heads, group) * Lq), padded(D, lanes)
+    height, wide = power_of_two(min(cut.heads, group) * Lq), factors_of_vector(arrays, lanes)
+    columns, size = padded(D, wide), memory.itemsize * lanes // wide
     at = memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height)
     pack.fill_lanes(element(memory, at.queries), nothing, cut.blocks * height * columns // lanes)
     for g in range(group):
         q = matrix(arrays.q, sequences.offsets[b, 0], shared * group + g)
-        to = at.queries + (g // cut.heads * height + g % cut.heads * Lq) * columns
+        block = element(memory, at.queries + g // cut.heads * height * columns)
+        to = moved(as_factor(block, arrays.k, arrays.operands), g % cut.heads * Lq * columns * size)
         valid = min(Lq, sequences.intervals[b, 1])
-        pack.copy_rows(q.data, q.row, q.step, valid, D, columns, element(memory, to))
+        pack.copy_rows(q.data, q.row, q.step, valid, D, columns, to)
 
 
 @kernel
@@ -376,6 +427,12 @@ def most_rows(itemsize: int) -> int:
     return min(MOST_ROWS, VECTOR_BYTES // itemsize)
 
 
+def operand(kind: str, of_prefill: types.Type, held: str) -> types.Type:
+    """What products are made of: pairs of bfloat16 numbers where keys are such in memory, and that is faster."""
+    pairs = of_prefill == PAIRS and held == "bfloat16" and target.BFLOAT16 == "dot"
+    return PAIRS if pairs else COMPUTED[kind]
+
+
 def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
     """Compute a call of elements and operands of these `kinds`; heads that share keys at once, if treated `alike`."""
     (arrays, sequences, _, settings), dtype = call, call.arrays.lse.dtype
@@ -384,7 +441,8 @@ def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
     group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
     heads = max(1, min(group, lanes // rows)) if alike else 1
     cut = Cut(rows, heads, -(-group // heads), splits_of(sequences, rows, settings))
-    tasks, (size, state) = pairs * cut.splits, _sizes(rows, heads, cut.blocks, D, Dv, lanes)
+    wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
+    tasks, (size, state) = pairs * cut.splits, _sizes(rows, heads, cut.blocks, D, Dv, lanes, wide)
     partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
     workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
     arguments = (np.empty((workers, 4, TABLE), np.int64), partials, finished, *call, cut)
@@ -392,9 +450,9 @@ def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes(rows: int, heads: int, blocks: int, D: int, Dv: int, lanes: int) -> tuple[int, int]:
+def _sizes(rows: int, heads: int, blocks: int, D: int, Dv: int, lanes: int, wide: int) -> tuple[int, int]:
     """Elements of a worker's memory, and of a task's state."""
-    height, D, Dv = power_of_two.py_func(heads * rows), padded.py_func(D, lanes), padded.py_func(Dv, lanes)
+    height, D, Dv = power_of_two.py_func(heads * rows), padded.py_func(D, wide), padded.py_func(Dv, lanes)
     size = memory_map.py_func(D, Dv, lanes, blocks, height).size
     return _whole_lines(size), _whole_lines(blocks * (4 * lanes + height * Dv))
 
@@ -420,7 +478,7 @@ def _whole_lines(elements: int) -> int:
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`.
 
-    The products here are those of elements.
+    The products of probabilities and values are those of elements.
     """
     return (
         types.Array(COMPUTED[kind], 1, "C"),

@@ -3,26 +3,38 @@
 With a row or a few to a key, the two products are not what takes time, but reading K and V.  So both are read in whole
 rows, once for all query rows of a group, and asked for ahead of their use; each row of Q, and of the output, is
 contiguous.  Where the rows of K and V are is in tables of their offsets, so that pages take no longer than rows one
-behind the other.  Scores are a tile (n keys, 1 vector) with a query row in each lane, as in `tiles`, whose softmax,
-masks and user functions are used as they are.
+behind the other.
+
+Scores are a tile of vectors, one key after the other, the query rows of each in `stride` lanes: a power of two, so that
+with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The softmax of `tiles`
+does such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
+With as many lanes as a vector has, it is a tile (n keys, 1 vector) of `tiles`, for what has to know where rows are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, for_rows
+from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows
 
 # With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
 # with 16, as many as there are sums in a vector, as fewer wait for each other.
 MANY = target.ISA in ("avx512", "neon")
 BESIDE = 2 if MANY else target.VECTOR_BYTES // 4
+UNROLLED = 8  # vectors of a row, for one query row: a loop for each takes as long as they do
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
-OUTPUTS = {2: (8, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
+# So many rows that values are read once.
+OUTPUTS = (
+    {8: (2, 1), 4: (4, 2, 1), 2: (8, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
+)
+
+
+LINE = 64  # bytes of a cache line
 
 
 def powers_of_two(lanes: int) -> list[int]:
@@ -34,20 +46,10 @@ def _row(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
     return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
 
 
-def _ask_for(v: Vectors, row: Value, columns: Value, stored: types.Type) -> None:
-    """Prefetch a row, a cache line at a time."""
-
-    def line(at: Value, _: list[Value]) -> list[Value]:
-        v.prefetch(row, at)
-        return []
-
-    v.loop(0, v.mul_index(columns, BYTES[stored]), 64, [], line, rolled=True)
-
-
 def _dots(v, height, k, offsets, ahead, n, D, q, s):
-    """s (n, 1 vector) = k (n, D).q (height, D) for a height that is a power of two; 0 in the other lanes.
+    """s (n, height) = k (n, D).q (height, D) for a height that is a power of two.
 
-    D is whole vectors.  Rows of s up to a multiple of the lanes are written.  The row `ahead` of each row is asked for.
+    D is whole vectors, of pairs if q is such.  Whole vectors of s are written.  Rows `ahead` of each row are asked for.
     """
     v.choose(
         height, {rows: partial(_dots_of, v, rows, k, offsets, ahead, n, D, q, s) for rows in powers_of_two(v.lanes)}
@@ -65,19 +67,72 @@ def _dots_of(
         rows = [_row(v, k, offsets, number) for number in numbers]
         sums = []
         for first in range(0, keys, BESIDE):
-            for number in numbers[first : first + BESIDE]:
-                _ask_for(v, _row(v, k, offsets, v.add_index(number, ahead)), D, stored)
-            sums += _dots_beside(v, rows[first : first + BESIDE], height, D, q)
-        totals = _sums_across(v, sums)
-        for i in range(keys):
-            lanes = [i * height + r for r in range(height)] + [v.lanes] * (v.lanes - height)
-            scores = v.shuffle(totals, v.constant(0.0), lanes)
-            if stored == narrow.INT8:
-                scores = v.mul(scores, v.splat(narrow.load_scale(v, rows[i], v.index(0), D, stored)))
-            v.store(scores, v.at(s, v.mul_index(v.add_index(j, i), v.bytes)))
+            here = slice(first, first + BESIDE)
+            later = [_row(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
+            sums += _dots_beside(v, rows[here], later, height, D, q)
+        scores = _sums_across(v, sums)
+        if stored == narrow.INT8:
+            scales = [v.splat(narrow.load_scale(v, row, v.index(0), D, stored)) for row in rows]
+            scores = v.mul(scores, _in_lanes(v, scales, height))
+        v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
         return []
 
     v.loop(0, n, keys, [], step)
+
+
+def _in_lanes(v: Vectors, vectors: list[Value], height: int) -> Value:
+    """`height` lanes of each of some vectors, one vector after the other."""
+    found = vectors[0]
+    for i, x in enumerate(vectors[1:], 1):
+        found = v.shuffle(found, x, [lane if lane // height != i else v.lanes + lane for lane in range(v.lanes)])
+    return found
+
+
+def _spread(v, n, height, s):
+    """s (n, height) as (n, 1 vector), in place; what is in the other lanes means nothing."""
+
+    def key(i: Value, _: list[Value]) -> list[Value]:
+        j = v.builder.sub(v.add_index(n, -1), i)  # from the last one: nothing is overwritten that is still to be read
+        v.store(v.load(s, v.mul_index(v.mul_index(j, height), v.size)), s, v.mul_index(j, v.bytes))
+        return []
+
+    v.loop(0, n, 1, [], key)
+
+
+def _gather(v, n, stride, added, row, bias):
+    """bias (n, stride) = the first lanes of `added` (n, 1 vector), whose vectors are `row` bytes apart; -inf behind it.
+
+    Both may be the same memory.
+    """
+    step = v.mul_index(stride, v.size)
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        v.store(v.load(added, v.mul_index(j, row)), bias, v.mul_index(j, step))
+        return []
+
+    v.loop(0, n, 1, [], key)
+    v.store(v.constant(-INFINITY), bias, v.mul_index(n, step))
+
+
+def across_keys(v: Vectors, stride: Value, at: Value, combine: Callable[[Value, Value], Value]) -> None:
+    """Combine the lanes of each query row of a vector in memory: the same result in all of them."""
+
+    def lanes_apart(least: int) -> None:
+        x, step = v.load(at), v.lanes // 2
+        while step >= least:
+            x = combine(x, v.shuffle(x, x, [lane ^ step for lane in range(v.lanes)]))
+            step //= 2
+        v.store(x, at)
+
+    v.choose(stride, {rows: partial(lanes_apart, rows) for rows in powers_of_two(v.lanes)})
+
+
+def _add_across(v, stride, sums):
+    across_keys(v, stride, sums, v.add)
+
+
+def _highest_across(v, stride, top):
+    across_keys(v, stride, top, v.maximum)
 
 
 def _numbers(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
@@ -88,19 +143,36 @@ def _numbers(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> 
     return integers if stored == narrow.INT8 else v.mul(integers, v.splat(narrow.load_scale(v, row, d, D, stored)))
 
 
-def _dots_beside(v: Vectors, rows: list[Value], height: int, D: Value, q: Value) -> list[Value]:
-    """Vectors of partial sums, of each of a few rows of K with every row of q."""
-    stored = v.pointees["k"]
-    q_row = v.mul_index(D, v.size)
+def _dots_beside(v: Vectors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value) -> list[Value]:
+    """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
+    stored, pairs = v.pointees["k"], are_pairs(v, "q")
+    size, lanes = (2, 2 * v.lanes) if pairs else (v.size, v.lanes)
+    load, multiply = (v.load_pairs, v.dot) if pairs else (v.load, v.fma)
+    q_row = v.mul_index(D, size)
 
     def columns(d: Value, sums: list[Value]) -> list[Value]:
-        keys = [_numbers(v, row, d, D, stored) for row in rows]
-        queries = [v.load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, v.size)) for r in range(height)]
+        keys = [load(row, v.mul_index(d, 2)) if pairs else _numbers(v, row, d, D, stored) for row in rows]
+        queries = [load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, size)) for r in range(height)]
         return [
-            v.fma(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
+            multiply(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
         ]
 
-    return v.loop(0, D, v.lanes, [v.constant(0.0)] * (len(rows) * height), columns)
+    line = max(1, LINE // (lanes * BYTES[stored]))
+    at_once = max(1, UNROLLED // height)
+
+    def some(d: Value, sums: list[Value], vectors: int) -> list[Value]:
+        for i in range(vectors):
+            here = v.add_index(d, i * lanes)
+            if i % line == 0:
+                for row in later:
+                    v.prefetch(row, v.mul_index(here, BYTES[stored]))
+            sums = columns(here, sums)
+        return sums
+
+    whole = v.whole_steps(v.index(0), D, at_once * lanes)
+    sums = [v.constant(0.0)] * (len(rows) * height)
+    sums = v.loop(0, whole, at_once * lanes, sums, partial(some, vectors=at_once), rolled=True)
+    return v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True)
 
 
 def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
@@ -115,15 +187,17 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
     return vectors[0]
 
 
-def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
-    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, 1 vector) and Dv is whole vectors.
+def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
+    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride) and Dv is whole vectors.
 
-    Rows of the value are as those of k in `_dots`.
+    Rows of the value are as those of k in `_dots`; what is `ahead` is asked for once, whatever the number of rows.
     """
-    stored = v.pointees["value"]
-    line = max(1, 64 // (v.lanes * BYTES[stored]))  # vectors of a cache line
+    stored, p_row = v.pointees["value"], v.mul_index(stride, v.size)
+    line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
 
     def some(first: Value, height: int) -> None:
+        rows_on = v.builder.select(v.builder.icmp_signed("==", first, v.index(0)), ahead, v.index(0))
+
         def block(vector: Value, width: int) -> None:
             column = v.mul_index(vector, v.lanes)
             outs = [v.at(o, v.mul_index(v.add_index(v.mul_index(v.add_index(first, r), Dv), column), v.size))
@@ -133,7 +207,7 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
             def key(j: Value, carried: list[Value]) -> list[Value]:
                 weight, *acc = carried
                 row = _row(v, value, offsets, j)
-                later = v.at(_row(v, value, offsets, v.add_index(j, ahead)), v.mul_index(column, BYTES[stored]))
+                later = v.at(_row(v, value, offsets, v.add_index(j, rows_on)), v.mul_index(column, BYTES[stored]))
                 for w in range(0, width, line):
                     v.prefetch(later, w * v.lanes * BYTES[stored])
                 numbers = [v.load_scalar(weight, r * v.size) for r in range(height)]
@@ -143,7 +217,7 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
                 factors = [v.splat(x) for x in numbers]
                 values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
                 acc = [v.fma(values[w], factors[r], acc[r * width + w]) for r in range(height) for w in range(width)]
-                return [v.at(weight, v.bytes), *acc]
+                return [v.at(weight, p_row), *acc]
 
             zero = [v.constant(0.0)] * (height * width)
             acc = v.loop(0, n, 1, [weights, *zero], key, rolled=True)[1:]
@@ -157,16 +231,16 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, o):
     for_rows(v, rows, [*OUTPUTS], some)
 
 
-def _mix_carefully(v, rows, value, offsets, Dv, n, p, o):
+def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
     """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
-    stored, b = v.pointees["value"], v.builder
+    stored, b, p_row = v.pointees["value"], v.builder, v.mul_index(stride, v.size)
     masked = b.bitcast(v.constant(-0.0), v.bits)
 
     def outputs(row: Value, column: Value) -> None:
         at = v.at(o, v.mul_index(v.add_index(v.mul_index(row, Dv), column), v.size))
 
         def key(j: Value, acc: list[Value]) -> list[Value]:
-            number = v.load_scalar(v.at(p, v.mul_index(j, v.bytes)), v.mul_index(row, v.size))
+            number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
             of_key = _row(v, value, offsets, j)
             x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
             is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
@@ -260,6 +334,10 @@ def _shares(v, state, gain, factors):
 
 
 dots = emits(_dots)
+spread = emits(_spread)
+gather = emits(_gather)
+add_across = emits(_add_across)
+highest_across = emits(_highest_across)
 mix = emits(_mix)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)

@@ -159,10 +159,10 @@ class Vectors:
         self.builder.store(value, self.builder.bitcast(self.at(pointer, offset), value.type.as_pointer()), align=1)
 
     def prefetch(self, pointer: Value, offset: int | Value = 0) -> None:
-        """Ask for a cache line to be in the second-level cache soon; any address will do."""
+        """Ask for a cache line to be in the first-level cache soon; any address will do."""
         at, i32 = self.at(pointer, offset), partial(ir.Constant, I32)
         kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
-        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(2), i32(1)])
+        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(3), i32(1)])
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -526,6 +526,17 @@ def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any
         return builder.bitcast(values[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(array.dtype)(pointer, array), codegen
+
+
+@intrinsic
+def as_factor(context: Any, pointer: types.CPointer, keys: types.Array, operands: types.Array) -> Any:
+    """The pointer as one to what keys are multiplied by: `PAIRS`, if products are those and keys are such in memory."""
+    kind = types.CPointer(PAIRS) if operands.dtype == PAIRS and keys.dtype == types.uint16 else pointer
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return kind(pointer, keys, operands), codegen
 
 
 @intrinsic

@@ -425,6 +425,17 @@ def _exponentiate(
     but for a `final` pass, with references just moved.  What still exceeds them by more than the headroom are scores so
     large that they were rounded by that much.
     """
+    _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments, weighted=weighted)
+    return _take_in(v, width, top, reference, best, total, sums, moment, moments, final, weighted=weighted)
+
+
+def _take_in(v, width, top, reference, best, total, sums, moment, moments, final, *, weighted):
+    """The second half of `_exponentiate`: whether references will do, and sums if they do."""
+    return _accept(v, width, top, reference, best, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
+
+
+def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments, *, weighted):
+    """The first half of `_exponentiate`: sums and moments are those of the tile."""
     most = v.constant(HEADROOM)
     row = v.mul_index(width, v.bytes)
     lowest, masked, factor, zero = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale), v.constant(0.0)
@@ -455,7 +466,6 @@ def _exponentiate(
             v.store(result, to, here)
 
     for_vectors(v, width, vector)
-    return _accept(v, width, top, reference, best, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
 
 
 def _challenge(v, width, sink, reference, top):
@@ -553,6 +563,10 @@ highest = emits(_highest)
 move_reference = emits(_move_reference, returns=types.boolean)
 exponentiate = emits(partial(_exponentiate, weighted=False), returns=types.boolean)
 exponentiate_weighted = emits(partial(_exponentiate, weighted=True), returns=types.boolean)
+powers = emits(partial(_powers, weighted=False))
+powers_weighted = emits(partial(_powers, weighted=True))
+take_in = emits(partial(_take_in, weighted=False), returns=types.boolean)
+take_in_weighted = emits(partial(_take_in, weighted=True), returns=types.boolean)
 challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)
