@@ -62,8 +62,8 @@ MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
 TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
 
-# How the problem is cut: query rows of a head, at most; query heads that are done at once, blocks of these of a
-# key-value head, splits of a sequence.
+# How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
+# splits of a sequence.  Of a whole call, the most of each; of a sequence, see `cut_of`.
 Cut = namedtuple("Cut", "rows heads blocks splits")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
@@ -90,6 +90,19 @@ def power_of_two(count):
     while power < count:
         power *= 2
     return power
+
+
+@device
+def cut_by_rows(rows, most_heads, group, splits, lanes):
+    heads = max(1, min(group, most_heads, lanes // rows))
+    return Cut(rows, heads, (group + heads - 1) // heads, splits)
+
+
+@device
+def cut_of(cut, arrays, sequences, b, lanes):
+    """For a sequence: by its own rows, so that it comes to the same bits whatever the others are."""
+    rows = max(1, min(cut.rows, sequences.intervals[b, 1]))
+    return cut_by_rows(rows, cut.heads, arrays.q.shape[0] // arrays.k.shape[0], cut.splits, lanes)
 
 
 @device
@@ -198,7 +211,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
-    height = power_of_two(min(cut.heads, group) * Lq)
+    height = power_of_two(cut.heads * Lq)
     wide = factors_of_vector(arrays, lanes)
     sizes = Sizes(padded(D, wide), padded(Dv, lanes), KEYS, lanes, lanes)
     at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
@@ -313,7 +326,7 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group = Hq // arrays.k.shape[0]
-    height = power_of_two(min(cut.heads, group) * Lq)
+    height = power_of_two(cut.heads * Lq)
     Dv_padded = padded(Dv, lanes)
     at = memory_map(padded(D, factors_of_vector(arrays, lanes)), Dv_padded, lanes, cut.blocks, height)
     kept, factors, others = element(memory, at.kept), element(memory, at.factors), at.others
@@ -358,7 +371,7 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
     group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
-    height, wide = power_of_two(min(cut.heads, group) * Lq), factors_of_vector(arrays, lanes)
+    height, wide = power_of_two(cut.heads * Lq), factors_of_vector(arrays, lanes)
     columns, size = padded(D, wide), memory.itemsize * lanes // wide
     at = memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height)
     pack.fill_lanes(element(memory, at.queries), nothing, cut.blocks * height * columns // lanes)
@@ -386,24 +399,25 @@ def decode(memory, worker, counters, tables, partials, finished, arrays, sequenc
             break
         pair, split = task // cut.splits, task % cut.splits
         b, shared = sequences.numbers[pair // shared_heads, 0], pair % shared_heads
+        own = cut_of(cut, arrays, sequences, b, VECTOR_BYTES // memory.itemsize)
         offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
         first = max(0, offset - settings.left) // SPLIT
         low = (first + split) * SPLIT
-        high = min(low + SPLIT, kv_length, offset + cut.rows + settings.right)
-        pack_queries(arrays, sequences, cut, b, shared, memory)
+        high = min(low + SPLIT, kv_length, offset + own.rows + settings.right)
+        pack_queries(arrays, sequences, own, b, shared, memory)
         finite = attend(
-            arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], tables[worker], memory,
+            arrays, sequences, functions, settings, own, b, shared, low, high, partials[task], tables[worker], memory,
             False,
         )  # fmt: skip
         if not finite:
             # As in `forward`: something attended to is not finite, or a masked value has met a zero.
             attend(
-                arrays, sequences, functions, settings, cut, b, shared, low, high, partials[task], tables[worker],
+                arrays, sequences, functions, settings, own, b, shared, low, high, partials[task], tables[worker],
                 memory, True,
             )  # fmt: skip
         if fetch_add(finished, pair) == cut.splits - 1:
             of_pair = partials[pair * cut.splits : (pair + 1) * cut.splits]
-            finish(arrays, sequences, settings, cut, b, shared, of_pair, memory)
+            finish(arrays, sequences, settings, own, b, shared, of_pair, memory)
 
 
 decode_through_pointer = through_pointer(decode.py_func)
@@ -439,10 +453,9 @@ def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
     Dv, Lq = arrays.out.shape[2], settings.Lq
     group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
-    heads = max(1, min(group, lanes // rows)) if alike else 1
-    cut = Cut(rows, heads, -(-group // heads), splits_of(sequences, rows, settings))
+    cut = Cut(rows, group if alike else 1, group, splits_of(sequences, rows, settings))
     wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
-    tasks, (size, state) = pairs * cut.splits, _sizes(rows, heads, cut.blocks, D, Dv, lanes, wide)
+    tasks, (size, state) = pairs * cut.splits, _sizes(rows, cut.heads, group, D, Dv, lanes, wide)
     partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
     workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
     arguments = (np.empty((workers, 4, TABLE), np.int64), partials, finished, *call, cut)
@@ -450,11 +463,16 @@ def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes(rows: int, heads: int, blocks: int, D: int, Dv: int, lanes: int, wide: int) -> tuple[int, int]:
-    """Elements of a worker's memory, and of a task's state."""
-    height, D, Dv = power_of_two.py_func(heads * rows), padded.py_func(D, wide), padded.py_func(Dv, lanes)
-    size = memory_map.py_func(D, Dv, lanes, blocks, height).size
-    return _whole_lines(size), _whole_lines(blocks * (4 * lanes + height * Dv))
+def _sizes(most_rows: int, most_heads: int, group: int, D: int, Dv: int, lanes: int, wide: int) -> tuple[int, int]:
+    """Elements of a worker's memory, and of a task's state: enough for sequences of any rows up to the most."""
+    D, Dv = padded.py_func(D, wide), padded.py_func(Dv, lanes)
+    size = state = 0
+    for count in range(1, most_rows + 1):
+        _, heads, blocks, _ = cut_by_rows.py_func(count, most_heads, group, 0, lanes)
+        height = power_of_two.py_func(heads * count)
+        size = max(size, memory_map.py_func(D, Dv, lanes, blocks, height).size)
+        state = max(state, blocks * (4 * lanes + height * Dv))
+    return _whole_lines(size), _whole_lines(state)
 
 
 def splits_of(sequences: Sequences, rows: int, settings: Settings) -> int:

@@ -59,19 +59,19 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     counters = np.zeros((1, 8), np.int64)
     most = min(decode.MOST_ROWS, lanes)
     if min(Lq, query_length) <= most:
-        group, rows = Hq // Hkv, min(Lq, most)
-        heads = max(1, min(group, lanes // rows))
-        blocks, end = (group + heads - 1) // heads, min(kv_length, offset + rows + right)
-        first = max(0, offset - left) // decode.SPLIT
+        group, rows = Hq // Hkv, max(1, min(Lq, query_length))
+        end, first = min(kv_length, offset + rows + right), max(0, offset - left) // decode.SPLIT
         splits = max(1, (end + decode.SPLIT - 1) // decode.SPLIT - first)
-        height, columns = decode.power_of_two(heads * rows), decode.padded(Dv, lanes)
-        size = decode.memory_map(decode.padded(D, lanes), columns, lanes, blocks, height).size
-        partials = np.empty((B * Hkv * splits, whole_lines(blocks * (4 * lanes + height * columns))), out.dtype)
+        cut_rows = decode.cut_by_rows(rows, group, group, splits, lanes)
+        height, columns = decode.power_of_two(cut_rows.heads * rows), decode.padded(Dv, lanes)
+        size = decode.memory_map(decode.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size
+        state = whole_lines(cut_rows.blocks * (4 * lanes + height * columns))
+        partials = np.empty((B * Hkv * splits, state), out.dtype)
         counters[0, 1] = B * Hkv * splits
         decode.decode_through_pointer(
             codes[1:], np.empty(whole_lines(size), out.dtype), 0, counters,
             np.empty((1, 4, decode.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
-            arrays, sequences, functions, settings, decode.Cut(rows, heads, blocks, splits),
+            arrays, sequences, functions, settings, cut_rows,
         )  # fmt: skip
         return
     block = plan.WIDEST * lanes
