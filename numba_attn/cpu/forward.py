@@ -133,7 +133,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     correction = element(memory, at.correction)
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
-    plain = is_plain(head, settings) and not weighted and not (pairs and settings.threshold != 0)
+    plain = is_plain(head) and not weighted and not (pairs and settings.threshold != 0)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
@@ -198,7 +198,12 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
             done = fused = False
-            if plain and here.kept == FULL:
+            if plain and here.kept == FULL and settings.softcap != 0:
+                done = fused = tiles.capped_probabilities(
+                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale, settings.softcap,
+                    state.reference, state.best, state.total, sums, top, scores,
+                )  # fmt: skip
+            elif plain and here.kept == FULL:
                 done = fused = tiles.probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.best, state.total, sums, top, scores,

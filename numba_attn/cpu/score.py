@@ -94,9 +94,9 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
 
 
 @device
-def is_plain(head, settings):
-    """Whether scores are products and nothing else, so that they can be exponentiated where they are made."""
-    return settings.softcap == 0 and head.slope == 0 and head.functions.codes[SCORE] == 0
+def is_plain(head):
+    """Whether scores are products, capped or not, so that they can be exponentiated where they are made."""
+    return head.slope == 0 and head.functions.codes[SCORE] == 0
 
 
 @device

@@ -92,7 +92,7 @@ def score_gradients(
     functions, factor = head.functions, settings.scale if of_products else one
     is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
-    if is_plain(head, settings) and tile.kept == FULL:
+    if settings.softcap == 0 and is_plain(head) and tile.kept == FULL:
         gradient_tiles.probabilities(width, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, lse, p, p_row)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)

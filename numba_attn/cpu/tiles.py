@@ -156,7 +156,45 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
     do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
     arithmetic is that of `scores` and `exponentiate`.
     """
-    row, factor, pairs = width * v.bytes, v.splat(scale), are_pairs(v, "k")
+    factor = v.splat(scale)
+
+    def exponents(products: list[Value], base: Value) -> list[Value]:
+        return [v.fma(x, factor, base) for x in products]
+
+    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+
+
+def _capped_probabilities(
+    v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
+):  # fmt: skip
+    """The same for scores that `cap` would change first."""
+    factor, cap, log2_e = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap), v.constant(LOG2_E)
+
+    def exponents(products: list[Value], base: Value) -> list[Value]:
+        return [v.fma(v.mul(y, cap), log2_e, base) for y in v.tanh(*(v.mul(x, factor) for x in products))]
+
+    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+
+
+def _exponentials(
+    v: Vectors,
+    width: int,
+    k: Value,
+    k_row: Value,
+    k_step: Value,
+    n: Value,
+    D: Value,
+    qt: Value,
+    exponents_of: Callable[[list[Value], Value], list[Value]],
+    reference: Value,
+    best: Value,
+    total: Value,
+    sums: Value,
+    top: Value,
+    p: Value,
+) -> Value:
+    """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products, and minus the reference."""
+    row, pairs = width * v.bytes, are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
     # Pairs of keys are side by side in p.
     heights = [AT_ONCE, 2, 1] if on_tiles else [*HEIGHTS[width][:-1], 2, 1] if pairs else HEIGHTS[width]
@@ -177,7 +215,7 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 rows = range(first, min(first + AT_ONCE, height))
-                exponents = [v.fma(acc[r * width + w], factor, base) for r in rows]
+                exponents = exponents_of([acc[r * width + w] for r in rows], base)
                 for x in exponents:
                     highest = v.maximum(x, highest)
                 powers = v.exp2(*exponents)
@@ -554,6 +592,7 @@ def _normalise(v, width, ot, Dv, total, gain, finite):
 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
+capped_probabilities = emits(for_width(_capped_probabilities), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
 accumulate_carefully = emits(_accumulate_carefully)
