@@ -250,9 +250,9 @@ class Vectors:
         roots = np.exp2(np.arange(entries) / entries).astype(f"f{self.size}").view(f"i{self.size}")
         roots = (roots - (np.arange(entries, dtype=roots.dtype) << shift)).view(f"f{self.size}")
         polynomial = exp2_polynomial(degree, entries)
-        in_memory = self._table([limit, lowest, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()])
-        constants = (partial(self.load, in_memory, i * self.bytes) for i in range(degree + 5))
-        at_limit, at_lowest, magic, *coefficients, at_roots = constants
+        at_limit, at_lowest, magic, *coefficients, at_roots = self._in_memory(
+            "exp2", [limit, lowest, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()]
+        )
         low, zero_exponent = at_limit(), at_lowest()
         clamped = [self.select(self.less(x, low), zero_exponent, x) for x in xs]
         # Adding 1.5 * 2**shift rounds to a multiple of 1 / entries and leaves it in the lowest mantissa bits.
@@ -298,12 +298,15 @@ class Vectors:
         shift, largest, bias = (23, 40.0, 127) if self.size == 4 else (52, 80.0, 1023)
         # Of (2**f - 1) / f, as Taylor has them: near 0, the others are not good enough.
         terms = range(1, 8 if self.size == 4 else 15)
-        coefficients = [partial(self.constant, math.log(2) ** k / math.factorial(k)) for k in terms]
-        rounder, limit = self.constant(1.5 * 2.0**shift), self.constant(largest)
+        series = [math.log(2) ** k / math.factorial(k) for k in terms]
+        at_limit, to_exponent, magic, *coefficients = self._in_memory(
+            "tanh", [largest, 2 / math.log(2), 1.5 * 2.0**shift, *series]
+        )
+        limit, factor, rounder = at_limit(), to_exponent(), magic()
         sign = ir.Constant(self.bits, [1 << (8 * self.size - 1)] * self.lanes)
         signs = [b.and_(b.bitcast(y, self.bits), sign) for y in ys]
         sizes = [b.bitcast(b.xor(b.bitcast(y, self.bits), s), self.type) for y, s in zip(ys, signs, strict=True)]
-        double = [self.mul(y, self.constant(2 / math.log(2))) for y in sizes]
+        double = [self.mul(y, factor) for y in sizes]
         # NaN stays: the comparison does not hold.
         clamped = [self.select(self.less(limit, x), limit, x) for x in double]
         shifted = [self.add(x, rounder) for x in clamped]
@@ -323,19 +326,20 @@ class Vectors:
             values = [self.fma(value, x, c) for value, x in zip(values, xs, strict=True)]
         return values
 
-    def _table(self, rows: Sequence[float | Sequence[float]]) -> Value:
-        """Address of constants, a whole vector each, that LLVM reads where they are used.
+    def _in_memory(self, name: str, rows: Sequence[float | Sequence[float]]) -> list[Callable[[], Value]]:
+        """Constants of a function, a whole vector each, that are loaded where they are used: by calling them.
 
-        Constants that it knows it would load before the loops, and then spill: there are more than registers.
+        Constants that LLVM knows it would load before the loops, and then spill: there are more than registers.
         """
         module, kind = self.builder.module, ir.ArrayType(self.type, len(rows))
-        name = f"numba_attn.constants.{self.type.element}"
+        name = f"numba_attn.{name}.{self.type.element}"
         if name not in module.globals:
             table = ir.GlobalVariable(module, kind, name)
             table.linkage, table.global_constant, table.align = "internal", True, self.bytes
             vectors = [[row] * self.lanes if isinstance(row, float) else row for row in rows]
             table.initializer = ir.Constant(kind, [ir.Constant(self.type, [*map(self.rounded, v)]) for v in vectors])
-        return self.opaque(self.builder.bitcast(module.globals[name], I8.as_pointer()))
+        table = self.opaque(self.builder.bitcast(module.globals[name], I8.as_pointer()))
+        return [partial(self.load, table, i * self.bytes) for i in range(len(rows))]
 
     # Shuffles -------------------------------------------------------------------------------------------------------
 
