@@ -61,7 +61,9 @@ def forward(problem: Problem, precision: type[np.floating] = np.float64) -> None
 def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type[np.floating] = np.float64) -> Head:
     """Head h of sequence b, whose arrays are given, in a precision."""
     shared = h // (len(sequence.query) // len(sequence.key))
-    query, key, value = (x.astype(precision) for x in (sequence.query[h], sequence.key[shared], sequence.value[shared]))
+    # In C order, as products of others may be rounded otherwise.
+    operands = sequence.query[h], sequence.key[shared], sequence.value[shared]
+    query, key, value = (x.astype(precision, order="C") for x in operands)
     mask = None if sequence.mask is None else sequence.mask[h if len(sequence.mask) > 1 else 0]
     attended = _attended(problem, mask, b, h, (len(query), len(key)))
     with np.errstate(all="ignore"):
@@ -199,7 +201,7 @@ def _add_gradients(
     """Write or add the gradients of one head; returns its part of those of key and value."""
     problem = gradient.problem
     operands = sequence.query[h], sequence.key[shared], sequence.value[shared], parts.grad_out[h]
-    query, key, value, grad_out = (x.astype(precision) for x in operands)
+    query, key, value, grad_out = (x.astype(precision, order="C") for x in operands)
     head = attend(problem, sequence, b, h, precision)
     attended = head.attended
 
