@@ -198,19 +198,25 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
             done = fused = False
-            if plain and here.kept == FULL and settings.softcap != 0:
-                done = fused = tiles.capped_probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale, settings.softcap,
-                    state.reference, state.best, state.total, sums, top, scores,
-                )  # fmt: skip
-            elif plain and here.kept == FULL:
+            # Scores that have risen once, as with ALiBi towards the diagonal, are expected to go on.  With a score_mod,
+            # what is added has been used up when a tile turns out to be one to do again.
+            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
+            fusing = plain and not raising
+            if fusing and settings.softcap == 0 and here.kept == FULL:
                 done = fused = tiles.probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
-            # Scores that have risen once, as with ALiBi towards the diagonal, are expected to go on.  With a score_mod,
-            # what is added has been used up when a tile turns out to be one to do again.
-            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
+            elif fusing and settings.softcap == 0:
+                done = fused = tiles.biased_probabilities(
+                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
+                    state.reference, state.best, state.total, sums, top, scores,
+                )  # fmt: skip
+            elif fusing and here.kept == FULL:
+                done = fused = tiles.capped_probabilities(
+                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale, settings.softcap,
+                    state.reference, state.best, state.total, sums, top, scores,
+                )  # fmt: skip
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:

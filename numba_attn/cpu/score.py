@@ -95,7 +95,10 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
 
 @device
 def is_plain(head):
-    """Whether scores are products, capped or not, so that they can be exponentiated where they are made."""
+    """Whether scores are products, capped or not, and what masks add, to be exponentiated where they are made.
+
+    ALiBi's rise towards the diagonal, tile after tile: most would be refused there.
+    """
     return head.slope == 0 and head.functions.codes[SCORE] == 0
 
 

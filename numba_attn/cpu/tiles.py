@@ -32,6 +32,7 @@ HEADROOM, DEPTH = 16.0, 32.0
 AT_ONCE = 4
 
 Rows = Callable[[Value, int], None]
+Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
 
 
 # Shared parts ---------------------------------------------------------------------------------------------------------
@@ -158,8 +159,23 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
     """
     factor = v.splat(scale)
 
-    def exponents(products: list[Value], base: Value) -> list[Value]:
-        return [v.fma(x, factor, base) for x in products]
+    def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
+        base = v.sub(v.constant(0.0), base)
+        return [v.fma(x, factor, base) for x in products], []
+
+    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+
+
+def _biased_probabilities(
+    v, width, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, best, total, sums, top, p
+):  # fmt: skip
+    """The same for exponents of scale * k.qt + bias - reference: p = -0.0 where the bias is -inf."""
+    factor, lowest = v.splat(scale), v.constant(-INFINITY)
+
+    def exponents(products: list[Value], base: Value, at: list[tuple[Value, Value]]) -> Exponents:
+        extra = [v.load(v.at(bias, v.add_index(v.mul_index(key, bias_row), here))) for key, here in at]
+        xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
+        return xs, [v.equal(e, lowest) for e in extra]
 
     return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
 
@@ -167,11 +183,13 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
 def _capped_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
 ):  # fmt: skip
-    """The same for scores that `cap` would change first."""
+    """The same for scores that `cap` would change first, and no bias."""
     factor, cap, log2_e = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap), v.constant(LOG2_E)
 
-    def exponents(products: list[Value], base: Value) -> list[Value]:
-        return [v.fma(v.mul(y, cap), log2_e, base) for y in v.tanh(*(v.mul(x, factor) for x in products))]
+    def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
+        base = v.sub(v.constant(0.0), base)
+        capped = v.tanh(*(v.mul(x, factor) for x in products))
+        return [v.fma(v.mul(y, cap), log2_e, base) for y in capped], []
 
     return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
 
@@ -185,7 +203,7 @@ def _exponentials(
     n: Value,
     D: Value,
     qt: Value,
-    exponents_of: Callable[[list[Value], Value], list[Value]],
+    exponents_of: Callable[[list[Value], Value, list[tuple[Value, Value]]], Exponents],
     reference: Value,
     best: Value,
     total: Value,
@@ -193,7 +211,10 @@ def _exponentials(
     top: Value,
     p: Value,
 ) -> Value:
-    """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products, and minus the reference."""
+    """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
+
+    It gets the reference, and the number of the key and the vector's place in a row of each product.
+    """
     row, pairs = width * v.bytes, are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
     # Pairs of keys are side by side in p.
@@ -211,14 +232,18 @@ def _exponentials(
             acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         p_i = v.at(p, v.mul_index(i, row // 2 if pairs else row))
         for w in range(width):
-            base = v.sub(v.constant(0.0), v.load(reference, w * v.bytes))
+            base = v.load(reference, w * v.bytes)
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 rows = range(first, min(first + AT_ONCE, height))
-                exponents = exponents_of([acc[r * width + w] for r in rows], base)
+                at = [(v.add_index(i, r), v.index(w * v.bytes)) for r in rows]
+                exponents, masked = exponents_of([acc[r * width + w] for r in rows], base, at)
                 for x in exponents:
+                    # Where masked, x is -inf or NaN, which is not the maximum.
                     highest = v.maximum(x, highest)
                 powers = v.exp2(*exponents)
+                for r, is_masked in enumerate(masked):
+                    powers[r] = v.select(is_masked, v.constant(-0.0), powers[r])
                 for power in powers:
                     total_p = v.add(total_p, power)
                 if pairs:
@@ -592,6 +617,7 @@ def _normalise(v, width, ot, Dv, total, gain, finite):
 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
+biased_probabilities = emits(for_width(_biased_probabilities), returns=types.boolean)
 capped_probabilities = emits(for_width(_capped_probabilities), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
