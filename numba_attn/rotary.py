@@ -325,10 +325,8 @@ def _rotated(x: Any, tables: tuple[Any, Any], offset: Any, interleaved: Any, lay
     heads = checks.heads_first(x, layout)
     cos, sin = _tables(*tables, heads)
     offset = _offset(offset, cos.shape[-2], heads)
-    cos, sin = (_rows(table, offset, heads) for table in (cos, sin))
     result: np.ndarray = np.empty(x.shape, x.dtype) if out is None else _output(out, x, cos, sin)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in x is so in the result
-        _rotate(heads, cos, sin, interleaved, checks.heads_first(result, layout))
+    _rotate(heads, cos, sin, offset, interleaved, checks.heads_first(result, layout))
     return result
 
 
@@ -359,16 +357,6 @@ def _offset(position_offset: Any, positions: int, x: np.ndarray) -> np.ndarray:
     return np.asarray(checks.integers("position_offset", position_offset, batch, 0, positions - L), np.int64)
 
 
-def _rows(table: np.ndarray, offset: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """What of a table belongs to the rows of x: (*batch or nothing, 1, L, R / 2)."""
-    batch, L = x.shape[:-3], x.shape[-2]
-    if offset.size == 1:
-        return table[..., None, offset.item() : offset.item() + L, :]
-    table = table.reshape(math.prod(table.shape[:-2]), *table.shape[-2:])
-    found = table[np.arange(len(table))[:, None], offset[:, None] + np.arange(L)]
-    return found.reshape(*batch, 1, *found.shape[1:])
-
-
 def _output(out: Any, x: np.ndarray, *tables: np.ndarray) -> np.ndarray:
     out = checks.output_array(out, x.shape, x.dtype, like="x")
     if any(checks.overlap(out, table) for table in tables):
@@ -379,15 +367,35 @@ def _output(out: Any, x: np.ndarray, *tables: np.ndarray) -> np.ndarray:
     return out
 
 
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, out: np.ndarray) -> None:
-    half = cos.shape[-1]
-    if interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    else:
-        first, second = slice(half), slice(half, 2 * half)
-    dtype: Any = np.float64 if np.float64 in (x.dtype, cos.dtype, sin.dtype) else np.float32
-    a, b, c, s = (y.astype(dtype, copy=False) for y in (x[..., first], x[..., second], cos, sin))
-    # Both before either is written: out may be x.
-    out[..., first], out[..., second] = c * a - s * b, s * a + c * b
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
+def _rotate(
+    x: np.ndarray, cos: np.ndarray, sin: np.ndarray, offset: np.ndarray, interleaved: bool, out: np.ndarray
+) -> None:
+    """Of (*batch, H, L, D), into out."""
+    from numba_attn.cpu import rotation
+
+    dtype = np.dtype(np.float64 if np.float64 in (x.dtype, cos.dtype, sin.dtype) else np.float32)
+    if dtype == np.float64 and x.dtype != dtype:
+        exact = x.astype(dtype)
+        _rotate(exact, cos, sin, offset, interleaved, exact)
+        with np.errstate(over="ignore"):
+            out[...] = exact
+        return
+    if not x.size:
+        return
+    low, high = int(offset.min()), int(offset.max()) + x.shape[-2]
+    cos, sin = (_in_rows(table[..., low:high, :], dtype) for table in (cos, sin))
+    offsets = (offset - low).reshape(x.shape[:-3] if offset.size > 1 else (1,))
+    if x.ndim == 3:
+        rotation.run(x[None], cos[None], sin[None], out[None], offsets, interleaved)
+        return
+    for outer in np.ndindex(x.shape[:-4]):
+        c, s = (table[outer] if table.ndim > 2 else table[None] for table in (cos, sin))
+        own = offsets[outer] if offset.size > 1 else offsets
+        rotation.run(x[outer], c, s, out[outer], own, interleaved)
+
+
+def _in_rows(table: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A table of that dtype, the numbers of a row one behind the other."""
+    if table.dtype == dtype and table.strides[-1] == dtype.itemsize:
+        return table
+    return np.ascontiguousarray(table, dtype)

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "dispatch": {"arrays", "gradient_problem", "problem"},
     "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},
-    "rotary": {"arrays", "checks"},
+    "rotary": {"arrays", "checks", "cpu.rotation"},  # the latter when something is rotated
     "varlen": {"arrays", "dispatch", "problem"},
     "gradient_problem": {"checks", "problem"},
     "gradients": {"api", "arrays", "checks", "dispatch", "gradient_problem", "problem", "varlen"},
@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "_bench": {"api"},
     "cli": {
         *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),
-        *("cpu", "cpu.attention", "cpu.cache", "cpu.gradients", "cpu.plan", "cpu.target"),
+        *("cpu", "cpu.attention", "cpu.cache", "cpu.gradients", "cpu.plan", "cpu.rotation", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
@@ -89,6 +89,7 @@ MAY_IMPORT = {
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.simd"},
     "cpu.launch": {"cpu.jit", "cpu.simd", "threads"},
+    "cpu.rotation": {"cpu.jit", "cpu.launch", "cpu.narrow", "cpu.simd", "threads"},
     "cpu.tile_states": {"block_mask", "cpu.jit", "cpu.launch", "cpu.simd", "cpu.user_functions", "threads"},
     "cpu.visible": {"block_mask", "cpu.narrow", "cpu.jit", "cpu.mask_tiles", "cpu.simd"},
     "cpu.score": {

@@ -226,6 +226,7 @@ for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
     for n in (30, 400):
         x = np.ones((4, n, 32), dtype)
         numba_attn.scaled_dot_product_attention(x, x, x, return_aux=("lse", "key_weight"))
+        numba_attn.apply_rotary(x, *numba_attn.rotary_tables(n, 32, dtype=x.dtype))
 x = np.ones((4, 400, 32), np.float32)
 numba_attn.scaled_dot_product_attention(x, x, x, precision="bfloat16")
 """

@@ -416,9 +416,10 @@ def test_info_text(capsys, monkeypatch):
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_warmup(tmp_path, capsys, monkeypatch, writable):
-    from numba_attn.cpu import attention, cache
+    from numba_attn.cpu import attention, cache, rotation
 
-    monkeypatch.setattr(attention, "warmup", lambda: ["first kernel", "second kernel"])
+    monkeypatch.setattr(attention, "warmup", lambda: ["first kernel"])
+    monkeypatch.setattr(rotation, "warmup", lambda: ["second kernel"])
     monkeypatch.setattr(cache, "directory", lambda: tmp_path if writable else None)
     assert cli.main(["warmup"]) == 0
     out = capsys.readouterr().out

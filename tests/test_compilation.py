@@ -326,7 +326,7 @@ def test_layouts_share_one_signature(warm: dict[str, Any]) -> None:
     few = set(narrow.COMPUTED.items())  # products of a few rows are those of elements
     kinds = {"work": many, "decode": few, "weigh": many | few}
     for name, signatures in before.items():
-        assert name.startswith(("attend", "classify", "differentiate")) or len(signatures) == len(
+        assert name.startswith(("attend", "classify", "differentiate", "turn")) or len(signatures) == len(
             kinds[name.removesuffix("_together")]
         ), name
     forms = [*STORAGE.values(), np.ascontiguousarray, lambda x: np.broadcast_to(x[..., :1, :], x.shape)]

@@ -14,7 +14,8 @@ from contract import STORAGE
 from hypothesis import given
 from tolerances import same_bits
 
-from numba_attn import apply_rotary, rotary_tables
+from numba_attn import apply_rotary, rotary_tables, threads
+from numba_attn.cpu import rotation
 from numba_attn.rotary import NTK, DynamicNTK, Linear, Llama3, Scaling, YaRN
 
 # The largest relative error of one rounding, and some.
@@ -266,6 +267,33 @@ def test_any_problem(data: st.DataObject) -> None:
     if x.flags.writeable:
         assert apply_rotary(x, cos, sin, out=x, **options) is x
         assert same_bits(x, got)
+
+
+@pytest.mark.parametrize("name", EPS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_vectors_and_what_is_left_of_them(interleaved: bool, name: str) -> None:
+    """Every number of pairs up to a few vectors, to the bits of the same arithmetic in NumPy; NaN stays as it is."""
+    for half in range(36):
+        x = normal(2, 2, 3, 2 * half + 3, dtype=dtype_of(name))
+        x[..., 2 * half] = np.nan
+        x.view(f"u{x.itemsize}")[..., 2 * half] ^= 1  # a payload
+        cos, sin = rotary_tables(9, 72, dtype=np.float64 if name == "float64" else np.float32)
+        cos, sin = cos[4:7, :half], sin[4:7, :half]
+        a, b = np.arange(half) * (1 + interleaved), np.arange(half) * (1 + interleaved) + (1 if interleaved else half)
+        expected = x.copy()
+        first, second = (x[..., part].astype(cos.dtype) for part in (a, b))
+        expected[..., a], expected[..., b] = cos * first - sin * second, sin * first + cos * second
+        for form in STORAGE.values():
+            assert same_bits(apply_rotary(form(x), cos, sin, interleaved=interleaved), expected), half
+
+
+def test_threads_change_no_bit() -> None:
+    x, (cos, sin) = normal(2, 5, 300, 64), rotary_tables(400, 64)
+    expected = np.stack([apply_rotary(x[b], cos, sin, position_offset=b) for b in range(2)])
+    assert x.size > rotation.SERIAL_SIZE
+    for workers in (1, 2, 3):
+        with threads.limit(workers):
+            assert same_bits(apply_rotary(x, cos, sin, position_offset=[0, 1]), expected)
 
 
 @pytest.mark.parametrize("form", STORAGE)
