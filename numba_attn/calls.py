@@ -25,7 +25,7 @@ def check_names(function: str, options: dict[str, Any], known: tuple[str, ...]) 
             raise TypeError(f"{function} got an unexpected option {name!r}, known are {', '.join(known)}")
 
 
-def prepare(query: Any, key: Any, value: Any, **options: Any) -> tuple[Callable[[Problem], None], Problem]:
+def prepare(query: Any, key: Any, value: Any, **options: Any) -> tuple[Callable[[Problem], object], Problem]:
     """A validated call of `scaled_dot_product_attention`, and what computes it; nothing has been read of the arrays."""
     options = {**DEFAULTS, **options}
     run = dispatch.forward(options.pop("backend"))

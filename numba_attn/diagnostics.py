@@ -218,7 +218,7 @@ def sample(sample_rows: Any, seed: Any, Lq: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(Lq, min(wanted, Lq), replace=False))
 
 
-def _first_scores(run: Callable[[Problem], None], problem: Problem) -> np.ndarray:
+def _first_scores(run: Callable[[Problem], object], problem: Problem) -> np.ndarray:
     """(B, Hq, Lq): the score of key 0, after everything that changes scores; -inf where it is not attended to."""
     B, Hq, _, Lq, Lk, _, _ = problem.sizes
     scores = np.full(problem.query.shape[:-1], -np.inf, statistics_dtype(problem.query.dtype))

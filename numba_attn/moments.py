@@ -100,7 +100,7 @@ def _add_sequence(
             sums.second[:] += np.einsum("hgij,hgij->hg", scores, scores).reshape(Hq)
 
 
-def sampled(run: Callable[[Problem], None], problem: Problem, rows: np.ndarray) -> Sums:
+def sampled(run: Callable[[Problem], object], problem: Problem, rows: np.ndarray) -> Sums:
     """Over the pairs of some rows (R,), the same of all sequences and heads."""
     sums = _nothing(problem)
     for _, scores, allowed in scores_of_rows(run, problem, rows):
@@ -111,7 +111,7 @@ def sampled(run: Callable[[Problem], None], problem: Problem, rows: np.ndarray) 
 
 
 def scores_of_rows(
-    run: Callable[[Problem], None], problem: Problem, rows: np.ndarray
+    run: Callable[[Problem], object], problem: Problem, rows: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The number of a sequence, (Hq, n, Lk) float64 scores of n of the rows, and which are attended to; all in turn."""
     B, Hq, Hkv, _, Lk, D, _ = problem.sizes
@@ -126,7 +126,7 @@ def scores_of_rows(
             yield b, scores.reshape(Hq, len(some), Lk), allowed
 
 
-def _attended(run: Callable[[Problem], None], problem: Problem, rows: np.ndarray) -> np.ndarray:
+def _attended(run: Callable[[Problem], object], problem: Problem, rows: np.ndarray) -> np.ndarray:
     """(B, Hq, R, Lk) bool: in heads of no elements every key that a row attends to has a weight."""
     alike = replace(
         problem,

@@ -68,7 +68,7 @@ def attention_weights(
     return weights[0] if query.ndim == 2 else weights
 
 
-def weights_of_rows(run: Callable[[Problem], None], problem: Problem, rows: np.ndarray) -> np.ndarray:
+def weights_of_rows(run: Callable[[Problem], object], problem: Problem, rows: np.ndarray) -> np.ndarray:
     """(*batch, Hq, R, Lk) probabilities of the rows (R,) of a problem."""
     single = single_rows(problem, rows)
     run(single)

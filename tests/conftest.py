@@ -11,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from numba_attn import repeats
+
 ROOT = Path(__file__).parent.parent
 
 hypothesis.settings.register_profile(
@@ -21,6 +23,12 @@ hypothesis.settings.load_profile("fixed")
 
 def pytest_report_header() -> str:
     return "seeds: fixed in each test; hypothesis derandomised"
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_repeat() -> None:
+    """Calls of one test are not those of another again, which may have changed what is below them."""
+    repeats.forget()
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "checks": {"arrays", "device_array"},
     "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "gradient_problem", "problem", "random"},
-    "dispatch": {"arrays", "gradient_problem", "problem"},
+    "dispatch": {"arrays", "gradient_problem", "problem", "repeats"},
     "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},
     "rotary": {"arrays", "checks", "cpu.rotation"},  # the latter when something is rotated
@@ -114,8 +114,8 @@ MAY_IMPORT = {
         *("cpu.launch", "cpu.narrow", "cpu.score", "cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random"),
     },
     "cpu.attention": {
-        *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan"),
-        *("problem", "threads"),
+        *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
+        *("checks", "problem", "repeats", "threads"),
     },
     "cpu.gradient_tiles": {"cpu.plan", "cpu.simd", "cpu.tiles"},
     "cpu.score_gradients": {

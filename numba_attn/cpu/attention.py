@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from numba_attn import threads
+from numba_attn import checks, threads
 from numba_attn.cpu import decode, key_weight, narrow
 from numba_attn.cpu import forward as prefill
 from numba_attn.cpu.call import call_of, nothing, numbers, pairs
-from numba_attn.cpu.narrow import COMPUTED, kind_of
+from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
+from numba_attn.cpu.score import Arrays
 from numba_attn.problem import Problem, statistics_dtype
+from numba_attn.repeats import Repeat
+
+Step = tuple[Callable[[Arrays], None], Arrays]  # a kernel that is ready, and what it is called with
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
-def forward(problem: Problem) -> None:
-    """Compute `problem` and write its results."""
-    B, Hq, _, Lq, Lk, D, Dv = sizes = problem.sizes
-    if problem.key_weight is not None and Lq == 0:
+def forward(problem: Problem) -> Repeat | None:
+    """Compute `problem` and write its results; returns how to do the same for other arrays, if that is all there is."""
+    if problem.key_weight is not None and problem.sizes.Lq == 0:
         problem.key_weight[...] = 0
+    B, Hq, _, Lq, *_ = problem.sizes
     if B * Hq * Lq == 0:
-        return
+        return None
+    count = threads.count()
+    steps, alive = _steps(problem, count)
+    for run, arrays in steps:
+        run(arrays)
+    repeat = _repeat(problem, steps, count) if not alive and _has_plain_arrays(problem) else None
+    del alive
+    return repeat
+
+
+def _steps(problem: Problem, threads_used: int) -> tuple[list[Step], list[Any]]:
+    """What is to be done for a problem, and what must live until it is."""
+    B, Hq, _, Lq, Lk, D, Dv = sizes = problem.sizes
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind
     kinds = kind, narrow.operand(kind, problem.bfloat16_products), held
     call, alive = call_of(problem, sizes, kinds[1])
 
     operations = pairs(problem, sizes) * Hq * (D + Dv)
-    workers = threads.count() if operations > SERIAL_WORK else 1
+    workers = threads_used if operations > SERIAL_WORK else 1
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers, mean_rows)
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
     key_weights = problem.first_sequence().key_weight
+    steps: list[Step] = []
     for some_numbers, kernels in ((few, decode), (many, prefill)):
         if not len(some_numbers):
             continue
@@ -44,13 +62,43 @@ def forward(problem: Problem) -> None:
             # Products of keys as they are in memory: reading them is what takes time.
             of_elements = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
             of_kernels = kind, decode.operand(*kinds), held
-            decode.run(some if of_kernels == kinds else of_elements, of_kernels, _heads_alike(problem), operations)
+            some = some if of_kernels == kinds else of_elements
+            steps.append((decode.prepared(some, of_kernels, _heads_alike(problem), operations), some.arrays))
             some, of_kernels = of_elements, (kind, COMPUTED[kind], held)
         else:
-            prefill.run(some, of_kernels, whole, workers, operations)
+            steps.append((prefill.prepared(some, of_kernels, whole, workers, operations), some.arrays))
         if key_weights is not None and Lk:
-            key_weight.run(some, of_kernels, key_weights, whole, workers, operations)
-    del alive
+            weigh = key_weight.prepared(some, of_kernels, key_weights, whole, workers, operations)
+            steps.append((weigh, some.arrays))
+    return steps, alive
+
+
+def _has_plain_arrays(problem: Problem) -> bool:
+    """Whether query, key, value and the result are all the arrays of a problem."""
+    others = ("storage", "packed", "mask", "slopes", "sinks", "block_mask", "lse", "max_score", "entropy", "key_weight")
+    return all(getattr(problem, name) is None for name in others)
+
+
+def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat:
+    """How to compute problems like one that has no other arrays; not where as many threads are no longer to be used."""
+    nothing_yet = {"q": None, "k": None, "v": None, "out": None}
+    steps = [(run, arrays._replace(**nothing_yet)) for run, arrays in steps]
+    shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout
+    first = (0,) * (problem.query.ndim - 3)
+
+    def as_given(x: np.ndarray) -> np.ndarray:
+        return bits_of(checks.heads_first(x, layout)[first])
+
+    def repeat(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray | None:
+        if threads.count() != threads_used:
+            return None
+        result = np.empty(shape, dtype)
+        q, k, v, out = as_given(query), as_given(key), as_given(value), as_given(result)
+        for run, arrays in steps:
+            run(arrays._replace(q=q, k=k, v=v, out=out))
+        return result
+
+    return repeat
 
 
 def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
+from collections.abc import Callable
 
 import numpy as np
 from numba import prange, types
@@ -25,6 +26,7 @@ from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     SCORE,
+    Arrays,
     Call,
     Kinds,
     Sequences,
@@ -54,9 +56,8 @@ from numba_attn.cpu.target import VECTOR_BYTES
 
 # Bytes of K that are asked for before they are needed: less comes too late, more pushes out what is still to come.
 AHEAD, MOST_AHEAD = 8 * 1024, 128  # and rows of them, at most
-KEYS = (
-    4 * VECTOR_BYTES
-)  # of a tile, and rows of V: what is read a second time, for more rows, is still in the first-level cache
+# Of a tile, and rows of V: what is read a second time, for more rows, is still in the first-level cache.
+KEYS = 4 * VECTOR_BYTES
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
@@ -447,19 +448,26 @@ def operand(kind: str, of_prefill: types.Type, held: str) -> types.Type:
     return PAIRS if pairs else COMPUTED[kind]
 
 
-def run(call: Call, kinds: Kinds, alike: bool, operations: float) -> None:
-    """Compute a call of elements and operands of these `kinds`; heads that share keys at once, if treated `alike`."""
-    (arrays, sequences, _, settings), dtype = call, call.arrays.lse.dtype
+def prepared(call: Call, kinds: Kinds, alike: bool, operations: float) -> Callable[[Arrays], None]:
+    """How to compute calls like one of elements and operands of these `kinds`; heads that share keys at once, if
+    treated `alike`.
+    """
+    (arrays, sequences, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
     Dv, Lq = arrays.out.shape[2], settings.Lq
     group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
     cut = Cut(rows, group if alike else 1, group, splits_of(sequences, rows, settings))
     wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
     tasks, (size, state) = pairs * cut.splits, _sizes(rows, cut.heads, group, D, Dv, lanes, wide)
-    partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
     workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
-    arguments = (np.empty((workers, 4, TABLE), np.int64), partials, finished, *call, cut)
-    launch.run(serial, parallel, kinds, workers, tasks, operations, size, dtype, *arguments)
+    kernel = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+
+    def run(arrays: Arrays) -> None:
+        partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
+        tables = np.empty((workers, 4, TABLE), np.int64)
+        kernel(tables, partials, finished, arrays, sequences, functions, settings, cut)
+
+    return run
 
 
 @functools.lru_cache(maxsize=256)

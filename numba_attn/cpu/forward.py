@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
+from collections.abc import Callable
 
 from numba import prange, types
 
@@ -26,6 +27,7 @@ from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
+    Arrays,
     Call,
     Kinds,
     Sizes,
@@ -339,14 +341,16 @@ def work_together(code, memory, counters, arrays, sequences, functions, settings
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def run(call: Call, kinds: Kinds, whole: Plan, workers: int, operations: float) -> None:
-    """Compute a call of elements and operands of these `kinds`, cut as the plan says, on so many workers."""
+def prepared(call: Call, kinds: Kinds, whole: Plan, workers: int, operations: float) -> Callable[[Arrays], None]:
+    """How to compute calls like one of elements and operands of these `kinds`, cut as the plan says, by workers."""
     arrays, dtype = call.arrays, call.arrays.lse.dtype
     (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
     cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
     size = memory_size(whole, D, Dv, cut.lanes)
-    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *call, cut)
+    run = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    others = call[1:]
+    return lambda arrays: run(arrays, *others, cut)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
+from collections.abc import Callable
 
 import numpy as np
 from numba import prange, types
@@ -22,6 +23,7 @@ from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import (
     ON_TILES,
+    Arrays,
     Call,
     Kinds,
     Sizes,
@@ -157,15 +159,18 @@ def weigh_together(code, memory, counters, weights, arrays, sequences, functions
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def run(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float) -> None:
-    """Write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
+def prepared(
+    call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float
+) -> Callable[[Arrays], None]:
+    """How to write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
     arrays, dtype = call.arrays, call.arrays.lse.dtype
     (Hq, _, D), Lq, Lk = arrays.q.shape, call.settings.Lq, call.settings.Lk
     heads = len(call.sequences.numbers) * Hq
     cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
-    arguments = (weights, *call, cut)
-    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *arguments)
+    run = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    others = call[1:]
+    return lambda arrays: run(weights, arrays, *others, cut)
 
 
 def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, itemsize: int) -> Cut:

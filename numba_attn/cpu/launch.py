@@ -112,10 +112,42 @@ def entries(
     return serial, parallel
 
 
+def prepared(
+    serial: Callable[..., Compiled],
+    parallel: Callable[..., Compiled],
+    kinds: tuple[Any, ...],
+    workers: int,
+    tasks: int,
+    operations: float,
+    size: int,
+    dtype: np.dtype,
+) -> Callable[..., None]:
+    """A kernel, of which there are a serial and a parallel entry for element types `kinds`, to be given arguments.
+
+    It has so many tasks, of so many multiply-adds together, for as many workers.  Each worker has `size` elements of
+    memory.  Where another thread has the workers, the caller's does it all.
+    """
+    alone, together = serial(*kinds), parallel(*kinds) if workers > 1 else None
+
+    def run(*arguments: Any) -> None:
+        if together is not None:
+            with threads.pool(workers) as mine:
+                if mine:
+                    memory = working_memory(workers, size, dtype)
+                    for counters in slices(workers, tasks, operations):
+                        together.call(alone.code, memory, counters, *arguments)
+                    return
+        memory = working_memory(1, size, dtype)[0]
+        for counters in slices(1, tasks, operations):
+            alone.call(memory, 0, counters, *arguments)
+
+    return run
+
+
 def run(
     serial: Callable[..., Compiled],
     parallel: Callable[..., Compiled],
-    kinds: tuple[str, ...],
+    kinds: tuple[Any, ...],
     workers: int,
     tasks: int,
     operations: float,
@@ -123,20 +155,5 @@ def run(
     dtype: np.dtype,
     *arguments: Any,
 ) -> None:
-    """Call a kernel, of which there are a serial and a parallel entry for element types `kinds`, on as many workers.
-
-    It has so many tasks, of so many multiply-adds together.  Each worker has `size` elements of memory.  Where another
-    thread has the workers, the caller's does it all.
-    """
-    alone = serial(*kinds)
-    if workers > 1:
-        together = parallel(*kinds)
-        with threads.pool(workers) as mine:
-            if mine:
-                memory = working_memory(workers, size, dtype)
-                for counters in slices(workers, tasks, operations):
-                    together.call(alone.code, memory, counters, *arguments)
-                return
-    memory = working_memory(1, size, dtype)[0]
-    for counters in slices(1, tasks, operations):
-        alone.call(memory, 0, counters, *arguments)
+    """Call a kernel that is `prepared` like this."""
+    prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)(*arguments)

@@ -1,0 +1,209 @@
+"""Calls that are like an earlier one, of which checks and layout are not done again."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import threading
+import weakref
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from cases import SIXTEEN_BITS, dtype_of
+from contract import STORAGE
+from hypothesis import given
+from tolerances import same_bits
+
+from numba_attn import repeats, scaled_dot_product_attention, threads
+from numba_attn.problem import Problem
+
+
+def normal(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def afresh(*arrays: np.ndarray, **options: Any) -> Any:
+    """A call that nothing is known of, and that leaves nothing behind."""
+    before = dict(repeats._repeats)
+    repeats.forget()
+    result = scaled_dot_product_attention(*arrays, **options)
+    repeats.forget()
+    repeats._repeats.update(before)
+    return result
+
+
+PLAIN: list[dict[str, Any]] = [
+    *({}, {"is_causal": True}, {"scale": 0.3}, {"query_offset": 5, "window": (3, None)}, {"window": (None, 0)}),
+    *({"layout": "BLHD", "is_causal": True}, {"backend": "cpu"}, {"precision": None, "return_aux": ()}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", *SIXTEEN_BITS])
+@pytest.mark.parametrize("options", PLAIN, ids=str)
+def test_other_numbers_in_arrays_alike(options: dict[str, Any], dtype: str) -> None:
+    """Few rows and many, of every rank and storage: found, and to the bits of a call of its own."""
+    shapes = [((2, 4, 3, 16), (2, 2, 40, 16)), ((2, 4, 30, 16), (2, 2, 40, 16)), ((2, 1, 4, 7, 8), (2, 1, 4, 9, 8))]
+    shapes += [((6, 20, 8), (3, 20, 8)), ((20, 8), (12, 8)), ((1, 8), (12, 8))]
+    for rows, keys in shapes:
+        for form in STORAGE.values():
+            repeats.forget()
+            made = []
+            for seed in range(3):
+                q, k, v = (normal(*s, dtype=dtype_of(dtype), seed=seed) for s in (rows, keys, keys))
+                if options.get("layout") == "BLHD" and len(rows) > 2:
+                    q, k, v = (x.swapaxes(-3, -2).copy() for x in (q, k, v))
+                arrays = [form(x) for x in (q, k, v)]
+                key = repeats.key_of(options.get("backend"), arguments(*arrays, enable_gqa=True, **options))
+                assert (repeats.find(key) is not None) is (seed > 0), seed
+                got = scaled_dot_product_attention(*arrays, enable_gqa=True, **options)
+                assert same_bits(got, afresh(*arrays, enable_gqa=True, **options))
+                made.append(got)
+            assert not any(np.shares_memory(made[0], other) for other in made[1:])
+
+
+def arguments(query: Any, key: Any, value: Any, **options: Any) -> dict[str, Any]:
+    """Of a call, as `dispatch` gets them."""
+    options.pop("backend", None)
+    named = inspect.signature(scaled_dot_product_attention).bind(query, key, value, **options)
+    named.apply_defaults()
+    return {name: x for name, x in named.arguments.items() if name != "backend"}
+
+
+def test_arguments_of_a_call() -> None:
+    """Those that have to be None are some of all that there are: an option more has to be thought of here as well."""
+    x = normal(4, 8)
+    call = arguments(x, x, x)
+    assert len(call) == repeats.ARGUMENTS and set(repeats.ABSENT) < set(call)
+    every = set(inspect.signature(Problem.from_call).parameters) - {"cu_seqlens", "differentiable", "score_mod_grad"}
+    assert set(call) == every
+    assert repeats.key_of(None, call) is not None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"is_causal": True}, {"is_causal": 1}),
+        ({"enable_gqa": True}, {"enable_gqa": 1.0}),
+        ({"query_offset": 1}, {"query_offset": True}),
+        ({"query_offset": 1}, {"query_offset": 1.0}),
+        ({"window": (1, 0)}, {"window": (1.0, 0)}),
+        ({"window": (1, 0)}, {"window": (1, 0, 0)}),
+        ({"scale": 1.0}, {"scale": "1.0"}),
+        ({}, {"layout": "LBHD"}),
+        ({}, {"backend": "gpu"}),
+        ({}, {"precision": "float16"}),
+        ({}, {"dropout_p": 1.0}),
+        ({}, {"return_aux": ("nothing",)}),
+    ],
+)
+def test_a_call_that_is_wrong_stays_wrong(first: dict[str, Any], second: dict[str, Any]) -> None:
+    x = normal(2, 4, 8)
+    scaled_dot_product_attention(x, x, x, **first)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)):
+            scaled_dot_product_attention(x, x, x, **second)
+
+
+def test_what_is_not_the_same() -> None:
+    """Options that change a result, one at a time, after the call without."""
+    q, k, v = normal(1, 2, 20, 8), normal(1, 2, 30, 8, seed=1), normal(1, 2, 30, 8, seed=2)
+    plain = scaled_dot_product_attention(q, k, v)
+    different: list[dict[str, Any]] = [
+        *({"attn_mask": np.tri(20, 30, dtype=bool)}, {"kv_lengths": 7}, {"query_lengths": 7}, {"softcap": 0.5}),
+        *({"alibi_slopes": np.ones(2)}, {"sinks": np.ones(2)}, {"score_mod": lambda s, b, h, i, j: s + j}),
+        *({"mask_mod": lambda b, h, i, j: j < 5}, {"dropout_p": 0.5}, {"is_causal": True}, {"scale": 0.1}),
+        *({"window": (3, 3)}, {"query_offset": 3, "is_causal": True}),
+    ]
+    for options in different:
+        for _ in range(2):
+            assert not same_bits(scaled_dot_product_attention(q, k, v, **options), plain), options
+        assert same_bits(scaled_dot_product_attention(q, k, v), plain)
+    assert scaled_dot_product_attention(q, k, v, return_aux=("lse",))[1].lse is not None
+    out = np.empty_like(plain)
+    assert scaled_dot_product_attention(q, k, v, out=out) is out and same_bits(out, plain)
+    drawn = [scaled_dot_product_attention(q, k, v, dropout_p=0.5) for _ in range(2)]
+    assert not same_bits(*drawn)
+
+
+def test_other_kinds_of_arrays() -> None:
+    """Of another byte order, of a class of its own, masked: as without a call before."""
+    x = normal(2, 20, 8)
+    expected = scaled_dot_product_attention(x, x, x)
+    swapped = x.astype(x.dtype.newbyteorder())
+    for _ in range(2):
+        assert same_bits(scaled_dot_product_attention(swapped, swapped, swapped), expected)
+    own = x.view(type("Own", (np.ndarray,), {}))
+    assert same_bits(np.asarray(scaled_dot_product_attention(own, x, x)), expected)
+    with pytest.raises(TypeError, match="masked"):
+        scaled_dot_product_attention(np.ma.masked_array(x), x, x)
+    with pytest.raises(TypeError, match="one dtype"):
+        scaled_dot_product_attention(x, x, x.astype(np.float64))
+
+
+def test_threads_that_have_changed() -> None:
+    """A call is laid out anew for another number of threads."""
+    x = normal(1, 8, 300, 32)
+    expected = scaled_dot_product_attention(x, x, x)
+    for count in (1, 2, 1):
+        with threads.limit(count):
+            for _ in range(2):
+                assert same_bits(scaled_dot_product_attention(x, x, x), expected)
+
+
+def test_arrays_are_not_kept() -> None:
+    arrays = [normal(2, 20, 8, seed=seed) for seed in range(3)]
+    out = scaled_dot_product_attention(*arrays)
+    alive = [weakref.ref(x) for x in (*arrays, out)]
+    del arrays, out
+    gc.collect()
+    assert [x() for x in alive] == [None] * 4
+
+
+def test_only_so_many_are_kept() -> None:
+    for n in range(1, repeats.MOST + 20):
+        x = np.ones((n, 1), np.float32)
+        np.testing.assert_allclose(scaled_dot_product_attention(x[:1], x, x), 1, rtol=1e-5)
+        assert len(repeats._repeats) <= repeats.MOST
+
+
+def test_many_threads_at_once() -> None:
+    arrays = [normal(3, 2, 40, 8, seed=seed) for seed in range(8)]
+    expected = [afresh(x, x, x) for x in arrays]
+    wrong = []
+
+    def calls(i: int) -> None:
+        for _ in range(50):
+            if not same_bits(scaled_dot_product_attention(*[arrays[i]] * 3), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=calls, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@given(st.data())
+def test_any_plain_call_again(data: st.DataObject) -> None:
+    """Random shapes and options twice, with other numbers: the second to the bits of a call of its own."""
+    B, Hkv, group, Lq, Lk, D, Dv = (data.draw(st.integers(0, n)) for n in (2, 2, 3, 40, 60, 20, 20))
+    options: dict[str, Any] = {
+        "is_causal": data.draw(st.booleans()),
+        "scale": data.draw(st.sampled_from([None, 0.5, -2.0])),
+        "query_offset": data.draw(st.integers(-5, 70)),
+        "window": data.draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+        "layout": data.draw(st.sampled_from(["BHLD", "BLHD"])),
+        "enable_gqa": True,
+    }
+    dtype = dtype_of(data.draw(st.sampled_from(["float32", "float64", *SIXTEEN_BITS])))
+    form = STORAGE[data.draw(st.sampled_from(list(STORAGE)))]
+    for seed in range(2):
+        shapes = (B, Hkv * group, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
+        arrays = [normal(*s, dtype=dtype, seed=seed) for s in shapes]
+        if options["layout"] == "BLHD":
+            arrays = [x.swapaxes(1, 2) for x in arrays]
+        arrays = [form(x) for x in arrays]
+        assert same_bits(scaled_dot_product_attention(*arrays, **options), afresh(*arrays, **options))
