@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BACKENDS = ("cpu", "cuda", "reference")
 _ON_HOST = ("cpu", "reference")
 
-# Backend -> the module whose `forward(problem)` it is, which may give a `repeats.Repeat`.  If the module has
+# Backend -> the module whose `forward(problem)` it is, which may give a `repeats.MakeRepeat`.  If the module has
 # `unavailable()`, that says why it cannot be used here, or None.
 _MODULES = {"cpu": "numba_attn.cpu.attention", "cuda": "numba_attn.cuda.attention", "reference": "numba_attn.reference"}
 
@@ -56,9 +56,9 @@ def adopt(backend: Any, call: dict[str, Any]) -> tuple[arrays.Caller, Any]:
     return caller, ("cuda" if caller.on_device else "cpu") if backend is None else backend
 
 
-def forward(backend: Any) -> Callable[[Problem], repeats.Repeat | None]:
+def forward(backend: Any) -> Callable[[Problem], repeats.MakeRepeat | None]:
     """The forward pass of a backend by name; None is that of NumPy's arrays."""
-    run: Callable[[Problem], repeats.Repeat | None] = _module(_MODULES, backend).forward
+    run: Callable[[Problem], repeats.MakeRepeat | None] = _module(_MODULES, backend).forward
     return run
 
 

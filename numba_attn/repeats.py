@@ -13,6 +13,7 @@ import numpy as np
 
 # From query, key and value to the result; None where something else has changed, as the number of threads.
 Repeat = Callable[[np.ndarray, np.ndarray, np.ndarray], "np.ndarray | None"]
+MakeRepeat = Callable[[], "Repeat | None"]
 Key = tuple[Any, ...]
 
 MOST = 256
@@ -67,9 +68,11 @@ def find(key: Key | None) -> Repeat | None:
     return None if key is None else _repeats.get(key)
 
 
-def remember(key: Key | None, repeat: Repeat | None) -> None:
+def remember(key: Key | None, make: MakeRepeat | None) -> None:
     """Keep how to repeat a call, if there is such a thing; arrays of another byte order are copied in any case."""
-    if key is None or repeat is None or not (key[2].isnative and key[5].isnative and key[8].isnative):
+    if key is None or make is None or not (key[2].isnative and key[5].isnative and key[8].isnative):
+        return
+    if (repeat := make()) is None:
         return
     if len(_repeats) >= MOST:
         _repeats.clear()

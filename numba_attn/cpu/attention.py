@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,15 @@ from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays
 from numba_attn.problem import Problem, statistics_dtype
-from numba_attn.repeats import Repeat
+from numba_attn.repeats import MakeRepeat, Repeat
 
 Step = tuple[Callable[[Arrays], None], Arrays]  # a kernel that is ready, and what it is called with
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
-def forward(problem: Problem) -> Repeat | None:
-    """Compute `problem` and write its results; returns how to do the same for other arrays, if that is all there is."""
+def forward(problem: Problem) -> MakeRepeat | None:
+    """Compute `problem` and write its results; returns what tells how to do the same for other arrays."""
     if problem.key_weight is not None and problem.sizes.Lq == 0:
         problem.key_weight[...] = 0
     B, Hq, _, Lq, *_ = problem.sizes
@@ -33,9 +34,7 @@ def forward(problem: Problem) -> Repeat | None:
     steps, alive = _steps(problem, count)
     for run, arrays in steps:
         run(arrays)
-    repeat = _repeat(problem, steps, count) if not alive and _has_plain_arrays(problem) else None
-    del alive
-    return repeat
+    return None if alive else functools.partial(_repeat, problem, steps, count)
 
 
 def _steps(problem: Problem, threads_used: int) -> tuple[list[Step], list[Any]]:
@@ -79,8 +78,10 @@ def _has_plain_arrays(problem: Problem) -> bool:
     return all(getattr(problem, name) is None for name in others)
 
 
-def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat:
+def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | None:
     """How to compute problems like one that has no other arrays; not where as many threads are no longer to be used."""
+    if not _has_plain_arrays(problem):
+        return None
     nothing_yet = {"q": None, "k": None, "v": None, "out": None}
     steps = [(run, arrays._replace(**nothing_yet)) for run, arrays in steps]
     shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout

@@ -39,20 +39,32 @@ def mask_strides(mask: np.ndarray | None, batch: tuple[int, ...]) -> tuple[int, 
     return tuple(s if n > 1 else 0 for s, n in zip(mask.strides, mask.shape[: len(batch)], strict=False))
 
 
-_kept = threading.local()
+class _Kept(threading.local):
+    """Memory that a Python thread keeps, and how many bytes of it: a model calls a few kernels in turn."""
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[int, int, str], np.ndarray] = {}
+        self.bytes = 0
+
+
+_kept = _Kept()
 
 
 def working_memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
-    """(workers, size) of uninitialised memory, aligned to cache lines; each Python thread keeps its last one."""
+    """(workers, size) of uninitialised memory, aligned to cache lines; each Python thread keeps the last ones."""
     wanted = workers, size, dtype.char
-    if getattr(_kept, "shape", None) == wanted:
-        return _kept.memory
+    if (memory := _kept.memory.get(wanted)) is not None:
+        return memory
     length = workers * size * dtype.itemsize
     buffer = np.empty(length + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     memory = buffer[start : start + length].view(dtype).reshape(workers, size)
     if length <= MOST_KEPT:
-        _kept.shape, _kept.memory = wanted, memory
+        if _kept.bytes + length > MOST_KEPT:
+            _kept.memory.clear()
+            _kept.bytes = 0
+        _kept.memory[wanted] = memory
+        _kept.bytes += length
     return memory
 
 
