@@ -41,7 +41,8 @@ from numba_attn.cpu.score import (
     keys_of,
     matrix,
     score,
-    select,
+    select_unsloped,
+    slope,
 )
 from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved
 from numba_attn.cpu.stored import gather, in_place, is_gathered
@@ -164,7 +165,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
-            here = select(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
+            here = select_unsloped(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             start, n = here.start, here.stop - here.start
@@ -200,23 +201,36 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
             done = fused = False
-            # Scores that have risen once, as with ALiBi towards the diagonal, are expected to go on.  With a score_mod,
-            # what is added has been used up when a tile turns out to be one to do again.
+            # Scores that have risen once are expected to go on, but for those of which ALiBi says how far.  With a
+            # score_mod, what is added has been used up when a tile turns out to be one to do again.
             raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
-            fusing = plain and not raising
-            if fusing and settings.softcap == 0 and here.kept == FULL:
+            fusing, capped = plain and not raising, settings.softcap != 0
+            full, distance = fusing and here.kept == FULL, row + head.position.offset - start
+            approached = fusing and not capped and head.slope > 0
+            if approached:
+                tiles.approach(width, head.slope, distance, n, state.reference, top)
+                if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
+                    tiles.rescale(width, state.ot, Dv, correction)
+            if full and not capped and head.slope == 0:
                 done = fused = tiles.probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
                     state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
-            elif fusing and settings.softcap == 0:
-                done = fused = tiles.biased_probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
+            elif full and not capped:
+                done = fused = tiles.sloped_probabilities(
+                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, head.slope, distance,
                     state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
-            elif fusing and here.kept == FULL:
+            elif full and head.slope == 0:
                 done = fused = tiles.capped_probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale, settings.softcap,
+                    state.reference, state.best, state.total, sums, top, scores,
+                )  # fmt: skip
+            if not done:
+                here = slope(head, here, row, rows, sizes, memory, at)
+            if fusing and not full and not capped:
+                done = fused = tiles.biased_probabilities(
+                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
                     state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
             while not done:
@@ -238,7 +252,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                         state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 if not done:
-                    rising |= 1 << i
+                    rising |= (not approached) << i
                     raising = True
             if settings.threshold != 0:
                 dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)

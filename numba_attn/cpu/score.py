@@ -95,11 +95,8 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
 
 @device
 def is_plain(head):
-    """Whether scores are products, capped or not, and what masks add, to be exponentiated where they are made.
-
-    ALiBi's rise towards the diagonal, tile after tile: most would be refused there.
-    """
-    return head.slope == 0 and head.functions.codes[SCORE] == 0
+    """Whether no function changes scores, so that they can be exponentiated where they are made."""
+    return head.functions.codes[SCORE] == 0
 
 
 @device
@@ -109,6 +106,24 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
     It begins at an `even` number of keys from start if so wanted: at a pair of keys.  The lanes are those rows of this
     head, and of `heads` - 1 after it where nothing but intervals of keys is to be regarded.
     """
+    tile = select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at)
+    return slope(head, tile, row, rows, sizes, memory, at)
+
+
+@device
+def slope(head, tile, row, rows, sizes, memory, at):
+    """The tile with what ALiBi adds to its scores."""
+    if head.slope == 0 or tile.kept == EMPTY:
+        return tile
+    width, bias = (rows + sizes.lanes - 1) // sizes.lanes, element(memory, at.bias)
+    distance = row + head.position.offset - tile.start
+    mask_tiles.add_alibi(width, bias, tile.added, tile.row, tile.stop - tile.start, head.slope, distance)
+    return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL)
+
+
+@device
+def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at):
+    """What `select` does, but for ALiBi."""
     lanes, mask, position = sizes.lanes, head.mask, head.position
     bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
     nothing = Tile(start, start, added, added_row, EMPTY)
@@ -145,10 +160,6 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
             return nothing
         if kept == PARTIAL:
             added, added_row = bias, row_bytes
-    if head.slope != 0:
-        distance = row + position.offset - start
-        mask_tiles.add_alibi(width, bias, added, added_row, stop - start, head.slope, distance)
-        added, added_row, kept = bias, row_bytes, PARTIAL
     if start < every_low or stop > every_high:
         for lane in range(width * lanes):
             p = row + min(lane, rows * heads - 1) % rows + position.offset

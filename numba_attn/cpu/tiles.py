@@ -180,6 +180,24 @@ def _biased_probabilities(
     return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
 
 
+def _sloped_probabilities(
+    v, width, k, k_row, k_step, n, D, qt, scale, slope, first, reference, best, total, sums, top, p
+):  # fmt: skip
+    """The same for exponents of scale * k.qt - slope * |distance| - reference, see `mask_tiles.add_alibi`."""
+    factor, minus = v.splat(scale), v.splat(v.builder.fneg(slope))
+    lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
+
+    def exponents(products: list[Value], base: Value, at: list[tuple[Value, Value]]) -> Exponents:
+        (key, here), *_ = at
+        ahead = v.builder.sub(v.add_index(first, v.builder.sdiv(here, v.index(v.size))), key)
+        distance = v.add(v.splat(v.builder.sitofp(ahead, v.element)), lanes)
+        sizes = [v.absolute(v.sub(distance, v.constant(float(r)))) for r in range(len(at))]
+        extra = [v.fma(x, minus, v.constant(0.0)) for x in sizes]
+        return [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)], []
+
+    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+
+
 def _capped_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
 ):  # fmt: skip
@@ -531,6 +549,27 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
     for_vectors(v, width, vector)
 
 
+def _approach(v, width, slope, first, n, reference, top):
+    """top = how far ALiBi's largest number of a tile of n keys is above each reference, half the HEADROOM higher.
+
+    Lane 0 is `first` keys after key 0 of the tile.  So `move_reference` moves a reference as scores rise towards the
+    diagonal, before they are known, to where they will be a little below it.
+    """
+    minus, zero, most = v.splat(v.builder.fneg(slope)), v.constant(0.0), v.constant(HEADROOM / 2)
+    lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
+    last = v.splat(v.builder.sitofp(v.add_index(n, -1), v.element))
+
+    def vector(w: Value) -> None:
+        here = v.mul_index(w, v.bytes)
+        ahead = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
+        place = v.add(ahead, lanes)
+        before, behind = v.sub(zero, place), v.sub(place, last)
+        nearest = v.maximum(v.maximum(before, behind), zero)
+        v.store(v.sub(v.fma(nearest, minus, most), v.load(reference, here)), top, here)
+
+    v.each(width, vector)
+
+
 def _challenge(v, width, sink, reference, top):
     """top = how far a sink is above each reference: for `move_reference`."""
     x = v.splat(sink)
@@ -618,6 +657,7 @@ def _normalise(v, width, ot, Dv, total, gain, finite):
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 biased_probabilities = emits(for_width(_biased_probabilities), returns=types.boolean)
+sloped_probabilities = emits(for_width(_sloped_probabilities), returns=types.boolean)
 capped_probabilities = emits(for_width(_capped_probabilities), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
@@ -632,6 +672,7 @@ powers = emits(partial(_powers, weighted=False))
 powers_weighted = emits(partial(_powers, weighted=True))
 take_in = emits(partial(_take_in, weighted=False), returns=types.boolean)
 take_in_weighted = emits(partial(_take_in, weighted=True), returns=types.boolean)
+approach = emits(_approach)
 challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)
