@@ -136,7 +136,9 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     correction = element(memory, at.correction)
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
-    plain = is_plain(head) and not weighted and not (pairs and settings.threshold != 0)
+    plain = is_plain(head) and not (pairs and settings.threshold != 0)
+    capped = settings.softcap != 0
+    options = int(capped) + int(head.slope != 0) + int(weighted)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
@@ -204,35 +206,31 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
             # Scores that have risen once are expected to go on, but for those of which ALiBi says how far.  With a
             # score_mod, what is added has been used up when a tile turns out to be one to do again.
             raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
-            fusing, capped = plain and not raising, settings.softcap != 0
-            full, distance = fusing and here.kept == FULL, row + head.position.offset - start
-            approached = fusing and not capped and head.slope > 0
+            distance = row + head.position.offset - start
+            approached = is_plain(head) and not capped and head.slope > 0
             if approached:
                 tiles.approach(width, head.slope, distance, n, state.reference, top)
                 if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
                     tiles.rescale(width, state.ot, Dv, correction)
-            if full and not capped and head.slope == 0:
-                done = fused = tiles.probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2,
-                    state.reference, state.best, state.total, sums, top, scores,
-                )  # fmt: skip
-            elif full and not capped:
-                done = fused = tiles.sloped_probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, head.slope, distance,
-                    state.reference, state.best, state.total, sums, top, scores,
-                )  # fmt: skip
-            elif full and head.slope == 0:
-                done = fused = tiles.capped_probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale, settings.softcap,
-                    state.reference, state.best, state.total, sums, top, scores,
-                )  # fmt: skip
+            fusing, full = plain and not raising, here.kept == FULL
+            if full:
+                fusing = fusing and options <= 1
+            else:
+                fusing = fusing and not capped and not weighted
+            if fusing and full:
+                done = fused = exponentiate_whole(
+                    head, k_tile, settings, n, width, distance, D, weighted, state, scores, memory, at
+                )
             if not done:
                 here = slope(head, here, row, rows, sizes, memory, at)
-            if fusing and not full and not capped:
+            if fusing and not full:
                 done = fused = tiles.biased_probabilities(
                     width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
                     state.reference, state.best, state.total, sums, top, scores,
                 )  # fmt: skip
+            if fusing and not done:
+                raising = True
+                rising |= (not approached) << i
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:
@@ -262,6 +260,34 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
             else:
                 tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
+
+
+@device
+def exponentiate_whole(head, k, settings, n, width, distance, D, weighted, state, scores, memory, at):
+    """Exponentiate scores where they are made, of a tile in which every row may attend to every key.
+
+    For one option at most, a cap, ALiBi or moments.  Returns whether that is done, see `tiles.probabilities`.
+    """
+    top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
+    if weighted:
+        return tiles.weighted_probabilities(
+            width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
+            sums, top, scores, state.moment, moments,
+        )  # fmt: skip
+    if settings.softcap == 0 and head.slope == 0:
+        return tiles.probabilities(
+            width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
+            sums, top, scores,
+        )  # fmt: skip
+    if settings.softcap == 0:
+        return tiles.sloped_probabilities(
+            width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, head.slope, distance, state.reference,
+            state.best, state.total, sums, top, scores,
+        )  # fmt: skip
+    return tiles.capped_probabilities(
+        width, k.data, k.row, k.step, n, D, state.qt, settings.scale, settings.softcap, state.reference, state.best,
+        state.total, sums, top, scores,
+    )  # fmt: skip
 
 
 @device

@@ -157,13 +157,28 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
     do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
     arithmetic is that of `scores` and `exponentiate`.
     """
+    exponents = _plain_exponents(v, scale)
+    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+
+
+def _weighted_probabilities(
+    v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, moment, moments
+):  # fmt: skip
+    """The same, and moment += the column sums of p * log2(p)."""
+    exponents, tile_moment = _plain_exponents(v, scale), (moment, moments)
+    return _exponentials(
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, tile_moment
+    )
+
+
+def _plain_exponents(v: Vectors, scale: Value) -> Callable[..., Exponents]:
     factor = v.splat(scale)
 
     def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
         base = v.sub(v.constant(0.0), base)
         return [v.fma(x, factor, base) for x in products], []
 
-    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+    return exponents
 
 
 def _biased_probabilities(
@@ -228,10 +243,12 @@ def _exponentials(
     sums: Value,
     top: Value,
     p: Value,
+    moment: tuple[Value, Value] | None = None,
 ) -> Value:
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
-    It gets the reference, and the number of the key and the vector's place in a row of each product.
+    It gets the reference, and the number of the key and the vector's place in a row of each product.  With a `moment`
+    it and what is added to it by this tile are as in `exponentiate`.
     """
     row, pairs = width * v.bytes, are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
@@ -242,6 +259,8 @@ def _exponentials(
     for w in range(width):
         v.store(v.constant(-INFINITY), top, w * v.bytes)
         v.store(v.constant(0.0), sums, w * v.bytes)
+        if moment is not None:
+            v.store(v.constant(0.0), moment[1], w * v.bytes)
 
     def tile(i: Value, height: int) -> None:
         if on_tiles:
@@ -252,6 +271,7 @@ def _exponentials(
         for w in range(width):
             base = v.load(reference, w * v.bytes)
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
+            weighted = None if moment is None else v.load(moment[1], w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 rows = range(first, min(first + AT_ONCE, height))
                 at = [(v.add_index(i, r), v.index(w * v.bytes)) for r in rows]
@@ -262,17 +282,28 @@ def _exponentials(
                 powers = v.exp2(*exponents)
                 for r, is_masked in enumerate(masked):
                     powers[r] = v.select(is_masked, v.constant(-0.0), powers[r])
-                for power in powers:
+                for x, power in zip(exponents, powers, strict=True):
                     total_p = v.add(total_p, power)
+                    if weighted is not None:
+                        weighted = v.add(weighted, _times_log(v, power, x))
                 if pairs:
                     powers = paired(v, powers)
                 for r, power in enumerate(powers, first // 2 if pairs else first):
                     v.store(power, p_i, r * row + w * v.bytes)
             v.store(highest, top, w * v.bytes)
             v.store(total_p, sums, w * v.bytes)
+            if moment is not None:
+                v.store(weighted, moment[1], w * v.bytes)
 
     for_rows(v, n, heights, tile)
-    return _accept(v, v.index(width), top, reference, best, [(total, sums)], ir.Constant(I1, 0))
+    added = [(total, sums), *([] if moment is None else [moment])]
+    return _accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
+
+
+def _times_log(v: Vectors, power: Value, x: Value) -> Value:
+    """The power 2**x times x: 0 for a power of 0, which has an exponent of -inf."""
+    zero = v.constant(0.0)
+    return v.select(v.equal(power, zero), zero, v.mul(power, x))
 
 
 def paired(v: Vectors, rows: list[Value]) -> list[Value]:
@@ -538,8 +569,7 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
                 v.store(kept, to)
                 tile_sums[0] = v.add(tile_sums[0], kept)
                 if weighted:
-                    # A probability of 0 has an exponent of -inf, and no part in the moment.
-                    tile_sums[1] = v.add(tile_sums[1], v.select(v.equal(kept, zero), zero, v.mul(kept, x)))
+                    tile_sums[1] = v.add(tile_sums[1], _times_log(v, kept, x))
             return [highest, *tile_sums]
 
         start = [lowest, zero, zero][: 3 if weighted else 2]
@@ -656,6 +686,7 @@ def _normalise(v, width, ot, Dv, total, gain, finite):
 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
+weighted_probabilities = emits(for_width(_weighted_probabilities), returns=types.boolean)
 biased_probabilities = emits(for_width(_biased_probabilities), returns=types.boolean)
 sloped_probabilities = emits(for_width(_sloped_probabilities), returns=types.boolean)
 capped_probabilities = emits(for_width(_capped_probabilities), returns=types.boolean)
