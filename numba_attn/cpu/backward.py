@@ -364,7 +364,8 @@ def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], wo
     gradients = gradients._replace(sums_k=sums[0], sums_v=sums[1])
     tasks, size = len(tables.tasks), memory_size(cut, D, Dv)
     arguments = (gradients, tables, *call, cut)
-    launch.run(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, *arguments)
+    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    start(*arguments)
 
 
 @functools.lru_cache(maxsize=64)

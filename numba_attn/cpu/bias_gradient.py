@@ -243,9 +243,8 @@ def run(
     written = np.zeros((0, 0, 0, 0), dtype) if mask is None else mask
     bias = Bias(written, sums, members[:, None], firsts[:, None])
     tasks, size = (len(firsts) - 1) * heads * parts, memory_size(D, Dv, cut)
-    launch.run(
-        serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype, bias, gradients, *call, cut
-    )
+    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    start(bias, gradients, *call, cut)
     if slopes is not None:
         slopes += sums.sum(axis=0) if len(slopes) > 1 or B == 1 else sums.sum(axis=(0, 1))
 

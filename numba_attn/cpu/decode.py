@@ -460,12 +460,12 @@ def prepared(call: Call, kinds: Kinds, alike: bool, operations: float) -> Callab
     wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
     tasks, (size, state) = pairs * cut.splits, _sizes(rows, cut.heads, group, D, Dv, lanes, wide)
     workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
-    kernel = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+    start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
 
     def run(arrays: Arrays) -> None:
         partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
         tables = np.empty((workers, 4, TABLE), np.int64)
-        kernel(tables, partials, finished, arrays, sequences, functions, settings, cut)
+        start(tables, partials, finished, arrays, sequences, functions, settings, cut)
 
     return run
 

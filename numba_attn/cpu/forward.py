@@ -388,9 +388,9 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, workers: int, operations: fl
     cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
     size = memory_size(whole, D, Dv, cut.lanes)
-    run = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
     others = call[1:]
-    return lambda arrays: run(arrays, *others, cut)
+    return lambda arrays: start(arrays, *others, cut)
 
 
 @functools.lru_cache(maxsize=256)

@@ -168,9 +168,9 @@ def prepared(
     heads = len(call.sequences.numbers) * Hq
     cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
-    run = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
+    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
     others = call[1:]
-    return lambda arrays: run(weights, arrays, *others, cut)
+    return lambda arrays: start(weights, arrays, *others, cut)
 
 
 def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, itemsize: int) -> Cut:

@@ -154,18 +154,3 @@ def prepared(
             alone.call(memory, 0, counters, *arguments)
 
     return run
-
-
-def run(
-    serial: Callable[..., Compiled],
-    parallel: Callable[..., Compiled],
-    kinds: tuple[Any, ...],
-    workers: int,
-    tasks: int,
-    operations: float,
-    size: int,
-    dtype: np.dtype,
-    *arguments: Any,
-) -> None:
-    """Call a kernel that is `prepared` like this."""
-    prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)(*arguments)

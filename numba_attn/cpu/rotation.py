@@ -136,7 +136,8 @@ def run(
         return
     workers = min(threads.count(), tasks) if x.size > SERIAL_SIZE else 1
     arguments = bits_of(x), cos, sin, bits_of(out), offsets, int(interleaved)
-    launch.run(serial, parallel, (kind,), workers, tasks, 4.0 * x.size, 16, cos.dtype, *arguments)
+    start = launch.prepared(serial, parallel, (kind,), workers, tasks, 4.0 * x.size, 16, cos.dtype)
+    start(*arguments)
 
 
 def signature(kind: str) -> tuple[types.Type, ...]:
