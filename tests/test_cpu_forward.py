@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import PERF, SMALL
 
-from numba_attn import scaled_dot_product_attention, threads
+from numba_attn import repeats, scaled_dot_product_attention, threads
 from numba_attn.cpu import attention, decode, forward, key_weight
 from numba_attn.cpu.plan import plan
 
@@ -38,20 +38,49 @@ def test_repeats_change_no_bit() -> None:
     assert all(np.array_equal(scaled_dot_product_attention(*case.arrays()), expected) for _ in range(20))
 
 
-def test_row_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", ["large scores", "alibi", "alibi, window", "alibi and entropy"])
+def test_row_blocks_change_no_bit(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's bits depend on the keys of a tile at most, never on what else is in its block or task."""
     case = next(c for c in SMALL if c.name == "large scores")
     query, key, value = case.arrays()
-    whole = scaled_dot_product_attention(query, key, value, **case.keywords())
+    # Of which a tile is shortened at its ends, by more for some rows than for all.
+    mask = (np.arange(query.shape[2])[:, None] // 10 + np.arange(key.shape[2]) // 20) % 4 == 0
+
+    def attend(first: int, end: int) -> np.ndarray:
+        repeats.forget()
+        given: dict[str, Any] = dict(case.keywords())
+        if options != "large scores":
+            slopes = np.full(query.shape[1], 0.7)
+            given |= {"alibi_slopes": slopes, "query_offset": first + 150, "attn_mask": mask[first:end], "scale": 1.0}
+        if "window" in options:
+            given["window"] = (13, 9)
+        if "entropy" in options:
+            given["return_aux"] = ("entropy",)
+        found = scaled_dot_product_attention(query[:, :, first:end], key, value, **given)
+        return found[0] if "entropy" in options else found
+
+    whole, rows = attend(0, query.shape[2]), query.shape[2]
     few = decode.MOST_ROWS + 1  # for fewer, products are summed in another order
-    for i in range(query.shape[2] - few + 1):
-        rows = np.s_[:, :, i : i + few]
-        assert np.array_equal(scaled_dot_product_attention(query[rows], key, value, **case.keywords()), whole[rows])
+    for i in range(rows - few + 1):
+        assert np.array_equal(attend(i, i + few), whole[:, :, i : i + few])
     for blocks in (1, 2, 5):
         monkeypatch.setattr(
             attention, "plan", lambda *s, n=blocks: (p := plan(*s))._replace(blocks=n, tasks=-(-s[1] // (p.block * n)))
         )
-        assert np.array_equal(scaled_dot_product_attention(query, key, value, **case.keywords()), whole)
+        assert np.array_equal(attend(0, rows), whole)
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.03, 0.1, 1.0])
+@pytest.mark.parametrize("rise", [-3.0, -1.5, -1.0, 0.5])
+def test_scores_against_alibi(rise: float, slope: float) -> None:
+    """Scores far below 0 that fall as fast as ALiBi makes them rise, or faster: nothing of the first keys is lost."""
+    query, value = np.ones((1, 60, 1), np.float32), np.random.default_rng(0).standard_normal((1, 700, 8), np.float32)
+    key = (slope * rise * np.arange(700) - 300)[None, :, None].astype(np.float32)
+    for offset, causal in ((640, True), (640, False), (900, False), (300, False)):
+        given: dict[str, Any] = {"alibi_slopes": np.array([slope]), "query_offset": offset, "is_causal": causal}
+        found = scaled_dot_product_attention(query, key, value, scale=1.0, **given)
+        exact = scaled_dot_product_attention(query, key, value, scale=1.0, backend="reference", **given)
+        np.testing.assert_allclose(found, exact, atol=2e-3)
 
 
 def test_growing_scores() -> None:

@@ -63,6 +63,7 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
+STEEP = 4.0  # rise of scores over a tile, by ALiBi, with which its references are moved first
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
 
 
@@ -139,6 +140,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
     plain = is_plain(head) and not (pairs and settings.threshold != 0)
     capped = settings.softcap != 0
     options = int(capped) + int(head.slope != 0) + int(weighted)
+    steep = head.slope * keys > STEEP
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
@@ -203,15 +205,11 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
             done = fused = False
-            # Scores that have risen once are expected to go on, but for those of which ALiBi says how far.  With a
-            # score_mod, what is added has been used up when a tile turns out to be one to do again.
-            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0
+            # Scores that have risen once are expected to go on, but for those that ALiBi makes rise: up to the
+            # diagonal, and with a steep slope from the first tile on.  With a score_mod, what is added has been used up
+            # when a tile turns out to be one to do again.
             distance = row + head.position.offset - start
-            approached = is_plain(head) and not capped and head.slope > 0
-            if approached:
-                tiles.approach(width, head.slope, distance, n, state.reference, top)
-                if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-                    tiles.rescale(width, state.ot, Dv, correction)
+            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0 or (steep and distance + rows > 0)
             fusing, full = plain and not raising, here.kept == FULL
             if full:
                 fusing = fusing and options <= 1
@@ -230,7 +228,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 )  # fmt: skip
             if fusing and not done:
                 raising = True
-                rising |= (not approached) << i
+                rising |= (head.slope == 0) << i
             while not done:
                 unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
                 if raising:
@@ -250,7 +248,7 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                         state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
                     )  # fmt: skip
                 if not done:
-                    rising |= (not approached) << i
+                    rising |= 1 << i
                     raising = True
             if settings.threshold != 0:
                 dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)

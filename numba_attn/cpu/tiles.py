@@ -579,27 +579,6 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
     for_vectors(v, width, vector)
 
 
-def _approach(v, width, slope, first, n, reference, top):
-    """top = how far ALiBi's largest number of a tile of n keys is above each reference, half the HEADROOM higher.
-
-    Lane 0 is `first` keys after key 0 of the tile.  So `move_reference` moves a reference as scores rise towards the
-    diagonal, before they are known, to where they will be a little below it.
-    """
-    minus, zero, most = v.splat(v.builder.fneg(slope)), v.constant(0.0), v.constant(HEADROOM / 2)
-    lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
-    last = v.splat(v.builder.sitofp(v.add_index(n, -1), v.element))
-
-    def vector(w: Value) -> None:
-        here = v.mul_index(w, v.bytes)
-        ahead = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
-        place = v.add(ahead, lanes)
-        before, behind = v.sub(zero, place), v.sub(place, last)
-        nearest = v.maximum(v.maximum(before, behind), zero)
-        v.store(v.sub(v.fma(nearest, minus, most), v.load(reference, here)), top, here)
-
-    v.each(width, vector)
-
-
 def _challenge(v, width, sink, reference, top):
     """top = how far a sink is above each reference: for `move_reference`."""
     x = v.splat(sink)
@@ -703,7 +682,6 @@ powers = emits(partial(_powers, weighted=False))
 powers_weighted = emits(partial(_powers, weighted=True))
 take_in = emits(partial(_take_in, weighted=False), returns=types.boolean)
 take_in_weighted = emits(partial(_take_in, weighted=True), returns=types.boolean)
-approach = emits(_approach)
 challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)
