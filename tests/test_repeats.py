@@ -142,6 +142,17 @@ def test_other_kinds_of_arrays() -> None:
         scaled_dot_product_attention(x, x, x.astype(np.float64))
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("form", STORAGE)
+def test_other_strides(form: str, which: int) -> None:
+    """Of one array, after a call with the same shapes."""
+    arrays = [normal(3, 2, 20, 8, seed=seed) for seed in range(3)]
+    scaled_dot_product_attention(*arrays)
+    arrays[which] = STORAGE[form](arrays[which])
+    for _ in range(2):
+        assert same_bits(scaled_dot_product_attention(*arrays), afresh(*arrays))
+
+
 def test_threads_that_have_changed() -> None:
     """A call is laid out anew for another number of threads."""
     x = normal(1, 8, 300, 32)
