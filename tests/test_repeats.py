@@ -153,14 +153,19 @@ def test_other_strides(form: str, which: int) -> None:
         assert same_bits(scaled_dot_product_attention(*arrays), afresh(*arrays))
 
 
-def test_threads_that_have_changed() -> None:
+def test_threads_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is laid out anew for another number of threads."""
-    x = normal(1, 8, 300, 32)
+    x, made = normal(1, 8, 300, 32), []
     expected = scaled_dot_product_attention(x, x, x)
-    for count in (1, 2, 1):
-        with threads.limit(count):
-            for _ in range(2):
-                assert same_bits(scaled_dot_product_attention(x, x, x), expected)
+    monkeypatch.setattr(threads, "count", lambda: made[-1])
+    monkeypatch.setattr(
+        Problem, "from_call", lambda *_, f=Problem.from_call, **call: (made.append(count), f(**call))[1]
+    )
+    for count in (1, 3, 1):
+        made[:] = [count]
+        for _ in range(2):
+            assert same_bits(scaled_dot_product_attention(x, x, x), expected)
+        assert made == [count, count]
 
 
 def test_arrays_are_not_kept() -> None:

@@ -15,7 +15,7 @@ from numba_attn.cpu.call import call_of, nothing, numbers, pairs
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays
-from numba_attn.problem import Problem, statistics_dtype
+from numba_attn.problem import Problem, Sizes, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
 Step = tuple[Callable[[Arrays], None], Arrays]  # a kernel that is ready, and what it is called with
@@ -25,21 +25,21 @@ SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are
 
 def forward(problem: Problem) -> MakeRepeat | None:
     """Compute `problem` and write its results; returns what tells how to do the same for other arrays."""
-    if problem.key_weight is not None and problem.sizes.Lq == 0:
+    sizes = problem.sizes
+    if problem.key_weight is not None and sizes.Lq == 0:
         problem.key_weight[...] = 0
-    B, Hq, _, Lq, *_ = problem.sizes
-    if B * Hq * Lq == 0:
+    if sizes.B * sizes.Hq * sizes.Lq == 0:
         return None
     count = threads.count()
-    steps, alive = _steps(problem, count)
+    steps, alive = _steps(problem, sizes, count)
     for run, arrays in steps:
         run(arrays)
     return None if alive else functools.partial(_repeat, problem, steps, count)
 
 
-def _steps(problem: Problem, threads_used: int) -> tuple[list[Step], list[Any]]:
+def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step], list[Any]]:
     """What is to be done for a problem, and what must live until it is."""
-    B, Hq, _, Lq, Lk, D, Dv = sizes = problem.sizes
+    B, Hq, _, Lq, Lk, D, Dv = sizes
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind
     kinds = kind, narrow.operand(kind, problem.bfloat16_products), held
@@ -62,7 +62,8 @@ def _steps(problem: Problem, threads_used: int) -> tuple[list[Step], list[Any]]:
             of_elements = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
             of_kernels = kind, decode.operand(*kinds), held
             some = some if of_kernels == kinds else of_elements
-            steps.append((decode.prepared(some, of_kernels, _heads_alike(problem), operations), some.arrays))
+            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used, operations)
+            steps.append((decoding, some.arrays))
             some, of_kernels = of_elements, (kind, COMPUTED[kind], held)
         else:
             steps.append((prefill.prepared(some, of_kernels, whole, workers, operations), some.arrays))

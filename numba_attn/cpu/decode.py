@@ -18,7 +18,6 @@ from collections.abc import Callable
 import numpy as np
 from numba import prange, types
 
-from numba_attn import threads
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import dropout, launch, pack, rows, target, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
@@ -448,9 +447,9 @@ def operand(kind: str, of_prefill: types.Type, held: str) -> types.Type:
     return PAIRS if pairs else COMPUTED[kind]
 
 
-def prepared(call: Call, kinds: Kinds, alike: bool, operations: float) -> Callable[[Arrays], None]:
-    """How to compute calls like one of elements and operands of these `kinds`; heads that share keys at once, if
-    treated `alike`.
+def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int, operations: float) -> Callable[[Arrays], None]:
+    """How to compute calls like one of elements and operands of these `kinds`, on as many threads at most; heads that
+    share keys at once, if treated `alike`.
     """
     (arrays, sequences, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
@@ -459,7 +458,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, operations: float) -> Callab
     cut = Cut(rows, group if alike else 1, group, splits_of(sequences, rows, settings))
     wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
     tasks, (size, state) = pairs * cut.splits, _sizes(rows, cut.heads, group, D, Dv, lanes, wide)
-    workers = min(tasks, threads.count()) if operations > SERIAL_WORK else 1
+    workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
     start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
 
     def run(arrays: Arrays) -> None:
