@@ -23,7 +23,7 @@ from numba_attn.cpu import amx, dropout, launch, pack, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
-from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
+from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
@@ -314,15 +314,15 @@ def finish(out, statistics, first, end, sizes, operands, gain, memory):
         rows = min(block, end - row)
         width = (rows + lanes - 1) // lanes
         state = state_of(memory, at, sizes, operands, i)
-        tiles.normalise(width, state.ot, Dv, state.total, gain, element(memory, at.top))
-        pack.write_rows(width, state.ot, Dv, moved(out.data, row * out.row), out.row, out.step, rows)
-        lane_0 = at.state + i * at.state_size + (at.qt_rows + at.ot_rows) * block
-        for lane in range(rows):
-            if memory[at.top + lane] != 0:
-                finite = False
-            reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
-            moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
-            write_statistics(statistics, row + lane, reference, total, moment, best)
+        to, factors = moved(out.data, row * out.row), element(memory, at.top)
+        if pack.write_rows(width, state.ot, Dv, state.total, gain, factors, to, out.row, out.step, rows):
+            finite = False
+        if any_wanted(statistics):
+            lane_0 = at.state + i * at.state_size + (at.qt_rows + at.ot_rows) * block
+            for lane in range(rows):
+                reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
+                moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
+                write_statistics(statistics, row + lane, reference, total, moment, best)
     return finite
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, Value, Vectors, emits
@@ -145,35 +146,52 @@ def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
     v.each(v.half(rows), pair)
 
 
-def _write_rows(v, width, ot, Dv, out, out_row, out_step, rows):
-    """out (rows, Dv) = ot.T."""
+def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_row, out_step, rows):
+    """out (rows, Dv) = ot.T * gain / total, 0 for a query that attends to nothing; the factors are left in memory.
+
+    Returns whether some result is not finite.
+    """
     row, stored = v.mul_index(width, v.bytes), v.pointees["out"]
     size = BYTES[stored]
     whole = _whole_vectors(v, out_step, size, Dv)
+    zero, numerator = v.constant(0.0), v.splat(gain)
 
-    def squares(w: Value) -> None:
-        first = v.mul_index(w, v.lanes)
+    def squares(w: Value, check: list[Value]) -> list[Value]:
+        first, here = v.mul_index(w, v.lanes), v.mul_index(w, v.bytes)
+        sums = v.load(total, here)
+        factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))
+        v.store(factor, factors, here)
 
-        def square(d: Value, _: list[Value]) -> list[Value]:
-            at = v.at(v.at(ot, v.mul_index(d, row)), v.mul_index(w, v.bytes))
-            for i, line in enumerate(v.transpose([v.load(at, v.mul_index(row, r)) for r in range(v.lanes)])):
+        def results(d: Value, check: list[Value], count: int) -> tuple[list[Value], list[Value]]:
+            at = v.at(v.at(ot, v.mul_index(d, row)), here)
+            lines = [v.mul(v.load(at, v.mul_index(row, r)), factor) for r in range(count)]
+            for line in lines:
+                check = [v.fma(line, zero, check[0])]
+            return lines, check
+
+        def square(d: Value, check: list[Value]) -> list[Value]:
+            lines, check = results(d, check, v.lanes)
+            for i, line in enumerate(v.transpose(lines)):
                 lane = v.add_index(first, i)
                 with v.builder.if_then(v.builder.icmp_signed("<", lane, rows)):
                     narrow.store(v, line, v.at(out, v.mul_index(out_row, lane)), v.mul_index(d, size), stored)
-            return []
+            return check
 
-        v.loop(0, whole, v.lanes, [], square)
+        check = v.loop(0, whole, v.lanes, [v.fma(sums, zero, check[0])], square)
+        return v.loop(whole, Dv, 1, check, lambda d, check: results(d, check, 1)[1])
 
     def line(d: Value, _: list[Value]) -> list[Value]:
         def lane(i: Value) -> None:
-            x = v.load_scalar(v.at(ot, v.mul_index(d, row)), v.mul_index(i, v.size))
+            at = v.mul_index(i, v.size)
+            x = v.builder.fmul(v.load_scalar(v.at(ot, v.mul_index(d, row)), at), v.load_scalar(factors, at))
             narrow.store(v, x, v.at(out, v.mul_index(out_row, i)), v.mul_index(d, out_step), stored)
 
         v.each(rows, lane)
         return []
 
-    v.each(width, squares)
+    (check,) = v.loop(0, width, 1, [zero], squares)
     v.loop(whole, Dv, 1, [], line)
+    return v.any(v.builder.fcmp_unordered("uno", check, check))
 
 
 def _write_row(v, row, Dv, out, out_step):
@@ -210,7 +228,7 @@ def _fill(v, array, row, step, rows, columns, value):
 transpose = emits(_transpose)
 copy_rows = emits(_copy_rows)
 pair_rows = emits(_pair_rows)
-write_rows = emits(_write_rows)
+write_rows = emits(_write_rows, returns=types.boolean)
 write_row = emits(_write_row)
 fill = emits(_fill)
 fill_lanes = emits(_fill_lanes)

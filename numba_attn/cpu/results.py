@@ -45,6 +45,12 @@ def write(column, row, value):
 
 
 @device
+def any_wanted(statistics):
+    lse, max_score, entropy = statistics
+    return lse.wanted or max_score.wanted or entropy.wanted
+
+
+@device
 def write_statistics(statistics, row, reference, total, moment, best):
     """Write what is wanted of a row's statistics, from its state; see `tiles`."""
     lse, max_score, entropy = statistics

@@ -643,26 +643,6 @@ def _rescale(v, width, ot, Dv, correction):
     for_vectors(v, width, vector)
 
 
-def _normalise(v, width, ot, Dv, total, gain, finite):
-    """ot *= gain / total, 0 for a query that attends to nothing; finite = 0, or NaN where a result is not finite."""
-    row = v.mul_index(width, v.bytes)
-    zero, numerator = v.constant(0.0), v.splat(gain)
-
-    def vector(here: Value) -> None:
-        sums = v.load(total, here)
-        factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))
-
-        def column(d: Value, check: list[Value]) -> list[Value]:
-            at = v.at(v.at(ot, v.mul_index(d, row)), here)
-            result = v.mul(v.load(at), factor)
-            v.store(result, at)
-            return [v.fma(result, zero, check[0])]
-
-        v.store(v.loop(0, Dv, 1, [v.mul(sums, zero)], column)[0], finite, here)
-
-    for_vectors(v, width, vector)
-
-
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 weighted_probabilities = emits(for_width(_weighted_probabilities), returns=types.boolean)
@@ -686,4 +666,3 @@ challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)
 rescale = emits(_rescale)
-normalise = emits(_normalise)
