@@ -138,26 +138,41 @@ def _allowed(group: Path) -> float | None:
         return None
 
 
-@contextlib.contextmanager
-def pool(workers: int) -> Iterator[bool]:
+class pool:
     """Whether the caller has `workers` of Numba's threads for itself inside the `with` block.
 
     The number of threads that Numba is set to, for the calling thread, is the same afterwards.
     """
-    global _launched
-    if workers < 2 or _orphaned or not _pool.acquire(blocking=False):
-        yield False
-        return
-    _launched = True
-    before = numba.get_num_threads()
-    try:
-        if workers < before:
-            numba.set_num_threads(workers)
-        yield True
-    finally:
-        if workers < before:
-            numba.set_num_threads(before)
-        _pool.release()
+
+    # Not a generator: entering and leaving one takes as long as a small problem.
+    __slots__ = ("_before", "_mine", "_workers")
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._before, self._mine = workers, workers, False
+
+    def __enter__(self) -> bool:
+        global _launched
+        workers = self._workers
+        if workers < 2 or _orphaned or not _pool.acquire(blocking=False):
+            return False
+        try:
+            self._mine = _launched = True
+            if workers < numba.config.NUMBA_NUM_THREADS:
+                self._before = numba.get_num_threads()
+                if workers < self._before:
+                    numba.set_num_threads(workers)
+        except BaseException:  # Ctrl-C
+            self.__exit__()
+            raise
+        return True
+
+    def __exit__(self, *exception: object) -> None:
+        if self._mine:
+            try:
+                if self._workers < self._before:
+                    numba.set_num_threads(self._before)
+            finally:
+                _pool.release()
 
 
 def layer() -> str:

@@ -114,6 +114,19 @@ with threads.limit(2):
     assert python(script, NUMBA_NUM_THREADS="3").strip() == "[2] 3 False"
 
 
+def test_interrupted_as_it_takes_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are free again."""
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 3)
+    monkeypatch.setattr(numba, "get_num_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt), threads.pool(2):
+        pass
+    assert not threads._pool.locked()
+
+
 def test_another_thread_has_the_workers(workers: list[int]) -> None:
     expected = scaled_dot_product_attention(X, X, X)
     with threads._pool:

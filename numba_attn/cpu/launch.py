@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,14 +85,27 @@ def take(counters, worker, helped, tasks):
     return -1, helped
 
 
-def slices(workers: int, tasks: int, operations: float) -> Iterator[np.ndarray]:
+def slices(workers: int, tasks: int, operations: float) -> Iterable[np.ndarray]:
     """Counters for one call of a kernel after the other, until all of its tasks are done, of so many multiply-adds.
 
     They are (workers, 8), a cache line each: how many tasks of a worker's have been taken, and how many may be.
     """
+    if operations <= FIRST_SLICE * workers:
+        return (_all_at_once(workers, -(-tasks // workers)).copy(),)
+    return _one_after_the_other(workers, tasks, operations)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_at_once(workers: int, each: int) -> np.ndarray:
+    counters = np.zeros((workers, 8), np.int64)
+    counters[:, 1] = each
+    return counters
+
+
+def _one_after_the_other(workers: int, tasks: int, operations: float) -> Iterator[np.ndarray]:
     counters = np.zeros((workers, 8), np.int64)
     each, done = -(-tasks // workers), 0
-    at_once = each if operations <= FIRST_SLICE * workers else max(1, int(tasks * FIRST_SLICE / operations))
+    at_once = max(1, int(tasks * FIRST_SLICE / operations))
     while done < each:
         counters[:, 0], counters[:, 1] = done, done + at_once
         start = time.perf_counter()
