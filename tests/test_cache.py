@@ -71,7 +71,7 @@ def test_every_source_counts(filled: tuple[Path, str], tmp_path: Path) -> None:
     package, directory = tmp_path / "numba_attn", copy_of(filled[0], tmp_path / "cache")
     before = entries(directory)
     subprocess.run(["cp", "-r", str(PACKAGE), str(package)], check=True)
-    helper = package / "cpu" / "tiles.py"
+    helper = package / "cpu" / "pack.py"
     source = helper.read_text(encoding="utf-8")
     changed = source.replace("factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))", "factor = zero")
     assert changed != source

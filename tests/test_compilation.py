@@ -118,7 +118,7 @@ def test_options_of_every_dispatcher(warm: dict[str, Any]) -> None:
     for (module, name), dispatcher in alive.items():
         options, entry = dict(dispatcher.targetoptions), expected.get((module, name), False)
         assert {key: options.pop(key, None) for key in jit.OPTIONS} == {
-            "fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False
+            "fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False, "no_cfunc_wrapper": True
         }, name  # fmt: skip
         assert options.pop("parallel", False) is (entry and name.endswith("_together")), name
         # Nothing that works on arrays of others counts who has them.

@@ -1,9 +1,9 @@
 """The one place with Numba options.
 
 `device` compiles a function into the kernels that call it, and only there: Python may call its `py_func`.  `kernel`
-and its like make entry points that Python calls.  All
-state every option that Numba would otherwise take over from a caller: no fast-math (it would assume away -inf and NaN),
-NumPy's division (an exception inside a parallel region is lost), and no GIL.
+and its like make entry points that Python calls.  All state every option that Numba would otherwise take over from a
+caller: no fast-math (it would assume away -inf and NaN), NumPy's division (an exception inside a parallel region is
+lost), and no GIL.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from numba_attn.cpu import cache
 
 OPTIONS: dict[str, Any] = {"fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False}
+OPTIONS["no_cfunc_wrapper"] = True  # an entry for C, which nobody calls, and which takes long to compile
 # Kernels make no arrays, and keep no count of who has one: the caller has all of them, and each change of a count is a
 # locked operation on a cache line that all threads share.
 UNCOUNTED: dict[str, Any] = {**OPTIONS, "_nrt": False}
@@ -44,6 +45,23 @@ class _Part(JITCodeLibrary):
         self._finalized = True
 
 
+class _Whole(JITCodeLibrary):
+    """The code of a kernel: optimised once.  Numba does so twice, for counts of references that there are none of."""
+
+    def _optimize_final_module(self) -> None:
+        passes, builder = self._codegen._module_pass_manager()
+        passes.run(self._final_module, builder)
+
+
+class _KernelCompiler(compiler.Compiler):
+    """Numba's compiler, whose result is a `_Whole`."""
+
+    def compile_extra(self, function: Callable[..., Any]) -> Any:
+        self.state.library = _Whole(self.state.targetctx.codegen(), function.__qualname__)
+        self.state.library.enable_object_caching()
+        return super().compile_extra(function)
+
+
 def _nothing() -> Generator[None]:
     yield
 
@@ -53,7 +71,8 @@ class _PartCompiler(compiler.Compiler):
 
     def compile_extra(self, function: Callable[..., Any]) -> Any:
         self.state.library = _Part(self.state.targetctx.codegen(), function.__qualname__)
-        self.state.flags.no_compile = True
+        flags = self.state.flags
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         result = super().compile_extra(function)
         # Numba knows a function by its entry from Python: a builtin of its own, which raises if it is called.
         result = result._replace(entry_point=_nothing().throw)
@@ -68,7 +87,7 @@ counting_device = numba.njit(pipeline_class=_PartCompiler, **OPTIONS)
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A serial entry point, cached on disk."""
-    return _cached(numba.njit(**UNCOUNTED)(function))
+    return _cached(numba.njit(pipeline_class=_KernelCompiler, **UNCOUNTED)(function))
 
 
 def counting_kernel(function: Callable[..., Any]) -> Any:
