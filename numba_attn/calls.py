@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from numba_attn import dispatch
 from numba_attn.api import scaled_dot_product_attention
-from numba_attn.problem import Problem
+from numba_attn.problem import Aux, Problem
 
 DEFAULTS: dict[str, Any] = {
     name: parameter.default
@@ -30,3 +32,11 @@ def prepare(query: Any, key: Any, value: Any, **options: Any) -> tuple[Callable[
     options = {**DEFAULTS, **options}
     run = dispatch.forward(options.pop("backend"))
     return run, Problem.from_call(query, key, value, **options)
+
+
+def checked_call(
+    query: Any, key: Any, value: Any, **options: Any
+) -> tuple[Callable[[], tuple[np.ndarray, Aux | None]], Problem | None]:
+    """A validated call likewise, of arrays that are still to be written, see `dispatch.checked`."""
+    options = {**DEFAULTS, **options}
+    return dispatch.checked(options.pop("backend"), query=query, key=key, value=value, **options)

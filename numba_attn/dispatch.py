@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numba_attn import arrays, repeats
-from numba_attn.problem import Problem
+from numba_attn.problem import Aux, Problem
 
 if TYPE_CHECKING:
     from numba_attn.gradient_problem import GradientProblem
@@ -40,6 +40,23 @@ def attend(backend: Any, **call: Any) -> Any:
     problem = Problem.from_call(**call)
     repeats.remember(key, run(problem))
     return caller.give(problem.result if problem.aux is None else (problem.result, problem.aux))
+
+
+def checked(backend: Any, **call: Any) -> tuple[Callable[[], tuple[np.ndarray, Aux | None]], Problem | None]:
+    """Check a call of NumPy's arrays, which are written only later: what computes it then, and the problem that it is.
+
+    There is no problem for a call like an earlier one.
+    """
+    key = repeats.key_of(backend, call)
+    if repeats.find(key) is not None:
+        return lambda: (attend(backend, **call), None), None
+    run, problem = forward(backend), Problem.from_call(**call)
+
+    def compute() -> tuple[np.ndarray, Aux | None]:
+        repeats.remember(key, run(problem))
+        return problem.result, problem.aux
+
+    return compute, problem
 
 
 def adopt(backend: Any, call: dict[str, Any]) -> tuple[arrays.Caller, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
-from numba_attn.calls import DEFAULTS, check_names, prepare
+from numba_attn.calls import DEFAULTS, check_names, checked_call, prepare
 from numba_attn.heads import Heads, Offsets, Projection, checked_rotary
 from numba_attn.padding import without_padding
 from numba_attn.parameters import Parameters, Sizes, checked, count, drawn, floating, from_torch, to_torch
@@ -315,16 +315,16 @@ class MultiHeadAttention:
         self, heads: Heads, attn_mask: Any, key_padding_mask: Any, is_causal: Any, options: dict[str, Any]
     ) -> Callable[[], tuple[np.ndarray, Aux | None]]:
         check_names("forward", options, _PLAIN)
-        attended = self._attended(heads, self.dtype)
         call = _call(heads, attn_mask, key_padding_mask, is_causal, options)
-        run, problem = prepare(*heads.operands, out=attended, **call)
-        offsets = Offsets(problem.intervals.table[:, 0], 0)
+        attend, problem = checked_call(*heads.operands, **call)
+        # A call like an earlier one has an integer.
+        offset = options.get("query_offset", 0) if problem is None else problem.intervals.table[:, 0]
+        offsets = Offsets(offset, 0)
         self._projection.check_positions(heads, offsets, "query_offset")
 
         def compute() -> tuple[np.ndarray, Aux | None]:
             self._projection.compute(heads, offsets)
-            run(problem)
-            aux = problem.aux
+            attended, aux = attend()
             if aux is not None:
                 aux = Aux(*(None if x is None else x.swapaxes(-1, -2) for x in aux))
             return _joined(attended), aux

@@ -16,7 +16,7 @@ from contract import STORAGE
 from hypothesis import given
 from tolerances import same_bits
 
-from numba_attn import repeats, scaled_dot_product_attention, threads
+from numba_attn import MultiHeadAttention, repeats, rotary_tables, scaled_dot_product_attention, threads
 from numba_attn.problem import Problem
 
 
@@ -200,6 +200,30 @@ def test_many_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("rotated", "options"), [(False, {}), (True, {}), (True, {"query_offset": 3, "is_causal": True})], ids=str
+)
+def test_layers(rotated: bool, options: dict[str, Any]) -> None:
+    """A layer asks for attention of arrays that it writes later: of these, not of an earlier call's."""
+    tables = {"rotary": rotary_tables(20, 8)} if rotated else {}
+    layers = [MultiHeadAttention.init(np.random.default_rng(seed), 16, num_heads=2, **tables) for seed in range(2)]
+    calls = [(layer, normal(3, 9, 16, seed=seed)) for layer in layers for seed in range(2)]
+    expected = []
+    for layer, x in calls:
+        repeats.forget()
+        expected.append(layer(x, **options))
+    repeats.forget()
+    for (layer, x), result in zip(calls, expected, strict=True):
+        assert same_bits(layer(x, **options), result)
+    assert len(repeats._repeats) == 1
+    if rotated:
+        with pytest.raises(ValueError, match="position"):
+            layers[0](x, **{**options, "query_offset": 12})
+        scaled_dot_product_attention(*layers[0].project(x), layout="BLHD", enable_gqa=True, query_offset=12)
+        with pytest.raises(ValueError, match="position"):
+            layers[0](x, query_offset=12)
 
 
 @given(st.data())
