@@ -5,6 +5,7 @@
     python perf/run.py --only "D 128" --repeats 5 --peers torch,onnx_mha
     python perf/run.py --tag variant --peers torch,flex        cap, ALiBi, functions, block masks; "narrow": 16 bits
     python perf/run.py --tag decode --peers torch,onnx_gqa     one token of a model; "cache": kinds of caches, batches
+    python perf/run.py --backend cuda -o perf/cuda.json        on a GPU, beside PyTorch there
 
 Each library runs in a process of its own, which is stopped (SIGSTOP) while another is timed: so each may let its idle
 threads spin as it likes, and none takes the processors away from another.  The repeats are interleaved, one timing of
@@ -366,6 +367,9 @@ def select(only: Sequence[str], tag: str | None, quick: bool) -> list[Case]:
 def parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     one.add_argument("-o", "--output", type=Path, help="where to write the JSON")
+    one.add_argument(
+        "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, beside PyTorch there, see gpu.py"
+    )
     one.add_argument("--only", nargs="+", default=[], metavar="SUBSTRING", help="cases with one of these in their name")
     one.add_argument("--tag", help="cases with this tag")
     one.add_argument("--repeats", type=int, help="timings of each (11; 3 if --quick)")
@@ -386,6 +390,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
+    if options.backend == "cuda":
+        return main_on_gpu(options)
     names = [OURS, *(name for name in options.peers.split(",") if name != OURS)]
     if unknown := set(names) - PEERS.keys():
         parser().error(f"unknown peers {', '.join(sorted(unknown))}; known are {', '.join(PEERS)}")
@@ -402,6 +408,20 @@ def main() -> int:
     for line in (*found, *disturbed(results["cases"])):
         print(line, file=sys.stderr)
     return 1 if found else 0
+
+
+def main_on_gpu(options: argparse.Namespace) -> int:
+    """Threads, tags and the choice of peers are of the CPU's measurements alone."""
+    from gpu import run as run_on_gpu
+    from gpu import unavailable
+
+    if (reason := unavailable()) is not None:
+        parser().error(f"no GPU can be measured: {reason}")
+    with_extras = not options.only if options.extras is None else options.extras
+    results = run_on_gpu(options.only, options.repeats or 5, with_extras, git("rev-parse", "HEAD"))
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
 
 
 def run(names: Sequence[str], cases: Sequence[Case], repeats: int, threads: int, with_extras: bool) -> Result:

@@ -297,6 +297,38 @@ PERF = [
 ]
 
 
+def _gpu(
+    name: str, Hq: int, L: int, D: int, B: int = 1, dtype: str = "bfloat16", rows: int | None = None, **rest: Any
+) -> Case:
+    name = f"{dtype}, {f'{B} of ' if B > 1 else ''}{name}"
+    return Case(name, Hq, L if rows is None else rows, L, D, B=B, dtype=dtype, **rest)
+
+
+# What `perf/run.py --backend cuda` measures; names say as much as above.  "decode": bound by reading keys and values.
+GPU = [
+    *(
+        _gpu(f"{H} x {L}, D {D}{', causal' * bool(options)}", H, L, D, B, dtype, options=options)
+        for dtype, H, L, D, B in [
+            ("bfloat16", 16, 8192, 128, 2),
+            ("bfloat16", 16, 2048, 128, 8),
+            ("bfloat16", 32, 8192, 64, 2),
+            ("bfloat16", 8, 8192, 256, 2),
+            ("float16", 16, 8192, 128, 2),
+            ("float32", 8, 2048, 64, 2),
+        ]
+        for options in ({}, CAUSAL)
+    ),
+    _gpu("32/8 x 8192, D 128, causal", 32, 8192, 128, Hkv=8, options=CAUSAL),
+    _gpu("16 x 8192, D 128, window 512", 16, 8192, 128, 2, options={"is_causal": True, "window": (512, 0)}),
+    _gpu("16 x 8192, D 128, softcap", 16, 8192, 128, 2, options={"softcap": 50.0}),
+    _gpu("16 x 8192, D 128, ALiBi, causal", 16, 8192, 128, 2, options={**CAUSAL, "alibi_slopes": _slopes(16)}),
+    *(
+        _gpu(f"one token, {Hq}/{Hkv} x {L}, D {D}", Hq, L, D, B, rows=1, Hkv=Hkv, tags=frozenset({"decode"}))
+        for Hq, Hkv, L, D, B in [(64, 8, 8192, 128, 32), (32, 8, 32768, 128, 1), (32, 32, 4096, 128, 8)]
+    ),
+]
+
+
 def _small(name: str, *shape: int, **rest: Any) -> Case:
     return Case(name, *shape, tags=frozenset({"small"}), **rest)
 
