@@ -142,8 +142,10 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
             raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}, got shape {values.shape}")
         if values.size == 0:
             return values.reshape(-1)
-        smallest, largest = int(values.min()), int(values.max())
         values = values.reshape(-1)
+        # Of a few, which is most calls, NumPy's functions would take longer than a small problem.
+        extremes = values.tolist() if values.size <= 32 else (values.min(), values.max())
+        smallest, largest = int(min(extremes)), int(max(extremes))
     if smallest < low or largest > high:
         raise ValueError(f"{name} must be between {low} and {high}, got {smallest if smallest < low else largest}")
     return values

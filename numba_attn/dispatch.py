@@ -32,7 +32,7 @@ def attend(backend: Any, **call: Any) -> Any:
     key = repeats.key_of(backend, call)
     repeat = repeats.find(key)
     if repeat is not None:
-        result = repeat(call["query"], call["key"], call["value"])
+        result = repeat(call["query"], call["key"], call["value"], call["query_offset"], call["kv_lengths"])
         if result is not None:
             return result
     caller, backend = adopt(backend, call)
@@ -45,10 +45,10 @@ def attend(backend: Any, **call: Any) -> Any:
 def checked(backend: Any, **call: Any) -> tuple[Callable[[], tuple[np.ndarray, Aux | None]], Problem | None]:
     """Check a call of NumPy's arrays, which are written only later: what computes it then, and the problem that it is.
 
-    There is no problem for a call like an earlier one.
+    There is no problem for a call like an earlier one, whose sequences have neither lengths nor positions of their own.
     """
     key = repeats.key_of(backend, call)
-    if repeats.find(key) is not None:
+    if type(call["query_offset"]) is int and call["kv_lengths"] is None and repeats.find(key) is not None:
         return lambda: (attend(backend, **call), None), None
     run, problem = forward(backend), Problem.from_call(**call)
 

@@ -14,6 +14,8 @@ from numba_attn.kv_cache import KVCache, Tokens, counts_of, quantized, restored
 from numba_attn.paged_kv_cache import PagedBatch
 from numba_attn.problem import Aux
 
+STEP = 8  # tokens of a sequence at once, up to which checking and laying out a call is a good part of its time
+
 
 def attention_with_kv_cache(
     query: Array,
@@ -120,7 +122,9 @@ def attention_with_kv_cache(
         given_out, q = None, _times_channels(q.astype(np.float32), key_scales)
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
-        keys, values, mask = operands or (*_held(cache), None)
+        # A key's weight is for each that is held, and what goes to a device is copied: no more than that.
+        step = n <= STEP and not return_aux and backend in (None, "cpu")
+        keys, values, mask = operands or (*_held(cache, step), None)
         results = scaled_dot_product_attention(
             q,
             keys,
@@ -176,11 +180,18 @@ def _of_channels(results: Any, scales: np.ndarray | None, dtype: np.dtype, out: 
     return (out, *aux) if aux else out
 
 
-def _held(cache: KVCache | PagedBatch) -> tuple[Any, Any]:
-    """Key and value for attention: views of numbers, or all that is held as it is."""
+def _held(cache: KVCache | PagedBatch, step: bool) -> tuple[Any, Any]:
+    """Key and value for attention: views of numbers, or all that is held as it is.
+
+    For a step of decoding, with room that has not been used yet: so the next step is a call like this one, see
+    `repeats`.
+    """
     if isinstance(cache, PagedBatch) or cache.quantize is not None:
-        return cache.storage(), None
-    return cache.used
+        return cache.storage(whole=step), None
+    if not step:
+        return cache.used
+    held = cache.storage(whole=True)
+    return held.key, held.value
 
 
 def _masked(

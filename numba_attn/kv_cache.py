@@ -140,9 +140,10 @@ class KVCache:
         )
         return key.astype(self._dtype, copy=False), value.astype(self._dtype, copy=False)
 
-    def storage(self) -> Storage:
-        """What is held, as it is, for `attention_with_kv_cache`."""
-        return Storage(self._key, self._value, self._quantize, *self._sizes, int(self._lengths.max(initial=0)))
+    def storage(self, whole: bool = False) -> Storage:
+        """What is held, as it is, for `attention_with_kv_cache`; with room for more if `whole`."""
+        Lk = self.capacity if whole else int(self._lengths.max(initial=0))
+        return Storage(self._key, self._value, self._quantize, *self._sizes, Lk)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -534,8 +534,11 @@ class PagedBatch:
             for sequence, *_ in before:
                 sequence.busy = False
 
-    def storage(self) -> Storage:
-        """Where the tokens are; beyond the end of a sequence, up to that of the longest, there may be anything."""
+    def storage(self, whole: bool = False) -> Storage:
+        """Where the tokens are; beyond the end of a sequence, up to that of the longest, there may be anything.
+
+        Up to the end of the last page of that if `whole`.
+        """
         cache = self._cache
         if self._given:
             pages, Lk = self._given[0].copy(), int(self._given[1].max(initial=0))
@@ -545,6 +548,8 @@ class PagedBatch:
             for row, sequence in zip(pages, held, strict=True):
                 row[: len(sequence.pages)] = sequence.pages
             Lk = max((s.length for s in held), default=0)
+        if whole:
+            Lk = pages.shape[1] * cache.page_size
         return Storage(cache._key, cache._value, cache.quantize, *cache._sizes, Lk, pages)
 
     def _held(self) -> list[_Sequence]:

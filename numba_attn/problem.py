@@ -552,21 +552,28 @@ def _intervals(
     query_lengths: Any,
     kv_lengths: Any,
 ) -> KeyIntervals:
-    if type(query_offset) is int and query_lengths is None and kv_lengths is None:
-        checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
-        table = _uniform_table(math.prod(batch), query_offset, Lq, Lk)
-    else:
-        table = np.empty((math.prod(batch), 3), np.int64)
-        table[:, 1] = Lq if query_lengths is None else checks.integers("query_lengths", query_lengths, batch, 0, Lq)
-        table[:, 2] = Lk if kv_lengths is None else checks.integers("kv_lengths", kv_lengths, batch, 0, Lk)
-        if isinstance(query_offset, str):
-            if query_offset != "bottom_right":
-                raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
-            table[:, 0] = table[:, 2] - table[:, 1]
-        else:
-            table[:, 0] = checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+    table = interval_table(batch, Lq, Lk, query_offset, query_lengths, kv_lengths)
     left, right = _window(window)
     return KeyIntervals(table, left, 0 if is_causal else right, padded=query_lengths is not None)
+
+
+def interval_table(
+    batch: tuple[int, ...], Lq: int, Lk: int, query_offset: Any, query_lengths: Any, kv_lengths: Any
+) -> np.ndarray:
+    """That of `masks.KeyIntervals`, from arguments of a call, which are checked."""
+    if type(query_offset) is int and query_lengths is None and kv_lengths is None:
+        checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        return _uniform_table(math.prod(batch), query_offset, Lq, Lk)
+    table = np.empty((math.prod(batch), 3), np.int64)
+    table[:, 1] = Lq if query_lengths is None else checks.integers("query_lengths", query_lengths, batch, 0, Lq)
+    table[:, 2] = Lk if kv_lengths is None else checks.integers("kv_lengths", kv_lengths, batch, 0, Lk)
+    if isinstance(query_offset, str):
+        if query_offset != "bottom_right":
+            raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
+        table[:, 0] = table[:, 2] - table[:, 1]
+    else:
+        table[:, 0] = checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+    return table
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Calls that are like an earlier one in everything but what is in their arrays.
 
 What is checked and laid out for a call depends on shapes, strides, dtypes and options alone where no option is an array
-or a function: a call that is like it needs neither again, which is most of the time that a small problem takes.
+or a function: a call that is like it needs neither again, which is most of the time that a small problem takes.  Where
+sequences have lengths or positions of their own, these are looked at in each call.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from typing import Any
 
 import numpy as np
 
-# From query, key and value to the result; None where something else has changed, as the number of threads.
-Repeat = Callable[[np.ndarray, np.ndarray, np.ndarray], "np.ndarray | None"]
+from numba_attn.storage import Storage
+
+# From query, key, value, query_offset and kv_lengths to the result; None where something else has changed, as the
+# number of threads.
+Repeat = Callable[[np.ndarray, Any, Any, Any, "np.ndarray | None"], "np.ndarray | None"]
 MakeRepeat = Callable[[], "Repeat | None"]
 Key = tuple[Any, ...]
 
 MOST = 256
 # Arguments of `Problem.from_call` that have to be None, and how many there are in all, in calls that can be repeated.
 ABSENT = (
-    *("attn_mask", "out", "query_lengths", "kv_lengths", "softcap", "alibi_slopes", "sinks"),
+    *("attn_mask", "out", "query_lengths", "softcap", "alibi_slopes", "sinks"),
     *("score_mod", "mask_mod", "block_mask", "dropout_seed"),
 )
 ARGUMENTS = 23
@@ -38,17 +42,26 @@ def key_of(backend: Any, call: dict[str, Any]) -> Key | None:
         if call[name] is not None:
             return None
     query, key, value = call["query"], call["key"], call["value"]
-    if not type(query) is type(key) is type(value) is np.ndarray:
+    if type(query) is not np.ndarray or not query.dtype.isnative:  # of another byte order it is copied in any case
+        return None
+    held: tuple[Any, ...]
+    if type(key) is type(value) is np.ndarray and key.dtype.isnative and value.dtype.isnative:
+        held = key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype
+    elif type(key) is Storage and value is None:
+        held = key.form
+    else:
         return None
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
-    offset, window, aux = call["query_offset"], call["window"], call["return_aux"]
+    offset, lengths = _if_an_array(call["query_offset"]), _if_an_array(call["kv_lengths"])
+    window, aux = call["window"], call["return_aux"]
     layout, precision = call["layout"], call["precision"]
     if not (
         (type(dropout) is float and dropout == 0)
         and (causal is True or causal is False)
         and (scale is None or type(scale) is float)
         and (gqa is True or gqa is False)
-        and type(offset) is int
+        and (type(offset) is int or offset is np.ndarray)
+        and (lengths is None or lengths is np.ndarray)
         and (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
         and type(aux) is tuple
         and not aux
@@ -58,9 +71,14 @@ def key_of(backend: Any, call: dict[str, Any]) -> Key | None:
     ):
         return None
     return (
-        query.shape, query.strides, query.dtype, key.shape, key.strides, key.dtype,
-        value.shape, value.strides, value.dtype, causal, scale, gqa, offset, window, layout, precision, backend,
+        query.shape, query.strides, query.dtype, held,
+        causal, scale, gqa, offset, lengths, window, layout, precision, backend,
     )  # fmt: skip
+
+
+def _if_an_array(x: Any) -> Any:
+    """Its class, instead of an array."""
+    return np.ndarray if type(x) is np.ndarray else x
 
 
 def find(key: Key | None) -> Repeat | None:
@@ -69,10 +87,8 @@ def find(key: Key | None) -> Repeat | None:
 
 
 def remember(key: Key | None, make: MakeRepeat | None) -> None:
-    """Keep how to repeat a call, if there is such a thing; arrays of another byte order are copied in any case."""
-    if key is None or make is None or not (key[2].isnative and key[5].isnative and key[8].isnative):
-        return
-    if (repeat := make()) is None:
+    """Keep how to repeat a call, if there is such a thing."""
+    if key is None or make is None or (repeat := make()) is None:
         return
     if len(_repeats) >= MOST:
         _repeats.clear()

@@ -97,6 +97,13 @@ class Storage:
     Lk: int  # keys of each sequence, valid or not
     pages: np.ndarray | None = None  # (B, n) int64, the pages of each sequence: n * rows of a page are Lk or more
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """All but what is in it, and which pages."""
+        key, value = self.key, self.value
+        layout = key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype
+        return (*layout, self.numbers, self.D, self.Dv, self.Lk, self.pages is None)
+
     def dense(self, b: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys (Hkv, Lk, D) and values (Hkv, Lk, Dv) of a sequence, copied if they are quantised or in pages."""
         return self._dense(self.key, b, self.D), self._dense(self.value, b, self.Dv)

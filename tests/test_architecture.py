@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "checks": {"arrays", "device_array"},
     "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "gradient_problem", "problem", "random"},
+    "repeats": {"storage"},
     "dispatch": {"arrays", "gradient_problem", "problem", "repeats"},
     "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},

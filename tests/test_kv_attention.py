@@ -13,7 +13,8 @@ from cases import SIXTEEN_BITS, dtype_of
 from kv_tokens import DV, HKV, HQ, B, D, held, in_pieces, new, numbers, state, streaming
 from tolerances import assert_accurate, same_bits
 
-from numba_attn import KVCache, attention_with_kv_cache, kv_attention, scaled_dot_product_attention
+from numba_attn import KVCache, attention_with_kv_cache, scaled_dot_product_attention
+from numba_attn.cpu import launch
 
 DTYPES = ["float32", "float64", *SIXTEEN_BITS]
 
@@ -145,19 +146,25 @@ def test_unused_capacity_does_not_matter(ring: bool) -> None:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_work_does_not_grow_with_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention gets views of what is in use, and a cache of 64 GiB costs no more than that."""
-    seen = []
+@pytest.mark.parametrize("counts", [None, [1, 3, 2]])
+@pytest.mark.parametrize("n", [3, 20])
+def test_work_does_not_grow_with_capacity(n: int, counts: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of 64 GiB costs what one that is full does: as many tasks, of as many multiply-adds."""
+    seen, slices = [], launch.slices
 
-    def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, *rest: Any, **options: Any) -> Any:
-        seen.append((key.shape, value.shape, np.shares_memory(key, cache.key)))
-        return scaled_dot_product_attention(query, key, value, *rest, **options)
+    def watched(*work: Any) -> Any:
+        seen.append(work)
+        return slices(*work)
 
-    monkeypatch.setattr(kv_attention, "scaled_dot_product_attention", attention)
-    query, key, value = numbers(9, 3)
-    cache = new(100_000)
-    attention_with_kv_cache(query, cache, key, value, counts=[1, 3, 2])
-    assert seen == [((B, HKV, 3, D), (B, HKV, 3, DV), True)]
+    monkeypatch.setattr(launch, "slices", watched)
+    query, key, value = numbers(9, n)
+    results = []
+    for capacity in (n, 100_000):
+        cache = new(capacity)
+        results.append(attention_with_kv_cache(query, cache, key, value, counts=counts))
+    first, second = results
+    assert same_bits(first, second)
+    assert len(seen) == 2 and seen[0] == seen[1]
 
 
 # Rotary embedding -----------------------------------------------------------------------------------------------------

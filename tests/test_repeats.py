@@ -16,8 +16,18 @@ from contract import STORAGE
 from hypothesis import given
 from tolerances import same_bits
 
-from numba_attn import MultiHeadAttention, repeats, rotary_tables, scaled_dot_product_attention, threads
+from numba_attn import (
+    KVCache,
+    MultiHeadAttention,
+    PagedKVCache,
+    attention_with_kv_cache,
+    repeats,
+    rotary_tables,
+    scaled_dot_product_attention,
+    threads,
+)
 from numba_attn.problem import Problem
+from numba_attn.storage import QUANTIZED
 
 
 def normal(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
@@ -79,6 +89,51 @@ def test_arguments_of_a_call() -> None:
     every = set(inspect.signature(Problem.from_call).parameters) - {"cu_seqlens", "differentiable", "score_mod_grad"}
     assert set(call) == every
     assert repeats.key_of(None, call) is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", *SIXTEEN_BITS])
+@pytest.mark.parametrize("rows", [1, 3, 30])
+def test_other_lengths_and_positions(rows: int, dtype: str) -> None:
+    """Looked at in each call: where splits of keys begin, and how many there are, follows from them."""
+    Lk = 1300
+    shapes = (2, 4, rows, 16), (2, 2, Lk, 16), (2, 2, Lk, 16)
+    options: list[dict[str, Any]] = [
+        *({"kv_lengths": np.array(n)} for n in ([Lk, 0], [5, 700], [513, 512])),
+        *(
+            {"kv_lengths": np.array([1200, 40]), "query_offset": np.array(n), "is_causal": True}
+            for n in ([-3, 30], [1200, 0])
+        ),
+        *({"query_offset": np.array(n), "window": (600, 9)} for n in ([1250, 0], [600, 601])),
+    ]
+    forms = {tuple(sorted(chosen)) for chosen in options}
+    for seed, chosen in enumerate(options):
+        arrays = [normal(*s, dtype=dtype_of(dtype), seed=seed) for s in shapes]
+        got = scaled_dot_product_attention(*arrays, enable_gqa=True, **chosen)
+        assert same_bits(got, afresh(*arrays, enable_gqa=True, **chosen)), chosen
+        for n in (1, 2):
+            with threads.limit(n):
+                assert same_bits(scaled_dot_product_attention(*arrays, enable_gqa=True, **chosen), got), chosen
+    assert len(repeats._repeats) == len(forms)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"kv_lengths": np.array(n)} for n in ([5, 41], [-1, 5], [5, 5, 5], [[5, 5]])),
+        {"kv_lengths": np.array([5.0, 6.0])},
+        {"kv_lengths": np.ma.masked_array([5, 6])},
+        {"kv_lengths": np.array([5, 6]), "query_offset": np.array([0, 1 << 62])},
+        {"kv_lengths": np.array([5, 6]), "query_offset": np.array([0.0, 1.0])},
+    ],
+    ids=str,
+)
+def test_lengths_that_are_wrong(bad: dict[str, np.ndarray]) -> None:
+    x = normal(2, 3, 40, 8)
+    good = {name: np.array([5, 6]) for name in bad}
+    for _ in range(2):
+        scaled_dot_product_attention(x, x, x, **good)
+        with pytest.raises((TypeError, ValueError), match=r"kv_lengths|query_offset"):
+            scaled_dot_product_attention(x, x, x, **bad)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +257,44 @@ def test_many_threads_at_once() -> None:
     assert not wrong
 
 
+CACHES: dict[str, Any] = {
+    **{name: {"dtype": name} for name in ("float32", "float64", *SIXTEEN_BITS)},
+    **{name: {"quantize": name} for name in QUANTIZED},
+    "ring": {"capacity": None, "window": 7, "sinks": 2},
+    "pages": {"page_size": 4},
+    "pages, int8": {"page_size": 4, "quantize": "int8"},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_steps_of_decoding(kind: str) -> None:
+    """Each like the one before, whatever holds the keys: in two layers, whose caches are alike."""
+    form = {"dtype": "float32", **CACHES[kind]}
+    dtype = form["dtype"] = dtype_of(form["dtype"])
+    steps = [(normal(2, 4, 1, 16, dtype=dtype, seed=n), normal(2, 2, 1, 16, dtype=dtype, seed=n)) for n in range(12)]
+
+    def new() -> Any:
+        if "page_size" in form:
+            cache = PagedKVCache(12, 2, D=16, **form)
+            return cache.batch([cache.add(), cache.add()])
+        return KVCache(2, 2, **{"capacity": 20, "D": 16, **form})
+
+    def decoded(forgetful: bool) -> list[np.ndarray]:
+        layers, found = [new(), new()], []
+        for query, key in steps:
+            for cache in layers:
+                if forgetful:
+                    repeats.forget()
+                found.append(attention_with_kv_cache(query, cache, key, key))
+        return found
+
+    expected = decoded(True)
+    repeats.forget()
+    for result, other in zip(decoded(False), expected, strict=True):
+        assert same_bits(result, other)
+    assert len(repeats._repeats) == (3 if "page_size" in form else 1)
+
+
 @pytest.mark.parametrize(
     ("rotated", "options"), [(False, {}), (True, {}), (True, {"query_offset": 3, "is_causal": True})], ids=str
 )
@@ -235,12 +328,16 @@ def test_any_plain_call_again(data: st.DataObject) -> None:
         "scale": data.draw(st.sampled_from([None, 0.5, -2.0])),
         "query_offset": data.draw(st.integers(-5, 70)),
         "window": data.draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+        "kv_lengths": None,
         "layout": data.draw(st.sampled_from(["BHLD", "BLHD"])),
         "enable_gqa": True,
     }
     dtype = dtype_of(data.draw(st.sampled_from(["float32", "float64", *SIXTEEN_BITS])))
     form = STORAGE[data.draw(st.sampled_from(list(STORAGE)))]
+    each = data.draw(st.booleans())
     for seed in range(2):
+        if each:
+            options["kv_lengths"] = np.random.default_rng([seed, B]).integers(0, Lk + 1, B)
         shapes = (B, Hkv * group, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
         arrays = [normal(*s, dtype=dtype, seed=seed) for s in shapes]
         if options["layout"] == "BLHD":

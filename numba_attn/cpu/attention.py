@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from numba_attn import checks, threads
 from numba_attn.cpu import decode, key_weight, narrow
 from numba_attn.cpu import forward as prefill
-from numba_attn.cpu.call import call_of, nothing, numbers, pairs
+from numba_attn.cpu.call import call_of, held_of, nothing, numbers, pairs
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
-from numba_attn.cpu.score import Arrays
-from numba_attn.problem import Problem, Sizes, statistics_dtype
+from numba_attn.cpu.score import Arrays, Cutting, Sequences
+from numba_attn.problem import Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
-Step = tuple[Callable[[Arrays], None], Arrays]  # a kernel that is ready, and what it is called with
 
-SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
+class Step(NamedTuple):
+    """A kernel, and what it is called with."""
+
+    cut: Cutting
+    sequences: Sequences
+    arrays: Arrays
 
 
 def forward(problem: Problem) -> MakeRepeat | None:
@@ -32,8 +35,8 @@ def forward(problem: Problem) -> MakeRepeat | None:
         return None
     count = threads.count()
     steps, alive = _steps(problem, sizes, count)
-    for run, arrays in steps:
-        run(arrays)
+    for cut, sequences, arrays in steps:
+        cut(sequences)(arrays)
     return None if alive else functools.partial(_repeat, problem, steps, count)
 
 
@@ -46,7 +49,7 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
     call, alive = call_of(problem, sizes, kinds[1])
 
     operations = pairs(problem, sizes) * Hq * (D + Dv)
-    workers = threads_used if operations > SERIAL_WORK else 1
+    workers = threads_used if operations > prefill.SERIAL_WORK else 1
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers, mean_rows)
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
@@ -62,20 +65,21 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
             of_elements = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
             of_kernels = kind, decode.operand(*kinds), held
             some = some if of_kernels == kinds else of_elements
-            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used, operations)
-            steps.append((decoding, some.arrays))
+            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
+            steps.append(Step(decoding, some.sequences, some.arrays))
             some, of_kernels = of_elements, (kind, COMPUTED[kind], held)
         else:
-            steps.append((prefill.prepared(some, of_kernels, whole, workers, operations), some.arrays))
+            prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
+            steps.append(Step(prefilling, some.sequences, some.arrays))
         if key_weights is not None and Lk:
             weigh = key_weight.prepared(some, of_kernels, key_weights, whole, workers, operations)
-            steps.append((weigh, some.arrays))
+            steps.append(Step(weigh, some.sequences, some.arrays))
     return steps, alive
 
 
 def _has_plain_arrays(problem: Problem) -> bool:
     """Whether query, key, value and the result are all the arrays of a problem."""
-    others = ("storage", "packed", "mask", "slopes", "sinks", "block_mask", "lse", "max_score", "entropy", "key_weight")
+    others = ("packed", "mask", "slopes", "sinks", "block_mask", "lse", "max_score", "entropy", "key_weight")
     return all(getattr(problem, name) is None for name in others)
 
 
@@ -84,19 +88,32 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
     if not _has_plain_arrays(problem):
         return None
     nothing_yet = {"q": None, "k": None, "v": None, "out": None}
-    steps = [(run, arrays._replace(**nothing_yet)) for run, arrays in steps]
+    steps = [step._replace(arrays=step.arrays._replace(**nothing_yet)) for step in steps]
+    ready = [(cut(sequences), arrays) for cut, sequences, arrays in steps]
     shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout
-    first = (0,) * (problem.query.ndim - 3)
+    batch, sizes = problem.query.shape[:-3], problem.sizes
+    first, cached = (0,) * len(batch), problem.storage is not None
+    held = (problem.storage and problem.storage.numbers) or kind_of(dtype)
 
     def as_given(x: np.ndarray) -> np.ndarray:
         return bits_of(checks.heads_first(x, layout)[first])
 
-    def repeat(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray | None:
+    def repeat(query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any) -> np.ndarray | None:
         if threads.count() != threads_used:
             return None
+        runs = ready
+        if cached or lengths is not None or type(offset) is np.ndarray:
+            anew = {"intervals": interval_table(batch, sizes.Lq, sizes.Lk, offset, None, lengths)}
+            if cached and key.pages is not None:
+                anew["pages"] = key.pages
+            runs = [(cut(sequences._replace(**anew)), arrays) for cut, sequences, arrays in steps]
         result = np.empty(shape, dtype)
-        q, k, v, out = as_given(query), as_given(key), as_given(value), as_given(result)
-        for run, arrays in steps:
+        q, out = as_given(query), as_given(result)
+        if cached:
+            k, v = held_of(key.key[0], held), held_of(key.value[0], held)
+        else:
+            k, v = as_given(key), as_given(value)
+        for run, arrays in runs:
             run(arrays._replace(q=q, k=k, v=v, out=out))
         return result
 

@@ -34,7 +34,7 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
         lse = every_lse[0]
     statistics = [nothing(2, dtype) if x is None else x for x in (lse, first.max_score, first.entropy)]
     arrays = Arrays(
-        bits_of(first.query), _held(first.key, held), _held(first.value, held),
+        bits_of(first.query), held_of(first.key, held), held_of(first.value, held),
         _NO_MASK if first.mask is None else narrow.bytes_of(first.mask), bits_of(first.out),
         *statistics,  # type: ignore[call-arg]
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
@@ -47,7 +47,7 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
     return Call(arrays, sequences, functions, _settings(problem, sizes)), alive
 
 
-def _held(x: np.ndarray, held: str) -> np.ndarray:
+def held_of(x: np.ndarray, held: str) -> np.ndarray:
     """Keys or values as kernels take them; quantised ones are bytes in the problem."""
     return x.view(np.int8) if held == "int8" else bits_of(x)
 

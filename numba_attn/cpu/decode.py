@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
-from collections.abc import Callable
 
 import numpy as np
 from numba import prange, types
@@ -27,7 +26,9 @@ from numba_attn.cpu.score import (
     SCORE,
     Arrays,
     Call,
+    Cutting,
     Kinds,
+    Run,
     Sequences,
     Settings,
     Sizes,
@@ -447,26 +448,32 @@ def operand(kind: str, of_prefill: types.Type, held: str) -> types.Type:
     return PAIRS if pairs else COMPUTED[kind]
 
 
-def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int, operations: float) -> Callable[[Arrays], None]:
+def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cutting:
     """How to compute calls like one of elements and operands of these `kinds`, on as many threads at most; heads that
     share keys at once, if treated `alike`.
     """
-    (arrays, sequences, functions, settings), dtype = call, call.arrays.lse.dtype
+    (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
     Dv, Lq = arrays.out.shape[2], settings.Lq
-    group, pairs, rows = Hq // Hkv, len(sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
-    cut = Cut(rows, group if alike else 1, group, splits_of(sequences, rows, settings))
+    group, pairs, rows = Hq // Hkv, len(call.sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
+    heads = group if alike else 1
     wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
-    tasks, (size, state) = pairs * cut.splits, _sizes(rows, cut.heads, group, D, Dv, lanes, wide)
-    workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
-    start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+    size, state = _sizes(rows, heads, group, D, Dv, lanes, wide)
 
-    def run(arrays: Arrays) -> None:
-        partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
-        tables = np.empty((workers, 4, TABLE), np.int64)
-        start(tables, partials, finished, arrays, sequences, functions, settings, cut)
+    def cut_for(sequences: Sequences) -> Run:
+        cut = Cut(rows, heads, group, splits_of(sequences, rows, settings))
+        tasks, operations = pairs * cut.splits, launch.rows_times_keys(sequences) * Hq * (D + Dv)
+        workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
+        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
 
-    return run
+        def run(arrays: Arrays) -> None:
+            partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
+            tables = np.empty((workers, 4, TABLE), np.int64)
+            start(tables, partials, finished, arrays, sequences, functions, settings, cut)
+
+        return run
+
+    return cut_for
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
-from collections.abc import Callable
 
 from numba import prange, types
 
@@ -27,9 +26,11 @@ from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, writ
 from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
-    Arrays,
     Call,
+    Cutting,
     Kinds,
+    Run,
+    Sequences,
     Sizes,
     call_types,
     columns_of,
@@ -64,6 +65,7 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
 STEEP = 4.0  # rise of scores over a tile, by ALiBi, with which its references are moved first
+SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
 
 
@@ -379,16 +381,23 @@ def work_together(code, memory, counters, arrays, sequences, functions, settings
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(call: Call, kinds: Kinds, whole: Plan, workers: int, operations: float) -> Callable[[Arrays], None]:
-    """How to compute calls like one of elements and operands of these `kinds`, cut as the plan says, by workers."""
-    arrays, dtype = call.arrays, call.arrays.lse.dtype
+def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cutting:
+    """How to compute calls like one of elements and operands of these `kinds`, cut as the plan says, on as many threads
+    at most.
+    """
+    (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
     cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
     size = memory_size(whole, D, Dv, cut.lanes)
-    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
-    others = call[1:]
-    return lambda arrays: start(arrays, *others, cut)
+
+    def cut_for(sequences: Sequences) -> Run:
+        operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
+        workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
+        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+        return lambda arrays: start(arrays, sequences, functions, settings, cut)
+
+    return cut_for
 
 
 @functools.lru_cache(maxsize=256)

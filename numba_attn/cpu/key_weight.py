@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
-from collections.abc import Callable
 
 import numpy as np
 from numba import prange, types
@@ -23,8 +22,8 @@ from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import (
     ON_TILES,
-    Arrays,
     Call,
+    Cutting,
     Kinds,
     Sizes,
     call_types,
@@ -159,9 +158,7 @@ def weigh_together(code, memory, counters, weights, arrays, sequences, functions
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(
-    call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float
-) -> Callable[[Arrays], None]:
+def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float) -> Cutting:
     """How to write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
     arrays, dtype = call.arrays, call.arrays.lse.dtype
     (Hq, _, D), Lq, Lk = arrays.q.shape, call.settings.Lq, call.settings.Lk
@@ -169,8 +166,8 @@ def prepared(
     cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
     start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
-    others = call[1:]
-    return lambda arrays: start(weights, arrays, *others, cut)
+    _, _, functions, settings = call
+    return lambda sequences: lambda arrays: start(weights, arrays, sequences, functions, settings, cut)
 
 
 def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, itemsize: int) -> Cut:

@@ -68,6 +68,16 @@ def working_memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
     return memory
 
 
+def rows_times_keys(sequences: Any) -> float:
+    """Of the sequences that are wanted, see `score.Sequences`."""
+    intervals, numbers = sequences.intervals, sequences.numbers
+    if len(numbers) == 1:  # as arrays, it would take longer than a small problem
+        _, rows, keys = intervals[numbers[0, 0]].tolist()
+        return float(rows) * keys
+    _, rows, keys = intervals[numbers[:, 0]].T
+    return float(np.dot(rows.astype(np.float64), keys))
+
+
 @device
 def take(counters, worker, helped, tasks):
     """The next of a kernel's tasks for a worker, -1 if there is none in this slice; and how many others it has helped.

@@ -7,6 +7,7 @@ added to base-2 scores, -inf where masked; what changes scores otherwise is done
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 
 from numba import types
 
@@ -50,6 +51,9 @@ Settings = namedtuple(
 Call = namedtuple("Call", "arrays sequences functions settings")
 # What a kernel is compiled for: a kind of element, an operand of the products, how keys and values are held.
 Kinds = tuple[str, types.Type, str]
+# A kernel that is ready for a call but for its arrays, and how to make it so for sequences of other lengths.
+Run = Callable[[Arrays], None]
+Cutting = Callable[[Sequences], Run]
 
 ON_TILES = target.BFLOAT16 == "amx"
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
