@@ -376,10 +376,10 @@ def documents_lines(cases: Sequence[Result], extras: Result | None) -> list[str]
 def extra_lines(extras: Result) -> list[str]:
     """Fixed cost, first call, memory."""
     fixed, cold, warm = extras["fixed_cost_us"], extras["start_seconds"]["cold"], extras["start_seconds"]["warm"]
+    again = f"; {fixed['again']:.1f} µs where a call like it has come before" if "again" in fixed else ""
     return [
         f"Fixed cost of a call (1 head, 1 query, 64 keys): {fixed['call']:.1f} µs, of which validation "
-        f"{fixed['validation']:.1f} µs and launch {fixed['launch']:.1f} µs; {fixed['again']:.1f} µs where a call "
-        "like it has come before.",
+        f"{fixed['validation']:.1f} µs and launch {fixed['launch']:.1f} µs{again}.",
         f"`import numba_attn`: {1e3 * warm['import']:.1f} ms on top of NumPy. The first call in a process: "
         f"{warm['backend'] + warm['first_call']:.2f} s, of which {warm['backend']:.2f} s import Numba; "
         f"{cold['backend'] + cold['first_call']:.1f} s where no compiled kernel is on disk yet.",
