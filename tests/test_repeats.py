@@ -223,8 +223,10 @@ def test_threads_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert made == [count, count]
 
 
-def test_arrays_are_not_kept() -> None:
-    arrays = [normal(2, 20, 8, seed=seed) for seed in range(3)]
+@pytest.mark.parametrize("rows", [1, 20])
+def test_arrays_are_not_kept(rows: int) -> None:
+    arrays = [normal(2, n, 8, seed=n) for n in (rows, 25, 25)]
+    arrays[2] = arrays[2].copy()
     out = scaled_dot_product_attention(*arrays)
     alive = [weakref.ref(x) for x in (*arrays, out)]
     del arrays, out
@@ -317,6 +319,11 @@ def test_layers(rotated: bool, options: dict[str, Any]) -> None:
         scaled_dot_product_attention(*layers[0].project(x), layout="BLHD", enable_gqa=True, query_offset=12)
         with pytest.raises(ValueError, match="position"):
             layers[0](x, query_offset=12)
+        for offset in ([0, 1, 5], [7, 0, 2]):
+            expected_of_each = [layers[0](x[b : b + 1], query_offset=n) for b, n in enumerate(offset)]
+            assert same_bits(layers[0](x, query_offset=np.array(offset)), np.concatenate(expected_of_each))
+        with pytest.raises(ValueError, match="query_offset"):
+            layers[0](x, query_offset=np.array([0, 1]))
 
 
 @given(st.data())

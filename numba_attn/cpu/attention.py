@@ -13,7 +13,7 @@ from numba_attn.cpu import forward as prefill
 from numba_attn.cpu.call import call_of, held_of, nothing, numbers, pairs
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
-from numba_attn.cpu.score import Arrays, Cutting, Sequences
+from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
 from numba_attn.problem import Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
@@ -89,11 +89,15 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
         return None
     nothing_yet = {"q": None, "k": None, "v": None, "out": None}
     steps = [step._replace(arrays=step.arrays._replace(**nothing_yet)) for step in steps]
-    ready = [(cut(sequences), arrays) for cut, sequences, arrays in steps]
     shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout
     batch, sizes = problem.query.shape[:-3], problem.sizes
     first, cached = (0,) * len(batch), problem.storage is not None
     held = (problem.storage and problem.storage.numbers) or kind_of(dtype)
+
+    def runs(**anew: np.ndarray) -> list[tuple[Run, Arrays]]:
+        return [(cut(sequences._replace(**anew)), arrays) for cut, sequences, arrays in steps]
+
+    same_runs = functools.cache(runs)  # not made before they are wanted: many a call has no other like it
 
     def as_given(x: np.ndarray) -> np.ndarray:
         return bits_of(checks.heads_first(x, layout)[first])
@@ -101,19 +105,20 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
     def repeat(query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any) -> np.ndarray | None:
         if threads.count() != threads_used:
             return None
-        runs = ready
         if cached or lengths is not None or type(offset) is np.ndarray:
             anew = {"intervals": interval_table(batch, sizes.Lq, sizes.Lk, offset, None, lengths)}
             if cached and key.pages is not None:
                 anew["pages"] = key.pages
-            runs = [(cut(sequences._replace(**anew)), arrays) for cut, sequences, arrays in steps]
+            to_do = runs(**anew)
+        else:
+            to_do = same_runs()
         result = np.empty(shape, dtype)
         q, out = as_given(query), as_given(result)
         if cached:
             k, v = held_of(key.key[0], held), held_of(key.value[0], held)
         else:
             k, v = as_given(key), as_given(value)
-        for run, arrays in runs:
+        for run, arrays in to_do:
             run(arrays._replace(q=q, k=k, v=v, out=out))
         return result
 
