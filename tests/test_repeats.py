@@ -270,21 +270,21 @@ CACHES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_steps_of_decoding(kind: str) -> None:
-    """Each like the one before, whatever holds the keys: in two layers, whose caches are alike."""
+    """Each like the one before, whatever holds the keys: in two caches alike, or in other pages of one."""
     form = {"dtype": "float32", **CACHES[kind]}
     dtype = form["dtype"] = dtype_of(form["dtype"])
     steps = [(normal(2, 4, 1, 16, dtype=dtype, seed=n), normal(2, 2, 1, 16, dtype=dtype, seed=n)) for n in range(12)]
 
-    def new() -> Any:
+    def new() -> list[Any]:
         if "page_size" in form:
-            cache = PagedKVCache(12, 2, D=16, **form)
-            return cache.batch([cache.add(), cache.add()])
-        return KVCache(2, 2, **{"capacity": 20, "D": 16, **form})
+            pool = PagedKVCache(12, 2, D=16, **form)
+            return [pool.batch([pool.add(), pool.add()]) for _ in range(2)]
+        return [KVCache(2, 2, **{"capacity": 20, "D": 16, **form}) for _ in range(2)]
 
     def decoded(forgetful: bool) -> list[np.ndarray]:
-        layers, found = [new(), new()], []
-        for query, key in steps:
-            for cache in layers:
+        caches, found = new(), []
+        for n, (query, key) in enumerate(steps):
+            for cache in caches[:: 1 if n % 2 else -1]:
                 if forgetful:
                     repeats.forget()
                 found.append(attention_with_kv_cache(query, cache, key, key))
