@@ -122,9 +122,7 @@ def attention_with_kv_cache(
         given_out, q = None, _times_channels(q.astype(np.float32), key_scales)
     with nullcontext() if tokens is None else cache.appended(tokens):
         # Without a mask keys are in order; or they are all attended to, which the offset of a single row comes to.
-        # A key's weight is for each that is held, and what goes to a device is copied: no more than that.
-        step = n <= STEP and not return_aux and backend in (None, "cpu")
-        keys, values, mask = operands or (*_held(cache, step), None)
+        keys, values, mask = operands or (*_held(cache, _is_step(n, return_aux, backend)), None)
         results = scaled_dot_product_attention(
             q,
             keys,
@@ -178,6 +176,15 @@ def _of_channels(results: Any, scales: np.ndarray | None, dtype: np.dtype, out: 
     else:
         out[...] = made
     return (out, *aux) if aux else out
+
+
+def _is_step(n: int, return_aux: Any, backend: Any) -> bool:
+    """Whether a call is one that `repeats` knows.
+
+    A key's weight is for each that is held, and what goes to a device is copied: no more than that then.
+    """
+    on_cpu = backend is None or (isinstance(backend, str) and backend == "cpu")
+    return n <= STEP and on_cpu and isinstance(return_aux, tuple) and not return_aux
 
 
 def _held(cache: KVCache | PagedBatch, step: bool) -> tuple[Any, Any]:
