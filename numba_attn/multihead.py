@@ -359,17 +359,13 @@ class MultiHeadAttention:
             self._projection.compute(heads, offsets)
             with np.errstate(over="ignore"):
                 query, key, value = (x.astype(cache.dtype, copy=False) for x in views)
-            attended = self._attended(heads, cache.dtype)
+            attended = np.empty((*heads.query.shape[:-1], sizes.Dv), cache.dtype)
             found = attention_with_kv_cache(
                 query, cache, key, value, counts=counts, is_causal=is_causal, out=attended.swapaxes(1, 2), **options
             )
             return _joined(attended).astype(self.dtype, copy=False), found[1] if isinstance(found, tuple) else None
 
         return compute
-
-    def _attended(self, heads: Heads, dtype: np.dtype) -> np.ndarray:
-        """Memory (B, Lq, Hq, Dv) for what attention gives."""
-        return np.empty((*heads.query.shape[:-1], self.sizes.Dv), dtype)
 
     def _output_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
         held = self._projection.parameters

@@ -10,7 +10,7 @@ import numpy as np
 from numba_attn import checks, threads
 from numba_attn.cpu import decode, key_weight, narrow
 from numba_attn.cpu import forward as prefill
-from numba_attn.cpu.call import call_of, held_of, nothing, numbers, pairs
+from numba_attn.cpu.call import call_of, held_of, nothing, numbers
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
@@ -48,10 +48,8 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
     kinds = kind, narrow.operand(kind, problem.bfloat16_products), held
     call, alive = call_of(problem, sizes, kinds[1])
 
-    operations = pairs(problem, sizes) * Hq * (D + Dv)
-    workers = threads_used if operations > prefill.SERIAL_WORK else 1
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
-    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, workers, mean_rows)
+    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows)
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
     key_weights = problem.first_sequence().key_weight
     steps: list[Step] = []
@@ -72,7 +70,7 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
             prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
             steps.append(Step(prefilling, some.sequences, some.arrays))
         if key_weights is not None and Lk:
-            weigh = key_weight.prepared(some, of_kernels, key_weights, whole, workers, operations)
+            weigh = key_weight.prepared(some, of_kernels, key_weights, whole, threads_used)
             steps.append(Step(weigh, some.sequences, some.arrays))
     return steps, alive
 

@@ -74,13 +74,6 @@ def _offsets(problem: Problem) -> np.ndarray:
     return launch.batch_offsets(batch, *strides)
 
 
-def pairs(problem: Problem, sizes: Sizes) -> float:
-    """Queries x keys, of all sequences."""
-    if problem.packed is None:
-        return sizes.B * sizes.Lq * sizes.Lk
-    return float(np.dot(np.diff(problem.packed.query_starts), np.diff(problem.packed.key_starts)))
-
-
 @functools.lru_cache(maxsize=64)
 def numbers(B: int) -> np.ndarray:
     return np.arange(B)[:, None]

@@ -60,7 +60,7 @@ AHEAD, MOST_AHEAD = 8 * 1024, 128  # and rows of them, at most
 KEYS = 4 * VECTOR_BYTES
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
-SERIAL_WORK = 1 << 17  # multiply-adds that are done sooner than the threads are woken
+SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
 TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
 
 # How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
@@ -463,7 +463,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
     def cut_for(sequences: Sequences) -> Run:
         cut = Cut(rows, heads, group, splits_of(sequences, rows, settings))
         tasks, operations = pairs * cut.splits, launch.rows_times_keys(sequences) * Hq * (D + Dv)
-        workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
+        workers = launch.workers_for(threads_used, tasks, operations, SERIAL_WORK)
         start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
 
         def run(arrays: Arrays) -> None:

@@ -65,7 +65,6 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
 STEEP = 4.0  # rise of scores over a tile, by ALiBi, with which its references are moved first
-SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
 
 
@@ -393,7 +392,7 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
 
     def cut_for(sequences: Sequences) -> Run:
         operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
-        workers = min(tasks, threads_used) if operations > SERIAL_WORK else 1
+        workers = launch.workers_for(threads_used, tasks, operations)
         start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
         return lambda arrays: start(arrays, sequences, functions, settings, cut)
 

@@ -11,13 +11,11 @@ import numpy as np
 from numba_attn import threads
 from numba_attn.cpu import backward as first_pass
 from numba_attn.cpu import bias_gradient, launch
-from numba_attn.cpu.call import call_of, nothing, pairs
+from numba_attn.cpu.call import call_of, nothing
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.score_gradients import GradientArrays
 from numba_attn.gradient_problem import GradientProblem
 from numba_attn.problem import statistics_dtype
-
-SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 
 
 def backward(gradient: GradientProblem) -> None:
@@ -33,8 +31,8 @@ def backward(gradient: GradientProblem) -> None:
     above = gradient.grad_lse
     delta = np.zeros(problem.query.shape[:-1], dtype) if above is None else np.negative(above, order="C")
     arrays = arrays_of(gradient, delta)
-    operations = pairs(problem, sizes) * Hq * (3 * D + 2 * Dv)
-    workers = threads.count() if operations > SERIAL_WORK else 1
+    operations = launch.rows_times_keys(call.sequences) * Hq * (3 * D + 2 * Dv)
+    workers = threads.count() if operations > launch.SERIAL_WORK else 1
     first_pass.run(call, arrays, kinds, workers, operations)
     if gradient.mask is not None or gradient.slopes is not None:
         mask, places = mask_of(gradient, B)

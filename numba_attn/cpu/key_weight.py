@@ -25,6 +25,8 @@ from numba_attn.cpu.score import (
     Call,
     Cutting,
     Kinds,
+    Run,
+    Sequences,
     Sizes,
     call_types,
     columns_of,
@@ -158,16 +160,21 @@ def weigh_together(code, memory, counters, weights, arrays, sequences, functions
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, workers: int, operations: float) -> Cutting:
+def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, threads_used: int) -> Cutting:
     """How to write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
-    arrays, dtype = call.arrays, call.arrays.lse.dtype
-    (Hq, _, D), Lq, Lk = arrays.q.shape, call.settings.Lq, call.settings.Lk
+    (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
+    (Hq, _, D), Dv, Lq, Lk = arrays.q.shape, arrays.out.shape[2], settings.Lq, settings.Lk
     heads = len(call.sequences.numbers) * Hq
-    cut = cut_keys(heads, Lq, Lk, D, whole, workers, dtype.itemsize)
+    cut = cut_keys(heads, Lq, Lk, D, whole, threads_used, dtype.itemsize)
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
-    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
-    _, _, functions, settings = call
-    return lambda sequences: lambda arrays: start(weights, arrays, sequences, functions, settings, cut)
+
+    def cut_for(sequences: Sequences) -> Run:
+        operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
+        workers = launch.workers_for(threads_used, tasks, operations)
+        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+        return lambda arrays: start(weights, arrays, sequences, functions, settings, cut)
+
+    return cut_for
 
 
 def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, itemsize: int) -> Cut:

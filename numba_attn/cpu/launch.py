@@ -15,6 +15,7 @@ from numba_attn import threads
 from numba_attn.cpu.jit import Compiled, compiled, device
 from numba_attn.cpu.simd import fetch_add
 
+SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
 # A long call is made in slices, as signals, Ctrl-C for one, are only seen between them: a first one of so many
 # multiply-adds for each worker, 0.2 s with AVX-512, and then, as that has taken long or not, slices of so many seconds.
@@ -76,6 +77,11 @@ def rows_times_keys(sequences: Any) -> float:
         return float(rows) * keys
     _, rows, keys = intervals[numbers[:, 0]].T
     return float(np.dot(rows.astype(np.float64), keys))
+
+
+def workers_for(threads_used: int, tasks: int, operations: float, serial_work: int = SERIAL_WORK) -> int:
+    """How many of the threads are worth waking."""
+    return min(threads_used, tasks) if operations > serial_work else 1
 
 
 @device
