@@ -19,6 +19,7 @@ from numba_attn.device_array import DeviceArray
 Array = TypeVar("Array")  # whatever array a caller has
 OPERANDS = ("query", "key", "value", "attn_mask", "out")
 _PLAIN = (np.ndarray, type(None))
+_ALIGNED = 16  # bytes: what kernels may ask of an address
 
 
 def type_name(x: Any) -> str:
@@ -115,6 +116,33 @@ def _place(x: Any) -> str:
     return "a CUDA device" if x.device is None else f"CUDA device {x.device}"
 
 
+# Calls like an earlier one --------------------------------------------------------------------------------------------
+
+
+# How an array lies on a CUDA device, in all that `Library.view` looks at and kernels may depend on, and its address.
+Located = tuple[tuple[Any, ...], int]
+
+
+def located(query: Any, key: Any, value: Any, out: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """Of arrays of one class on CUDA devices, what is the same in calls alike, and what a `repeats.Repeat` takes.
+
+    None if that cannot be found at once, as `Library.view` would find it.
+    """
+    kind, library = type(query), library_of(query)
+    if library is None or type(key) is not kind or type(value) is not kind or type(out) not in (kind, type(None)):
+        return None
+    q, k, v = library.located(query), library.located(key), library.located(value)
+    if q is None or k is None or v is None:
+        return None
+    stream = library.stream(query)
+    if out is None:
+        return (kind, q[0], k[0], v[0]), (library, query, None, (q[1], k[1], v[1]), stream)
+    o = library.located(out)
+    if o is None:
+        return None
+    return (kind, q[0], k[0], v[0], o[0]), (library, query, out, (q[1], k[1], v[1], o[1]), stream)
+
+
 # Libraries ------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +179,14 @@ class Library:
 
     def view(self, x: Any) -> Any:
         """What `view` returns, or an error of any kind that says why there is no such thing."""
+        raise NotImplementedError
+
+    def located(self, x: Any) -> Located | None:
+        """Of an array on a CUDA device, in as few steps as it takes; None if that is not known."""
+        return None
+
+    def stream(self, x: Any) -> int:
+        """That of work on an array which has been located."""
         raise NotImplementedError
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -201,8 +237,27 @@ class _Torch(Library):
             strides=tuple(x.itemsize * step for step in x.stride()),
             dtype=_dtype(str(x.dtype).removeprefix("torch.")),
             device=x.device.index,
-            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            stream=self.stream(x),
         )
+
+    def located(self, x: Any) -> Located | None:
+        torch = sys.modules["torch"]
+        # Subclasses may lie as they like.
+        if type(x) is not torch.Tensor or not x.is_cuda or x.layout is not torch.strided:
+            return None
+        address = x.data_ptr()
+        return (
+            x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNED,
+            x.requires_grad, x.is_neg(), x.is_quantized,
+        ), address  # fmt: skip
+
+    def stream(self, x: Any) -> int:
+        """The current one, by a function of torch's compiled code, which is faster by microseconds, if it is there."""
+        torch, device = sys.modules["torch"], x.get_device()
+        try:
+            return torch._C._cuda_getCurrentRawStream(device)
+        except AttributeError:
+            return torch.cuda.current_stream(device).cuda_stream
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype.name))
@@ -247,9 +302,14 @@ class _CuPy(Library):
         return (_loaded("cupy", "ndarray"),)
 
     def view(self, x: Any) -> Any:
-        device = x.device.id
-        stream = sys.modules["cupy"].cuda.get_current_stream(device).ptr
-        return self.on_device(x, x.data.ptr, x.shape, x.strides, x.dtype, device=device, stream=stream)
+        return self.on_device(x, x.data.ptr, x.shape, x.strides, x.dtype, device=x.device.id, stream=self.stream(x))
+
+    def located(self, x: Any) -> Located | None:
+        address = x.data.ptr
+        return (x.shape, x.strides, x.dtype, x.device.id, address % _ALIGNED), address
+
+    def stream(self, x: Any) -> int:
+        return sys.modules["cupy"].cuda.get_current_stream(x.device.id).ptr
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         with like.device:
@@ -268,6 +328,15 @@ class _Interface(Library):
         if strides is None:
             strides = tuple(dtype.itemsize * step for step in dlpack.contiguous(shape))
         return self.on_device(x, address, shape, strides, dtype, stream=stream, writeable=not read_only)
+
+    def located(self, x: Any) -> Located | None:
+        told = x.__cuda_array_interface__
+        address, read_only = told["data"]
+        form = told["shape"], told.get("strides"), told["typestr"], address % _ALIGNED, read_only
+        return None if told.get("mask") is not None else (form, address)
+
+    def stream(self, x: Any) -> int:
+        return x.__cuda_array_interface__.get("stream") or 1
 
 
 class _NumbaCUDA(_Interface):

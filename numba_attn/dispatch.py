@@ -29,10 +29,10 @@ _GRADIENTS = {"cpu": "numba_attn.cpu.gradients", "reference": "numba_attn.refere
 
 def attend(backend: Any, **call: Any) -> Any:
     """What all forms of attention end with: the arguments of `Problem.from_call`, to results for the caller."""
-    key = repeats.key_of(backend, call)
+    key, given = repeats.identify(backend, call)
     repeat = repeats.find(key)
     if repeat is not None:
-        result = repeat(call["query"], call["key"], call["value"], call["query_offset"], call["kv_lengths"])
+        result = repeat(*given)
         if result is not None:
             return result
     caller, backend = adopt(backend, call)
@@ -47,7 +47,7 @@ def checked(backend: Any, **call: Any) -> tuple[Callable[[], tuple[np.ndarray, A
 
     There is no problem for a call like an earlier one, whose sequences have neither lengths nor positions of their own.
     """
-    key = repeats.key_of(backend, call)
+    key, _ = repeats.identify(backend, call)
     if type(call["query_offset"]) is int and call["kv_lengths"] is None and repeats.find(key) is not None:
         return lambda: (attend(backend, **call), None), None
     run, problem = forward(backend), Problem.from_call(**call)

@@ -12,47 +12,58 @@ from typing import Any
 
 import numpy as np
 
+from numba_attn import arrays
 from numba_attn.storage import Storage
 
-# From query, key, value, query_offset and kv_lengths to the result; None where something else has changed, as the
+# From what differs between calls alike, see `identify`, to the result; None where something else has changed, as the
 # number of threads.
-Repeat = Callable[[np.ndarray, Any, Any, Any, "np.ndarray | None"], "np.ndarray | None"]
+Repeat = Callable[..., Any]
 MakeRepeat = Callable[[], "Repeat | None"]
 Key = tuple[Any, ...]
 
 MOST = 256
 # Arguments of `Problem.from_call` that have to be None, and how many there are in all, in calls that can be repeated.
 ABSENT = (
-    *("attn_mask", "out", "query_lengths", "softcap", "alibi_slopes", "sinks"),
+    *("attn_mask", "query_lengths", "softcap", "alibi_slopes", "sinks"),
     *("score_mod", "mask_mod", "block_mask", "dropout_seed"),
 )
 ARGUMENTS = 23
+UNKNOWN: tuple[None, tuple[()]] = None, ()
 
 _repeats: dict[Key, Repeat] = {}
 
 
-def key_of(backend: Any, call: dict[str, Any]) -> Key | None:
-    """All that a call depends on but the contents of its arrays; None if that cannot be said shortly.
+def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any, ...]]:
+    """All that a call depends on but the contents of its arrays, and what a `Repeat` takes instead of these.
 
-    Equal keys are of calls that are valid or not alike: so True is told from 1, for one.
+    That is None if it cannot be said shortly.  Equal keys are of calls that are valid or not alike: so True is told
+    from 1, for one.
     """
     if len(call) != ARGUMENTS:
-        return None
+        return UNKNOWN
     for name in ABSENT:
         if call[name] is not None:
-            return None
-    query, key, value = call["query"], call["key"], call["value"]
-    if type(query) is not np.ndarray or not query.dtype.isnative:  # of another byte order it is copied in any case
-        return None
-    held: tuple[Any, ...]
-    if type(key) is type(value) is np.ndarray and key.dtype.isnative and value.dtype.isnative:
+            return UNKNOWN
+    query, key, value, out = call["query"], call["key"], call["value"], call["out"]
+    given_offset, given_lengths = call["query_offset"], call["kv_lengths"]
+    form: tuple[Any, ...]
+    given: tuple[Any, ...] = query, key, value, given_offset, given_lengths
+    if type(query) is not np.ndarray:
+        found = arrays.located(query, key, value, out)
+        if found is None or type(given_offset) is not int or given_lengths is not None:
+            return UNKNOWN
+        form, given = found
+    elif not query.dtype.isnative or out is not None:  # of another byte order it is copied in any case
+        return UNKNOWN
+    elif type(key) is type(value) is np.ndarray and key.dtype.isnative and value.dtype.isnative:
         held = key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype
+        form = query.shape, query.strides, query.dtype, held
     elif type(key) is Storage and value is None:
-        held = key.form
+        form = query.shape, query.strides, query.dtype, key.form
     else:
-        return None
+        return UNKNOWN
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
-    offset, lengths = _if_an_array(call["query_offset"]), _if_an_array(call["kv_lengths"])
+    offset, lengths = _if_an_array(given_offset), _if_an_array(given_lengths)
     window, aux = call["window"], call["return_aux"]
     layout, precision = call["layout"], call["precision"]
     if not (
@@ -69,11 +80,8 @@ def key_of(backend: Any, call: dict[str, Any]) -> Key | None:
         and (precision is None or type(precision) is str)
         and (backend is None or type(backend) is str)
     ):
-        return None
-    return (
-        query.shape, query.strides, query.dtype, held,
-        causal, scale, gqa, offset, lengths, window, layout, precision, backend,
-    )  # fmt: skip
+        return UNKNOWN
+    return (form, causal, scale, gqa, offset, lengths, window, layout, precision, backend), given
 
 
 def _if_an_array(x: Any) -> Any:

@@ -149,7 +149,7 @@ def torch_with_cuda() -> ModuleType:
 
     class Tensor:
         requires_grad = is_quantized = False
-        negated = False
+        negated, is_cuda = False, True
 
         def __init__(self, shape: tuple[int, ...], dtype: Any = "float32", device: int = 1) -> None:
             self.shape, self.dtype, self.layout = shape, getattr(torch, dtype), torch.strided
@@ -163,6 +163,9 @@ def torch_with_cuda() -> ModuleType:
 
         def stride(self) -> tuple[int, ...]:
             return self._strides
+
+        def get_device(self) -> int:
+            return int(self.device.index)
 
         def is_neg(self) -> bool:
             return self.negated

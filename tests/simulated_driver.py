@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from numba_attn.cuda import launch, simulator
+from numba_attn.cuda import devices, launch, simulator
 from numba_attn.cuda.arguments import Numbers, Reals
 from numba_attn.cuda.compile import Compiled
 
@@ -33,9 +34,14 @@ class Driver:
         self.calls: list[tuple[Any, ...]] = []
         self.memory: dict[int, np.ndarray] = {}
         self.kernels: dict[bytes, Any] = {}
-        self.contexts: list[int] = []
+        self._contexts = threading.local()
         self.capturing = 0
         self._names = itertools.count()
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of the calling thread, the current one last."""
+        return vars(self._contexts).setdefault("stack", [])
 
     def compiled(self, make: Any, configuration: Any, types: Any, cc: Any, bounds: Any) -> Compiled:
         """In the place of `compile.compiled`."""
@@ -70,11 +76,8 @@ class Driver:
     def _cuDevicePrimaryCtxRetain(self, device: int) -> int:
         return 100 + device
 
-    def _cuCtxGetCurrent(self) -> int:
-        return self.contexts[-1] if self.contexts else 0
-
-    def _cuCtxGetDevice(self) -> int:
-        return self.contexts[-1] - 100
+    def cuCtxGetDevice(self) -> tuple[int, int]:
+        return (0, self.contexts[-1] - 100) if self.contexts else (201, 0)
 
     def _cuCtxPushCurrent(self, context: int) -> None:
         self.contexts.append(context)
@@ -150,10 +153,10 @@ def _at(address: int, dtype: Any, count: int) -> np.ndarray:
 
 def install(patch: Any, driver: Driver) -> None:
     """Let the launcher work with this driver, from a fresh start."""
-    patch.setattr(launch, "_driver", lambda: driver)
+    patch.setattr(devices, "api", lambda: driver)
     patch.setattr(launch.compile, "compiled", driver.compiled)
     patch.setattr(launch, "argument_types", tuple)  # of elements alone; Numba's types are for its compiler
     patch.setattr(launch, "_tables", type(launch._tables)())
     patch.setattr(launch, "_kernels", {})
     for name in ("compute_capability", "_primary_context", "unavailable"):
-        getattr(launch, name).cache_clear()
+        getattr(devices, name).cache_clear()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import foreign
 import mods
 import numpy as np
 import pytest
 from contract import STORAGE
 from simulated_cuda import TINY, pytestmark, tiles, turns  # noqa: F401
-from simulated_driver import Driver, install
+from simulated_driver import Driver, _at, install
 from tolerances import assert_accurate, same_bits
 
-from numba_attn import scaled_dot_product_attention, varlen_attention
-from numba_attn.cuda import launch, simulator
+from numba_attn import repeats, scaled_dot_product_attention, varlen_attention
+from numba_attn.cuda import devices, launch, simulator
 from numba_attn.cuda.flash import make_flash
 from numba_attn.cuda.sequences import PARAMETERS
 from numba_attn.cuda.simt import make_forward
-from numba_attn.problem import AUX_NAMES
+from numba_attn.problem import AUX_NAMES, Problem
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def driver() -> Iterator[Driver]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulator, "enabled", lambda: False)
         install(patch, driver)
-        patch.setattr(launch, "unavailable", lambda: None)
+        patch.setattr(devices, "unavailable", lambda: None)
         yield driver
     assert not driver.contexts
 
@@ -87,7 +91,7 @@ def test_a_call_like_another_neither_allocates_nor_waits(driver: Driver) -> None
     scaled_dot_product_attention(*given, **options)
     assert same_bits(out.numbers, expected)
     assert {call[0] for call in driver.calls} <= {
-        "cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuStreamIsCapturing", "cuLaunchKernel",
+        "cuCtxPushCurrent", "cuCtxPopCurrent", "cuStreamIsCapturing", "cuLaunchKernel",
     }  # fmt: skip
 
 
@@ -158,3 +162,141 @@ def test_tensor_cores_are_chosen_for_what_they_can_do(driver: Driver, monkeypatc
     assert len(types) == len(PARAMETERS) and not driver.called("cuMemAllocAsync")
     scaled_dot_product_attention(query, key, value, mask_mod=mods.prefix, out=out)
     assert driver.kernels[driver.called("cuLaunchKernel")[1][0]][0] is make_forward
+
+
+# Calls alike ----------------------------------------------------------------------------------------------------------
+
+
+def _afresh(*arrays: Any, **options: Any) -> Any:
+    repeats.forget()
+    return scaled_dot_product_attention(*arrays, **options)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The problems that are checked and laid out from here on."""
+    seen: list[Any] = []
+    from_call = Problem.from_call
+    monkeypatch.setattr(Problem, "from_call", lambda *given, **call: seen.append(call) or from_call(*given, **call))
+    return seen
+
+
+@pytest.mark.parametrize("storage", sorted(set(STORAGE) - {"unaligned", "read-only"}))
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 4, "window": (5, None)}], ids=str)
+def test_a_call_like_another_is_not_checked_again(
+    driver: Driver, checked: list[Any], storage: str, options: dict[str, Any]
+) -> None:
+    form = STORAGE[storage]
+    results = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        arrays = [form(rng.standard_normal((2, 2, L, 5)).astype(np.float32)) for L in (9, 13, 13)]
+        out = OnDevice(form(np.zeros((2, 2, 9, 5), np.float32)), 77 + seed)
+        given = [OnDevice(x, 77 + seed) for x in arrays]
+        driver.calls.clear()
+        assert scaled_dot_product_attention(*given, out=out, **options) is out
+        assert driver.called("cuLaunchKernel")[0][8] == 77 + seed, "not on the array's stream"
+        results.append((out.numbers, arrays))
+    assert len(checked) == 1
+    assert not driver.called("cuMemAllocAsync") and not driver.called("cuMemcpyHtoDAsync")
+    for got, arrays in results:
+        assert same_bits(got, _afresh(*arrays, backend="cuda", **options))
+
+
+def test_what_is_not_alike_is_checked(driver: Driver, checked: list[Any]) -> None:
+    query, key, value = map(OnDevice, _arrays())
+    out = OnDevice(np.zeros((2, 2, 9, 5), np.float32))
+    scaled_dot_product_attention(query, key, value, out=out)
+    with pytest.raises(ValueError, match="out must not share memory with query"):
+        scaled_dot_product_attention(query, key, value, out=query)
+    half = OnDevice(np.zeros((2, 2, 9, 5), np.float16))
+    with pytest.raises(TypeError, match="out must be float32, as query is"):
+        scaled_dot_product_attention(query, key, value, out=half)
+    shifted = OnDevice(np.zeros(2 * 2 * 9 * 5 * 4 + 2, np.uint8)[2:].view(np.float32).reshape(2, 2, 9, 5))
+    with pytest.raises(NotImplementedError, match="at multiples of that"):
+        scaled_dot_product_attention(shifted, key, value, out=out)
+    scaled_dot_product_attention(query, key, value, out=out, is_causal=True)
+    scaled_dot_product_attention(query, key, value, out=out, kv_lengths=[3, 4])
+    assert len(checked) == 6
+    # Where the tables of the call have gone it is laid out anew.
+    launch._tables.clear()
+    scaled_dot_product_attention(query, key, value, out=out)
+    scaled_dot_product_attention(query, key, value, out=out)
+    assert len(checked) == 7
+    # The result beside the query in one array: as near as it may be.
+    both = np.zeros((2, 2, 2, 9, 5), np.float32)
+    both[0] = query.numbers
+    assert scaled_dot_product_attention(OnDevice(both[0]), key, value, out=OnDevice(both[1])) is not None
+    assert len(checked) == 7 and same_bits(both[1], out.numbers)
+
+
+def test_results_of_ones_own_where_calls_are_alike(
+    driver: Driver, checked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words that a kernel is given, and memory that it works in, are those of a call that is laid out anew."""
+    torch = foreign.torch_with_cuda()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    given: list[tuple[Any, list[int]]] = []
+
+    def launched(function: bytes, *rest: Any) -> None:
+        given.append((driver.kernels[function][0], _words(rest[8], len(PARAMETERS))))
+
+    monkeypatch.setattr(driver, "_cuLaunchKernel", launched, raising=False)
+    for rows in (1, 3, 100):  # in parts of few rows, of more, and whole
+        arrays = [torch.Tensor((2, 8, L, 64), "float16") for L in (rows, 600, 600)]
+        repeats.forget()
+        checked.clear()
+        scaled_dot_product_attention(*arrays)
+        others = [torch.Tensor((2, 8, L, 64), "float16") for L in (rows, 600, 600)]
+        given.clear()
+        memory = set(driver.memory)
+        out = scaled_dot_product_attention(*others)
+        assert type(out) is torch.Tensor and out.shape == (2, 8, rows, 64) and len(checked) == 1
+        assert set(driver.memory) == memory, "temporary memory is given back"
+        again = list(given)
+        given.clear()
+        _afresh(*others, out=out)
+        assert [make for make, _ in again] == [make for make, _ in given] and len(given) == (1 if rows == 100 else 2)
+        scratch = [n for n, name in enumerate(PARAMETERS) if name in ("parts", "part_sums")]
+        for (_, one), (_, other) in zip(again, given, strict=True):
+            assert [x for n, x in enumerate(one) if n not in scratch] == [
+                x for n, x in enumerate(other) if n not in scratch
+            ]
+            taken = driver.called("cuMemAllocAsync")[-3][0] if rows < 100 else 0
+            for n in scratch:
+                assert bool(one[n]) is bool(other[n]) and one[n] % 256 == one[scratch[0]] % 256
+            assert rows == 100 or one[scratch[0]] < one[scratch[1]] < one[scratch[0]] + taken
+
+
+def _words(places: int, count: int) -> list[int]:
+    return [int(_at(int(place), np.int64, 1)[0]) for place in _at(places, np.uint64, count)]
+
+
+def test_threads_with_calls_alike(driver: Driver, checked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call's arguments are its own, as long as the driver may read them."""
+    key, value = (OnDevice(x) for x in _arrays()[1:])
+    one_at_a_time, run, together = threading.Lock(), driver._cuLaunchKernel, threading.Barrier(1)
+
+    def launched(*arguments: Any) -> None:
+        together.wait(10)
+        with one_at_a_time:
+            run(*arguments)
+
+    monkeypatch.setattr(driver, "_cuLaunchKernel", launched, raising=False)
+
+    def compute(seed: int) -> None:
+        query = OnDevice(np.random.default_rng(seed).standard_normal((2, 2, 9, 5)).astype(np.float32))
+        out = OnDevice(np.zeros((2, 2, 9, 5), np.float32))
+        scaled_dot_product_attention(query, key, value, out=out)
+        results[seed] = query.numbers, out.numbers
+
+    results: dict[int, Any] = {}
+    compute(0)
+    compute(1)
+    together = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(compute, range(2, 5)))
+    together = threading.Barrier(1)
+    assert len(checked) == 1
+    for query, out in results.values():
+        assert same_bits(out, _afresh(query, key.numbers, value.numbers, backend="cuda"))

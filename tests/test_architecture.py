@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "checks": {"arrays", "device_array"},
     "problem": {"block_mask", "checks", "masks", "storage"},
     "reference": {"block_mask", "gradient_problem", "problem", "random"},
-    "repeats": {"storage"},
+    "repeats": {"arrays", "storage"},
     "dispatch": {"arrays", "gradient_problem", "problem", "repeats"},
     "api": {"arrays", "dispatch", "problem"},
     "merge": {"arrays", "checks"},
@@ -147,13 +147,15 @@ MAY_IMPORT = {
     "cuda.simulator": {"cuda.arguments"},
     "cuda.placed": {"checks", "cuda.arguments"},
     "cuda.user_functions": {"checks", "cuda.launch"},  # the latter for memory, when an array is captured
-    "cuda.launch": {"cuda.arguments", "cuda.compile", "cuda.user_functions"},
+    "cuda.launch": {"cuda.arguments", "cuda.compile", "cuda.devices", "cuda.user_functions"},
+    "cuda.replay": {"cuda.devices", "cuda.launch"},
     "cuda.portable": {
         *("cuda.arguments", "cuda.key_weight", "cuda.placed", "cuda.scores", "cuda.simt", "checks", "problem"),
         "random",
     },
     "cuda.attention": {
-        *("cuda.launch", "cuda.placed", "cuda.portable", "cuda.simulator", "cuda.tensorcore", "problem"),
+        *("cuda.devices", "cuda.launch", "cuda.placed", "cuda.portable", "cuda.replay", "cuda.simulator"),
+        *("cuda.tensorcore", "device_array", "problem", "repeats"),
     },
     # These load no Numba: kernels get what they are written in, and `cuda.compile` looks that up.
     "cuda.products": {"cuda.shared_tiles"},

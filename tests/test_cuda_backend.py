@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from numba_attn import scaled_dot_product_attention
-from numba_attn.cuda import launch, portable, simulator
+from numba_attn.cuda import devices, launch, portable, simulator
 from numba_attn.cuda.arguments import COLUMNS, KV_LENGTH, Numbers, Reals, Tile
 
 X = np.ones((1, 2, 3, 4), np.float32)
@@ -17,7 +17,7 @@ X = np.ones((1, 2, 3, 4), np.float32)
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Any:
-    caches = launch.unavailable, launch._driver, launch.compute_capability
+    caches = devices.unavailable, devices.api, devices.compute_capability
     for cache in caches:
         cache.cache_clear()
     yield
@@ -38,11 +38,11 @@ def driver(count: int = 1, capability: tuple[int, int] = (9, 0), status: int = 0
 
 def without(monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
     for part in parts:
-        monkeypatch.setattr(launch, f"_without_{part}", lambda: None)
+        monkeypatch.setattr(devices, f"_without_{part}", lambda: None)
 
 
 def test_it_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_without_packages", lambda: "numba-cuda 0.28.1 or later is not installed: try again")
+    monkeypatch.setattr(devices, "_without_packages", lambda: "numba-cuda 0.28.1 or later is not installed: try again")
     with pytest.raises(NotImplementedError, match=r"backend 'cuda' cannot be used: numba-cuda 0\.28\.1 or later"):
         scaled_dot_product_attention(X, X, X, backend="cuda")
 
@@ -54,11 +54,11 @@ def test_it_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packages(monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str) -> None:
     def of(name: str) -> str:
         if version is None:
-            raise launch.metadata.PackageNotFoundError(name)
+            raise devices.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(launch.metadata, "version", of)
-    assert reason in (launch.unavailable() or "")
+    monkeypatch.setattr(devices.metadata, "version", of)
+    assert reason in (devices.unavailable() or "")
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, version: str | None, reason: 
 )
 def test_devices(monkeypatch: pytest.MonkeyPatch, given: Any, reason: str) -> None:
     without(monkeypatch, "packages", "toolkit")
-    monkeypatch.setattr(launch, "_driver", lambda: given)
-    assert reason in (launch.unavailable() or "")
-    monkeypatch.setattr(launch, "_driver", lambda: driver())
-    assert reason in (launch.unavailable() or ""), "asked once"
+    monkeypatch.setattr(devices, "api", lambda: given)
+    assert reason in (devices.unavailable() or "")
+    monkeypatch.setattr(devices, "api", lambda: driver())
+    assert reason in (devices.unavailable() or ""), "asked once"
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,15 +82,15 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("libcuda.so.1: cannot open\nshared object file")
 
     without(monkeypatch, "packages", "toolkit")
-    monkeypatch.setattr(launch, "_driver", missing)
+    monkeypatch.setattr(devices, "api", missing)
     reason = "there is no NVIDIA driver that works: libcuda.so.1: cannot open shared object file"
-    assert launch.unavailable() == reason
+    assert devices.unavailable() == reason
 
 
 def test_no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "packages", "device")
     monkeypatch.setitem(__import__("sys").modules, "cuda.pathfinder", None)
-    assert "a library of the CUDA toolkit is missing (python -m pip install" in (launch.unavailable() or "")
+    assert "a library of the CUDA toolkit is missing (python -m pip install" in (devices.unavailable() or "")
 
 
 def test_words_of_a_launch() -> None:

@@ -21,6 +21,9 @@ PARAMETERS = {
     **dict.fromkeys(("scale", "unit", "cap", "gain"), "float32"),
 }
 
+ADDRESSES = tuple(PARAMETERS)[: tuple(PARAMETERS).index("part_sums") + 1]
+"""Names of the parameters that are addresses, the first ones."""
+
 # Of a row of the table of sequences, each an int64: where a sequence stands on its keys and its lengths, then where it
 # begins in each array, in bytes.
 COLUMNS = ("offset", "query_length", "kv_length", "query", "key", "value", "mask", "out", "statistic")

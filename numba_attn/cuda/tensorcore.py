@@ -16,7 +16,7 @@ from numba_attn.cuda.combine import Combination, make_combine
 from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.flash_results import STATISTICS_BYTES, part_columns
 from numba_attn.cuda.row_results import LOG2_E
-from numba_attn.cuda.sequences import PARAMETERS
+from numba_attn.cuda.sequences import ADDRESSES, PARAMETERS
 from numba_attn.problem import Problem, Sizes
 
 LARGEST_HEAD = 256
@@ -47,6 +47,11 @@ class Launch(NamedTuple):
     block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[int | float, ...]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """What the first arguments are the addresses of."""
+        return ADDRESSES
 
     def words(self) -> np.ndarray:
         """The arguments in eight bytes each, of which the first are what the kernel takes: (n,) int64."""
@@ -147,8 +152,8 @@ def launches(
         arguments["chunk"] = max(CHUNK * configuration.rows // FEW, configuration.keys)
         arguments["blocks"] = blocks = max(1, -(-Lk // arguments["chunk"]))
         places = B * Hkv * blocks * configuration.rows
-        parts = scratch(places * (STATISTICS_BYTES + 4 * part_columns(Dv)))
-        arguments |= {"parts": parts, "part_sums": parts + places * STATISTICS_BYTES}
+        arguments["parts"] = scratch(places * STATISTICS_BYTES)
+        arguments["part_sums"] = scratch(places * 4 * part_columns(Dv))
         found.append(_launch(make_flash, configuration, configuration.shared_bytes, B * Hkv * blocks, arguments))
         combination = Combination(configuration.kind, Dv, configuration.rows, configuration.general)
         found.append(_launch(make_combine, combination, 0, B * Hq * Lq, arguments))
