@@ -161,6 +161,12 @@ def _bits16(kind: str, x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FFF, rounded)
 
 
+def _alike(x: np.ndarray) -> int:
+    """The one number that all threads have."""
+    assert (x == x[0]).all()
+    return int(x[0])
+
+
 def _signed(words: np.ndarray) -> np.ndarray:
     return words.astype(np.uint32).view(np.int32).astype(np.int64)
 
@@ -281,6 +287,10 @@ class _Ops:
     def store_shared_i32(self, condition: Any, place: Any, x: Any) -> None:
         self._store_shared("store", place, self._block.lanes(x, np.uint32), condition=condition)
 
+    def store_shared_i64(self, condition: Any, place: Any, x: Any) -> None:
+        low, high = self._block.lanes(x, np.int64).view(np.uint32).reshape(-1, 2).T
+        self._store_shared("store", place, low, high, condition=condition)
+
     def store_shared_f32(self, place: Any, x: Any) -> None:
         self._store_shared("store", place, self._block.lanes(x, F32))
 
@@ -296,6 +306,15 @@ class _Ops:
 
     def load_shared_i32(self, place: Any) -> np.ndarray:
         return _signed(self._load_shared("load", place, 4)[:, 0])
+
+    def load_shared_i64(self, place: Any) -> np.ndarray:
+        return self._load_shared("load", place, 8).copy().view(np.int64)[:, 0]
+
+    def load_alike_i32(self, place: int) -> int:
+        return _alike(self.load_shared_i32(place))
+
+    def load_alike_i64(self, place: int) -> int:
+        return _alike(self.load_shared_i64(place))
 
     def load_shared_f32(self, place: Any) -> np.ndarray:
         return self._load_shared("load", place, 4)[:, 0].copy().view(F32)
@@ -362,6 +381,11 @@ class _Ops:
     multiply_add = staticmethod(lambda x, y, z: F32(np.float64(x) * np.float64(y) + np.float64(z)))
     least = staticmethod(lambda x, y: np.minimum(x, y) if np.ndim(x) or np.ndim(y) else min(x, y))
     most = staticmethod(lambda x, y: np.maximum(x, y) if np.ndim(x) or np.ndim(y) else max(x, y))
+
+    @staticmethod
+    def behind(address: Any, n: Any, step: Any) -> Any:
+        assert np.abs(n).max() < 1 << 31 and np.abs(step).max() < 1 << 31
+        return address + n * step
 
     @staticmethod
     def quotient(x: Any, y: Any) -> Any:

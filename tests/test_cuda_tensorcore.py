@@ -346,6 +346,8 @@ def test_what_is_left_to_other_kernels() -> None:
     assert "contiguous" in str(_reason(of=np.ones((1, 2, 16, 8), np.float16).swapaxes(-1, -2)))
     odd = STORAGE["unaligned"](np.zeros((8, 8), np.float32))
     assert "elements of mask" in str(_reason(where={"mask": odd.ctypes.data}, attn_mask=odd))
+    far = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (8, 8), (0, 1 << 31))
+    assert "a row of mask are too far apart" in str(_reason(attn_mask=far))
     assert "rows of key" in str(_reason(where={"key": 8}))
     paged = Storage(np.ones((3, 2, 4, 16), np.float16), np.ones((3, 2, 4, 16), np.float16), None, 16, 16, 8, _PAGES)
     assert "in pages" in str(_reason(key=paged))

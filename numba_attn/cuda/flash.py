@@ -22,7 +22,21 @@ from numba_attn.cuda.products import make_accumulate, make_add_odd, make_scores
 from numba_attn.cuda.row_results import LOG2_E
 from numba_attn.cuda.sequences import make_sequence
 from numba_attn.cuda.shared_tiles import make_copy, make_copy_packed, make_not_finite, tile_bytes
-from numba_attn.cuda.tile_scores import BOUNDS_BYTES, BOUNDS_STEP, make_drop, make_hide, make_transform
+from numba_attn.cuda.tile_scores import ROW, make_drop, make_hide, make_transform, row_bytes
+
+
+class Block(NamedTuple):
+    """Where in shared memory what is known of a block is, in bytes from where that begins."""
+
+    low: int = 0  # int32, the first key that every row may attend to
+    high: int = 4  # int32, the end of them
+    stop: int = 8  # int32, the end of its tiles
+    length: int = 12  # int32, keys of the sequence
+    keys: int = 16  # int64, the address of the first
+    values: int = 24  # int64, likewise
+
+
+BLOCK, BLOCK_BYTES = Block(), 32
 
 
 class Configuration(NamedTuple):
@@ -53,9 +67,15 @@ class Configuration(NamedTuple):
         return 32 * self.row_warps * self.key_warps
 
     @property
+    def row_bytes(self) -> int:
+        """Of what is known of a row, in shared memory."""
+        return row_bytes(bool(self.mask) or self.alibi or self.dropout)
+
+    @property
     def shared_bytes(self) -> int:
         keys, values = tile_bytes(self.keys, self.D), tile_bytes(self.keys, self.Dv)
-        loop = tile_bytes(self.rows, self.D) + self.stages * (keys + values) + self.key_warps * self.rows * BOUNDS_BYTES
+        loop = tile_bytes(self.rows, self.D) + self.stages * (keys + values) + BLOCK_BYTES
+        loop += self.key_warps * self.rows * self.row_bytes
         after = 0 if self.split else tile_bytes(self.rows, self.Dv)
         if self.key_warps > 1:
             after = self.key_warps * self.rows * part_row(self.Dv)
@@ -123,23 +143,25 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
     split, general, alibi, dropout = c.split, c.general, c.alibi, c.dropout
     warp_keys, warp_rows = keys // key_warps, 16 * tiles
     key_tiles, value_tiles = warp_keys // 8, 2 * -(-c.Dv // 16)
+    every_row = c.row_bytes
     scored, summed, halves = 4 * tiles * key_tiles, 4 * tiles * value_tiles, 2 * tiles
     key_bytes, value_bytes = tile_bytes(keys, c.D), tile_bytes(keys, c.Dv)
     keys_at = tile_bytes(rows, c.D)
     values_at = keys_at + stages * key_bytes
-    bounds_at = values_at + stages * value_bytes
+    block_at = values_at + stages * value_bytes
+    rows_at, row_step = block_at + BLOCK_BYTES, 8 * c.row_bytes  # a thread has every eighth row
     nothing, masked_everywhere = -math.inf, bool(c.mask)
 
     sequence_of = make_sequence(cuda, ops)
     copy_queries = make_copy_packed(cuda, ops, rows, c.D, threads)
-    own_keys, copy_keys = make_copy(cuda, ops, keys, c.D, threads)
-    own_values, copy_values = make_copy(cuda, ops, keys, c.Dv, threads)
+    copy_keys = make_copy(cuda, ops, keys, c.D, threads)
+    copy_values = make_copy(cuda, ops, keys, c.Dv, threads)
     not_finite, clean = make_not_finite(cuda, ops, c.kind, keys, c.Dv, threads)
     scores = make_scores(cuda, ops, c.kind, c.D, tiles, key_tiles)
-    transform = make_transform(cuda, ops, tiles, key_tiles, c.softcap, alibi)
-    hide = make_hide(cuda, ops, tiles, key_tiles, c.mask)
+    transform = make_transform(cuda, ops, tiles, key_tiles, c.softcap, alibi, row_step)
+    hide = make_hide(cuda, ops, tiles, key_tiles, c.mask, row_step)
     softmax = make_softmax(cuda, ops, tiles, key_tiles, value_tiles, general, c.entropy)
-    drop = make_drop(cuda, ops, tiles, key_tiles)
+    drop = make_drop(cuda, ops, tiles, key_tiles, row_step)
     accumulate = make_accumulate(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
     add_odd = make_add_odd(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
     write_results = make_write_results(cuda, ops, c.kind, c.Dv, tiles, general)
@@ -192,29 +214,29 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             tile, stop = i32(some_low // keys), i32((some_high + keys - 1) // keys)
         begun = tile < stop
 
-        # The thread's own rows.
-        row_number, row_head = cuda.local.array(halves, i32), cuda.local.array(halves, i32)
-        mask_rows, ahead_of = cuda.local.array(halves, i64), cuda.local.array(halves, i32)
-        row_slope = cuda.local.array(halves, f32)
         warp_row, warp_key = i32(row_warp * warp_rows), i32(key_warp * warp_keys)
-        # What is only needed at the edges of a mask waits in shared memory.
-        bounds = i32(shared + bounds_at + (key_warp * rows + warp_row + (lane >> 2)) * BOUNDS_BYTES)
+        # The thread's own rows.
+        own_rows = i32(shared + rows_at + (key_warp * rows + warp_row + (lane >> 2)) * every_row)
         for row in range(halves):
+            here = i32(own_rows + row * row_step)
             packed = i32(first_row + warp_row + 8 * row + (lane >> 2))
             i = ops.quotient(packed, group)
             h = i32(head * group + packed - i * group)
-            row_number[row], row_head[row] = i, h
             position = i64(i) + ahead
             low = i32(ops.least(ops.most(position - left, 0), key_length))
             high = i32(ops.most(ops.least(position + right + 1, key_length), 0))
-            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP), low)
-            ops.store_shared_i32(True, i32(bounds + row * BOUNDS_STEP + 4), cuda.selp(packed < valid, high, i32(0)))
+            ops.store_shared_i32(True, i32(here + ROW.low), low)
+            ops.store_shared_i32(True, i32(here + ROW.high), cuda.selp(packed < valid, high, i32(0)))
             if masked_everywhere:
-                mask_rows[row] = i64(mask + at_mask + i64(h) * mask_head + i64(i) * mask_row)
+                mask_at = i64(mask + at_mask + i64(h) * mask_head + i64(i) * mask_row)
+                ops.store_shared_i64(True, i32(here + ROW.mask), mask_at)
             if alibi:
-                ahead_of[row] = i32(position)
                 at = i64(slopes + 4 * (i64(sequence) * slopes_batch + h))
-                row_slope[row] = ops.load_f32(packed < valid, at, f32(0))
+                ops.store_shared_i32(True, i32(here + ROW.position), i32(position))
+                ops.store_shared_f32(i32(here + ROW.slope), ops.load_f32(packed < valid, at, f32(0)))
+            if dropout:
+                ops.store_shared_i32(True, i32(here + ROW.number), i)
+                ops.store_shared_i32(True, i32(here + ROW.head), h)
 
         s, seen = cuda.local.array(scored, f32), cuda.local.array(tiles, i32)
         sums, top = cuda.local.array(summed, f32), cuda.local.array(halves, f32)
@@ -224,28 +246,41 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         for row in range(halves):
             top[row], total[row], spread[row] = f32(nothing), f32(0), f32(0)
 
-        key_source = own_keys(i64(key + at_key + i64(head) * key_head), key_row, thread)
-        value_source = own_values(i64(value + at_value + i64(head) * value_head), value_row, thread)
+        known = i32(shared + block_at)
         if begun:
+            key_source = i64(key + at_key + i64(head) * key_head)
             query_source = i64(query + at_query + i64(head * group) * query_head)
             copy_queries(shared, query_source, query_row, query_head, group, first_row, valid, thread)
             slot = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
             first_key = i32(tile * keys)
-            copy_keys(
-                slot, i64(key_source + i64(first_key) * i64(key_row)), key_row, i32(key_length - first_key), thread
-            )
+            copy_keys(slot, key_source, key_row, first_key, i32(key_length - first_key), thread)
             ops.commit_copies()
-        while tile < stop:
+            # Read in each turn, as registers are for what all of it needs.
+            ops.store_shared_i32(thread == 0, i32(known + BLOCK.low), every_low)
+            ops.store_shared_i32(thread == 0, i32(known + BLOCK.high), every_high)
+            ops.store_shared_i32(thread == 0, i32(known + BLOCK.stop), stop)
+            ops.store_shared_i32(thread == 0, i32(known + BLOCK.length), i32(key_length))
+            ops.store_shared_i64(thread == 0, i32(known + BLOCK.keys), key_source)
+            value_source = i64(value + at_value + i64(head) * value_head)
+            ops.store_shared_i64(thread == 0, i32(known + BLOCK.values), value_source)
+            cuda.syncthreads()
+        more = begun
+        while more:
             first_key = i32(tile * keys)
             keys_here = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
             values_here = i32(shared + values_at + (tile & (stages - 1)) * value_bytes)
-            rest = i32(i32(key_length) - first_key)
-            partial = masked_everywhere or first_key < every_low or first_key + keys > every_high
+            rest = i32(ops.load_alike_i32(i32(known + BLOCK.length)) - first_key)
+            partial = masked_everywhere
+            if not masked_everywhere:
+                every_low = ops.load_alike_i32(i32(known + BLOCK.low))
+                every_high = ops.load_alike_i32(i32(known + BLOCK.high))
+                partial = first_key < every_low or first_key + keys > every_high
             odd = False
             if stages == 1:
                 ops.wait_for_all_copies()
                 cuda.syncthreads()
-            copy_values(values_here, i64(value_source + i64(first_key) * i64(value_row)), value_row, rest, thread)
+            value_source = ops.load_alike_i64(i32(known + BLOCK.values))
+            copy_values(values_here, value_source, value_row, first_key, rest, thread)
             ops.commit_copies()
             if stages == 2:
                 ops.wait_for_all_but_last()
@@ -258,21 +293,22 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
                 else:
                     cuda.syncthreads()
             tile = i32(tile + 1)
-            if tile < stop:
+            more = tile < ops.load_alike_i32(i32(known + BLOCK.stop))
+            if more:
                 slot = i32(shared + keys_at + (tile & (stages - 1)) * key_bytes)
-                next_key = i32(first_key + keys)
-                copy_keys(slot, i64(key_source + i64(next_key) * i64(key_row)), key_row, i32(rest - keys), thread)
+                key_source = ops.load_alike_i64(i32(known + BLOCK.keys))
+                copy_keys(slot, key_source, key_row, i32(first_key + keys), i32(rest - keys), thread)
             ops.commit_copies()
 
             thread_key = i32(first_key + warp_key + 2 * (lane & 3))
             if general:
-                transform(s, scale, cap, row_slope, ahead_of, thread_key)
+                transform(s, scale, cap, own_rows, thread_key)
             if partial:
-                hide(s, seen, bounds, mask_rows, mask_column, thread_key)
+                hide(s, seen, own_rows, mask_column, thread_key)
             softmax(s, sums, top, total, spread, unit)
             if dropout:
                 first = i32(first_key + warp_key)
-                drop(s, first, row_number, row_head, sequence, seed_low, seed_high, threshold, lane)
+                drop(s, first, own_rows, sequence, seed_low, seed_high, threshold, lane)
 
             if stages == 2:
                 ops.wait_for_all_but_last()

@@ -101,9 +101,14 @@ wait_for_all_but_last = instruction("cp.async.wait_group 1;", (), (), memory=Tru
 store_shared_i32 = instruction(
     "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b32 [$1], $2; }", (), (i32, i32, i32), memory=True
 )  # if the first is true
+store_shared_i64 = instruction(
+    "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b64 [$1], $2; }", (), (i32, i32, i64), memory=True
+)  # likewise
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", (), (i32, f32), memory=True)
 store_shared_f32x2 = instruction("st.shared.v2.f32 [$0], {$1, $2};", (), (i32, f32, f32), memory=True)
 load_shared_i32 = instruction("ld.shared.b32 $0, [$1];", (i32,), (i32,), memory=True)
+load_shared_i64 = instruction("ld.shared.b64 $0, [$1];", (i64,), (i32,), memory=True)
+load_alike_i32, load_alike_i64 = load_shared_i32, load_shared_i64  # from one place for all threads of a block
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", (f32,), (i32,), memory=True)
 
 
@@ -205,6 +210,8 @@ float_of = instruction("cvt.rn.f32.s32 $0, $1;", (f32,), (i32,))
 least = instruction("min.s64 $0, $1, $2;", (i64,), (i64, i64))
 most = instruction("max.s64 $0, $1, $2;", (i64,), (i64, i64))
 quotient = instruction("div.u32 $0, $1, $2;", (i32,), (i32, i32))
+# An address so many steps of so many bytes behind another: in one instruction, of which no part is kept for later.
+behind = instruction("mad.wide.s32 $0, $2, $3, $1;", (i64,), (i64, i32, i32))
 product_low = instruction("mul.lo.u32 $0, $1, $2;", (i32,), (i32, i32))
 product_high = instruction("mul.hi.u32 $0, $1, $2;", (i32,), (i32, i32))
 

@@ -104,33 +104,29 @@ def make_place(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> An
 
 
 def make_copy(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:
-    """A function (source, row_bytes, thread) of where a thread's share of an array begins, and a procedure.
+    """A procedure (to, source, row_bytes, first, end, thread) that copies a tile, the rows of an array from `first` on.
 
-    (to, there, row_bytes, end, thread): copy the tile in which that share begins `there`; its rows from `end` on are
-    zeros.
+    From `end` on, counted from there, they are zeros.
     """
     i32, i64 = ops.i32, ops.i64
     address, present = make_address(cuda, ops, columns), make_present(cuda, ops, columns)
     inside, place = make_place(cuda, ops, rows, columns, threads)
-    shift, slots, further, steps, _ = Share.of(rows, columns, threads)
+    _, slots, further, steps, _ = Share.of(rows, columns, threads)
 
     @cuda.jit(device=True, inline="always")
-    def own(source, row_bytes, thread):
-        return i64(source + i64(thread >> shift) * i64(row_bytes) + i64((thread & (slots - 1)) << 4))
-
-    @cuda.jit(device=True, inline="always")
-    def copy(to, there, row_bytes, end, thread):
+    def copy(to, source, row_bytes, first, end, thread):
         # A division, as what a shift gives would be kept in registers from tile to tile.
         first_row = ops.quotient(thread, slots)
         chunk = i32(thread - first_row * slots)
-        first, some = i32(to + address(first_row, chunk)), present(chunk)
+        begin, some = i32(to + address(first_row, chunk)), present(chunk)
+        there = i64(ops.behind(source, i32(first + first_row), row_bytes) + i64(chunk << 4))
         for step in range(steps):
             row = i32(first_row + step * further)
             count = cuda.selp(row < end, some, i32(0))
-            ops.copy_16(inside(row, chunk), place(first, step), there, count)
+            ops.copy_16(inside(row, chunk), place(begin, step), there, count)
             there = i64(there + further * i64(row_bytes))
 
-    return own, copy
+    return copy
 
 
 def make_copy_packed(cuda: Any, ops: Any, rows: int, columns: int, threads: int) -> Any:

@@ -109,6 +109,8 @@ def _layout(problem: Problem, where: Callable[[str], Where]) -> str | None:
             address, strides = where(name)
             if any(n % x.dtype.itemsize for n in (address, *_used(x.shape, strides))):
                 return f"elements of {name} are not at multiples of their size"
+    if problem.mask is not None and abs(_used(problem.mask.shape, where("mask").strides)[-1]) >= _INT32:
+        return "elements of a row of mask are too far apart"
     B, Hq, Hkv, Lq, Lk, _, _ = problem.sizes
     if len({where(name).strides for name in STATISTICS if getattr(problem, name) is not None}) > 1:
         return "statistics have different strides"

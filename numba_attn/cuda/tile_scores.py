@@ -1,5 +1,8 @@
 """What scores are beyond products, which of them count, and which probabilities are dropped.
 
+What these want to know of a row waits in shared memory, so that registers are free for what is in every tile: see
+`Row`.
+
 A thread has, of each pair of `tiles` of 16 rows by 8 keys, four scores: rows g and g + 8, where g is its lane // 4, and
 of each the keys 2 (lane % 4) and the next one.  Element 4 (tile * key_tiles + key_tile) + 2 half + e of its array is
 row 16 tile + 8 half + g, key 8 key_tile + 2 (lane % 4) + e; rows are numbered 2 tile + half in what is kept of each.
@@ -8,19 +11,36 @@ row 16 tile + 8 half + g, key 8 key_tile + 2 (lane % 4) + e; rows are numbered 2
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba_attn import random
 from numba_attn.cuda.row_results import LOG2_E
 
-BOUNDS_BYTES = 8  # of a row: the first key it may attend to, and the end of them
-BOUNDS_STEP = 8 * BOUNDS_BYTES  # a thread has every eighth row
+
+class Row(NamedTuple):
+    """Where in shared memory what is known of a row is, in bytes from where the row begins there."""
+
+    low: int = 0  # int32, the first key that it may attend to
+    high: int = 4  # int32, the end of them
+    mask: int = 8  # int64, the address of its mask
+    number: int = 16  # int32
+    head: int = 20  # int32
+    position: int = 24  # int32, on the keys
+    slope: int = 28  # float32
 
 
-def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: bool, alibi: bool) -> Any:
-    """A procedure (s, scale, cap, slopes, positions, key) that makes scaled, capped and biased scores of products.
+ROW = Row()
 
-    `key` is the number of the thread's first key; each row has a slope and a position on the keys.
+
+def row_bytes(options: bool) -> int:
+    """Of a row; without options it has nothing but the keys that it may attend to."""
+    return 32 if options else 8
+
+
+def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: bool, alibi: bool, step: int) -> Any:
+    """A procedure (s, scale, cap, rows, key) that makes scaled, capped and biased scores of products.
+
+    `key` is the number of the thread's first key; what is known of its rows begins at rows + row * step.
     """
     i32, f32 = ops.i32, ops.f32
 
@@ -39,11 +59,13 @@ def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: boo
         return cuda.selp(size < f32(0.3), near, far)
 
     @cuda.jit(device=True, inline="always")
-    def transform(s, scale, cap, slopes, positions, key):
+    def transform(s, scale, cap, rows, key):
         per_cap = ops.reciprocal(cap)
         for row in range(2 * tiles):
             if alibi:
-                ahead = ops.float_of(i32(positions[row] - key))
+                here = i32(rows + row * step)
+                ahead = ops.float_of(i32(ops.load_shared_i32(i32(here + ROW.position)) - key))
+                fall = f32(-ops.load_shared_f32(i32(here + ROW.slope)))
             for tile in range(key_tiles):
                 for e in range(2):
                     at = 4 * ((row // 2) * key_tiles + tile) + 2 * (row % 2) + e
@@ -52,31 +74,32 @@ def make_transform(cuda: Any, ops: Any, tiles: int, key_tiles: int, softcap: boo
                         x = ops.product(tanh(ops.product(x, per_cap)), cap)
                     if alibi:
                         distance = ops.magnitude(f32(ahead - f32(8 * tile + e)))
-                        x = ops.multiply_add(f32(-slopes[row]), distance, x)
+                        x = ops.multiply_add(fall, distance, x)
                     s[at] = x
 
     return transform
 
 
-def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str) -> Any:
-    """A procedure (s, seen, bounds, masks, step, key) that makes scores -inf that do not count, and `seen` tell.
+def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str, step: int) -> Any:
+    """A procedure (s, seen, rows, column, key) that makes scores -inf that do not count, and `seen` tell.
 
-    Row r attends to the keys from one up to another number, which lie in shared memory at bounds + r * BOUNDS_STEP, and
-    its mask, of elements of the kind `mask`, begins at the address masks[r] and goes on in steps of bytes; `key` is the
-    number of the thread's first key.  Bit 4 key_tile + 2 half + e of seen[tile] is of that element.
+    A row's mask, of elements of the kind `mask`, has one every `column` bytes; `rows`, `step` and `key` are those of
+    `make_transform`.  Bit 4 key_tile + 2 half + e of seen[tile] is of that element.
     """
-    i32, i64, f32 = ops.i32, ops.i64, ops.f32
+    i32, f32 = ops.i32, ops.f32
     given_too, boolean, hidden = bool(mask), mask == "bool", -math.inf
     load = getattr(ops, f"load_{mask}" if mask else "load_f32")
 
     @cuda.jit(device=True, inline="always")
-    def hide(s, seen, bounds, masks, step, key):
+    def hide(s, seen, rows, column, key):
         for tile in range(tiles):
             seen[tile] = i32(0)
         for row in range(2 * tiles):
-            first = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP)) - key)
-            end = i32(ops.load_shared_i32(i32(bounds + row * BOUNDS_STEP + 4)) - key)
-            given_row = i64(masks[row] + key * step)
+            here = i32(rows + row * step)
+            first = i32(ops.load_shared_i32(i32(here + ROW.low)) - key)
+            end = i32(ops.load_shared_i32(i32(here + ROW.high)) - key)
+            if given_too:
+                given_row = ops.behind(ops.load_shared_i64(i32(here + ROW.mask)), key, column)
             for tile in range(key_tiles):
                 for e in range(2):
                     at = 4 * ((row // 2) * key_tiles + tile) + 2 * (row % 2) + e
@@ -84,7 +107,7 @@ def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str) -> Any
                     counts = (first <= n) & (n < end)
                     x = s[at]
                     if given_too:
-                        given = load(counts, i64(given_row + n * step), f32(0))
+                        given = load(counts, ops.behind(given_row, n, column), f32(0))
                         if boolean:
                             counts = counts & (given != f32(0))
                         else:
@@ -97,10 +120,10 @@ def make_hide(cuda: Any, ops: Any, tiles: int, key_tiles: int, mask: str) -> Any
     return hide
 
 
-def make_drop(cuda: Any, ops: Any, tiles: int, key_tiles: int) -> Any:
-    """A procedure (s, key, rows, heads, sequence, seed_low, seed_high, threshold, lane) that drops probabilities.
+def make_drop(cuda: Any, ops: Any, tiles: int, key_tiles: int, step: int) -> Any:
+    """A procedure (s, key, rows, sequence, seed_low, seed_high, threshold, lane) that drops probabilities.
 
-    `key` is the number of the first key of the tile, a multiple of 8; `rows` and `heads` those of each row.
+    `key` is the number of the first key of the tile, a multiple of 8; `rows` and `step` are those of `make_transform`.
     """
     i32, i64, f32 = ops.i32, ops.i64, ops.f32
     first_factor, second_factor = random.MULTIPLIERS
@@ -120,13 +143,14 @@ def make_drop(cuda: Any, ops: Any, tiles: int, key_tiles: int) -> Any:
         return x0, x1, x2, x3
 
     @cuda.jit(device=True, inline="always")
-    def drop(s, key, rows, heads, sequence, seed_low, seed_high, threshold, lane):
+    def drop(s, key, rows, sequence, seed_low, seed_high, threshold, lane):
         # Two lanes have two words each of the block of a row's four keys: one finds that of the row of half 0, its
         # neighbour that of half 1, and they exchange what the other needs.
         even = (lane & 1) == 0
         for tile in range(tiles):
-            row = cuda.selp(even, rows[2 * tile], rows[2 * tile + 1])
-            head = cuda.selp(even, heads[2 * tile], heads[2 * tile + 1])
+            here = i32(rows + cuda.selp(even, i32(2 * tile * step), i32((2 * tile + 1) * step)))
+            row = ops.load_shared_i32(i32(here + ROW.number))
+            head = ops.load_shared_i32(i32(here + ROW.head))
             for key_tile in range(key_tiles):
                 block = i32((key >> 2) + 2 * key_tile + ((lane & 2) >> 1))
                 x0, x1, x2, x3 = words(block, row, head, sequence, seed_low, seed_high)
