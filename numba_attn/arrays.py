@@ -286,11 +286,18 @@ class _JAX(Library):
         if len(places) > 1:
             raise TypeError(f"it is on {len(places)} devices")
         (place,) = places
-        if place.platform != "cpu":
-            raise NotImplementedError(f"it is on {place}, where results cannot be written into arrays of JAX")
         if x.dtype == np.float64 and not jax.config.jax_enable_x64:
             raise TypeError("results in float64 need jax_enable_x64")
-        return np.asarray(x)  # without a copy
+        if place.platform == "cpu":
+            return np.asarray(x)  # without a copy
+        if place.platform != "gpu" or x.__dlpack_device__()[0] not in dlpack.CUDA:
+            raise TypeError(f"it is on {place}, neither the host nor a CUDA device")
+        return self.on_device(x, *_described(found := dlpack.export(x, stream=1)), awaited=True, **_kept(found))
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array that nothing has been made of yet, so that JAX cannot tell that it is written to later."""
+        (place,) = like.devices()
+        return sys.modules["jax"].numpy.empty(shape, dtype, device=place).block_until_ready()
 
     def give(self, like: Any, x: np.ndarray) -> Any:
         (place,) = like.devices()
@@ -355,12 +362,9 @@ class _DLPack(Library):
             )
         # On a device, the contents are asked to be ready on the legacy default stream.
         found = dlpack.export(x) if kind in dlpack.HOST else dlpack.export(x, stream=1)
-        dtype, writeable = _dtype(found.dtype, found.bits), bool(found.writeable)
-        strides = tuple(dtype.itemsize * step for step in found.strides)
-        where = found.address, found.shape, strides, dtype
         if found.device[0] in dlpack.HOST:
-            return _in_host_memory((x, found.capsule), *where, writeable)
-        return self.on_device(x, *where, device=found.device[1], writeable=writeable, alive=found.capsule)
+            return _in_host_memory((x, found.capsule), *_described(found), bool(found.writeable))
+        return self.on_device(x, *_described(found), **_kept(found))
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         if not hasattr(like, "__array_namespace__"):
@@ -414,6 +418,17 @@ def _in_host_memory(
         "data": (address, not writeable),
     }
     return np.asarray(_Memory(alive, interface)).view(dtype)
+
+
+def _described(found: dlpack.Capsule) -> tuple[int, tuple[int, ...], tuple[int, ...], np.dtype]:
+    """Address, shape, strides in bytes and dtype of what a capsule tells of."""
+    dtype = _dtype(found.dtype, found.bits)
+    return found.address, found.shape, tuple(dtype.itemsize * step for step in found.strides), dtype
+
+
+def _kept(found: dlpack.Capsule) -> dict[str, Any]:
+    """The rest of what a `DeviceArray` is to know of it."""
+    return {"device": found.device[1], "writeable": bool(found.writeable), "alive": found.capsule}
 
 
 def _dtype(name: str, bits: int | None = None) -> np.dtype:

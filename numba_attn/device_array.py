@@ -9,6 +9,7 @@ indexing), so that those are written once, and what a launcher needs besides:
     stream      CUstream as an int, on which the contents are ready and results are expected; 1 is the legacy default
                 stream, 2 that of the thread
     owner       the caller's array, kept alive; of results, what the caller gets
+    awaited     whether results have to be there when a call returns, as their owner's library knows of no stream
     empty       a method: a new contiguous array beside this one, allocated by the caller's own library
 
 Views keep device, stream and owner.
@@ -50,6 +51,7 @@ class DeviceArray:
     owner: Any = None
     alive: Any = None  # what else must live as long as the memory is used
     allocate: Callable[[tuple[int, ...], np.dtype], DeviceArray] | None = None
+    awaited: bool = False
 
     @property
     def ndim(self) -> int:

@@ -233,21 +233,37 @@ def numba_cuda() -> ModuleType:
     return cuda
 
 
-def jax_with_gpu() -> ModuleType:
-    jax = ModuleType("jax")
-
-    class Array:
-        def __init__(self, shape: tuple[int, ...], dtype: Any = "f4") -> None:
-            self.shape, self.dtype = shape, np.dtype(dtype)
-
-        def devices(self) -> set[Any]:
-            return {Device()}
+def jax_with_gpu(kind: int = 2) -> ModuleType:
+    """Arrays on device 3 of a DLPack type, CUDA's if it is not given; `ready` keeps those that have been waited for."""
+    jax, free = ModuleType("jax"), addresses()
 
     class Device:
         platform = "gpu"
 
         def __repr__(self) -> str:
-            return "cuda:0"
+            return "cuda:3"
+
+    device, ready = Device(), []
+
+    class Array(Described):
+        def __init__(self, shape: tuple[int, ...], dtype: Any = "f4") -> None:
+            bfloat16 = np.dtype(dtype).name == "bfloat16"
+            told: dict[str, Any] = {"code": 4, "bits": 16} if bfloat16 else {}
+            super().__init__(next(free), shape, dtype, device=(kind, 3), version=None, **told)
+            self.shape, self.dtype = shape, np.dtype(dtype)
+
+        def devices(self) -> set[Any]:
+            return {device}
+
+        def block_until_ready(self) -> Array:
+            ready.append(self)
+            return self
+
+    def empty(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
+        assert device is jax.device  # type: ignore[attr-defined]
+        return Array(shape, dtype)
 
     jax.Array, jax.core = Array, SimpleNamespace(Tracer=type("Tracer", (), {}))  # type: ignore[attr-defined]
+    jax.config, jax.numpy = SimpleNamespace(jax_enable_x64=False), SimpleNamespace(empty=empty)  # type: ignore[attr-defined]
+    jax.device, jax.ready = device, ready  # type: ignore[attr-defined]
     return jax

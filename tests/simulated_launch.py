@@ -15,13 +15,14 @@ import pytest
 from contract import STORAGE
 from simulated_cuda import TINY, pytestmark, tiles, turns  # noqa: F401
 from simulated_driver import Driver, _at, install
-from tolerances import assert_accurate, same_bits
+from tolerances import DEFAULTS, assert_accurate, same_bits
 
 from numba_attn import repeats, scaled_dot_product_attention, varlen_attention
-from numba_attn.cuda import devices, launch, simulator
+from numba_attn.cuda import attention, devices, launch, simulator
 from numba_attn.cuda.flash import make_flash
 from numba_attn.cuda.sequences import PARAMETERS
 from numba_attn.cuda.simt import make_forward
+from numba_attn.device_array import DeviceArray
 from numba_attn.problem import AUX_NAMES, Problem
 
 
@@ -162,6 +163,20 @@ def test_tensor_cores_are_chosen_for_what_they_can_do(driver: Driver, monkeypatc
     assert len(types) == len(PARAMETERS) and not driver.called("cuMemAllocAsync")
     scaled_dot_product_attention(query, key, value, mask_mod=mods.prefix, out=out)
     assert driver.kernels[driver.called("cuLaunchKernel")[1][0]][0] is make_forward
+
+
+def test_results_that_are_awaited(driver: Driver) -> None:
+    """Of a library without streams: they are there when the call returns."""
+    arrays = [*_arrays(), np.zeros((2, 2, 9, 5), np.float32)]
+    for awaited in (False, True):
+        query, key, value, out = (
+            DeviceArray(x.ctypes.data, x.shape, x.strides, x.dtype, stream=5, awaited=awaited) for x in arrays
+        )
+        problem = Problem.from_call(query, key, value, **{**DEFAULTS, "return_aux": (), "out": out})
+        driver.calls.clear()
+        attention.forward(problem)
+        names = [name for name, *_ in driver.calls]
+        assert ("cuStreamSynchronize" in names[names.index("cuLaunchKernel") :]) is awaited
 
 
 # Calls alike ----------------------------------------------------------------------------------------------------------

@@ -77,9 +77,10 @@ def test_views(view: str) -> None:
 
 def test_views_keep_what_is_known_of_the_array() -> None:
     owner = object()
-    x = DeviceArray(ADDRESS, (2, 3), (12, 4), np.dtype(np.float32), 1, 7, False, owner)
+    x = DeviceArray(ADDRESS, (2, 3), (12, 4), np.dtype(np.float32), 1, 7, False, owner, awaited=True)
     for view in (x[0], x[..., None], x.swapaxes(0, 1)):
         assert (view.device, view.stream, view.owner, view.flags.writeable) == (1, 7, owner, False)
+        assert view.awaited
     assert len(x) == 2
 
 

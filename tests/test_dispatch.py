@@ -13,6 +13,7 @@ from typing import Any
 import foreign
 import numpy as np
 import pytest
+from cases import dtype_of
 from foreign import OPERANDS, Described, Interface, arguments
 
 import numba_attn
@@ -233,11 +234,26 @@ def test_namespace_on_a_device(cuda: list[Problem]) -> None:
 
 
 def test_jax_on_a_device(cuda: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are new arrays of JAX, which a call waits for: JAX has streams of its own."""
     jax = foreign.jax_with_gpu()
     monkeypatch.setitem(sys.modules, "jax", jax)
+    for dtype in (np.float32, np.float16, dtype_of("bfloat16")):
+        x = jax.Array((2, 5, 8), dtype)
+        out, aux = scaled_dot_product_attention(x, x, x, return_aux=("lse",))
+        problem = cuda.pop()
+        assert problem.query.dtype == dtype and x.streams == [1] * 3
+        for result, view in ((out, problem.result), (aux.lse, problem.lse)):
+            assert isinstance(view, DeviceArray) and view.device == 3 and view.awaited and view.stream == 1
+            assert type(result) is jax.Array and result in jax.ready and view.owner is result
     x = jax.Array((2, 5, 8))
-    with pytest.raises(NotImplementedError, match=r"query must be .* it is on cuda:0, where results cannot be written"):
-        scaled_dot_product_attention(x, x, x)
+    with pytest.raises(TypeError, match="out must be an array that can be written to"):
+        scaled_dot_product_attention(x, x, x, out=x)
+    with pytest.raises(TypeError, match="results in float64 need jax_enable_x64"):
+        scaled_dot_product_attention(*[jax.Array((2, 5, 8), "f8")] * 3)
+    other = foreign.jax_with_gpu(kind=10)
+    monkeypatch.setitem(sys.modules, "jax", other)
+    with pytest.raises(TypeError, match=r"query must be .* it is on cuda:3, neither the host nor a CUDA device"):
+        scaled_dot_product_attention(*[other.Array((2, 5, 8))] * 3)
     assert not cuda
 
 

@@ -43,6 +43,8 @@ def forward(problem: Problem) -> MakeRepeat | None:
         kernels(problem, machine, places)(problem, machine, places)
         for name, into in results.items():
             placed.fetch(machine, places[name], into)
+        if isinstance(problem.query, DeviceArray) and problem.query.awaited:
+            machine.synchronize()
     on_device = isinstance(problem.query, DeviceArray) and places.keys() == {*OPERANDS}
     return functools.partial(_repeat, problem, machine) if on_device else None
 
