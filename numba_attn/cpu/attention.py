@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,20 +87,19 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
     """How to compute problems like one that has no other arrays; not where as many threads are no longer to be used."""
     if not _has_plain_arrays(problem):
         return None
-    nothing_yet = {"q": None, "k": None, "v": None, "out": None}
-    steps = [step._replace(arrays=step.arrays._replace(**nothing_yet)) for step in steps]
+    kept = []  # nothing of this problem's own
+    for cut, sequences, (_, _, _, mask, _, *others) in steps:
+        kept.append((cut, sequences, mask, others))
     shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout
     batch, sizes = problem.query.shape[:-3], problem.sizes
-    first, cached = (0,) * len(batch), problem.storage is not None
+    cached = problem.storage is not None
     held = (problem.storage and problem.storage.numbers) or kind_of(dtype)
 
-    def runs(**anew: np.ndarray) -> list[tuple[Run, Arrays]]:
-        return [(cut(sequences._replace(**anew)), arrays) for cut, sequences, arrays in steps]
+    def runs(**anew: np.ndarray) -> list[tuple[Run, Any, list[Any]]]:
+        return [(cut(sequences._replace(**anew)), mask, others) for cut, sequences, mask, others in kept]
 
     same_runs = functools.cache(runs)  # not made before they are wanted: many a call has no other like it
-
-    def as_given(x: np.ndarray) -> np.ndarray:
-        return bits_of(checks.heads_first(x, layout)[first])
+    as_given = _as_kernels_take(problem.result.ndim, layout, dtype)
 
     def repeat(query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any) -> np.ndarray | None:
         if threads.count() != threads_used:
@@ -116,11 +117,19 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
             k, v = held_of(key.key[0], held), held_of(key.value[0], held)
         else:
             k, v = as_given(key), as_given(value)
-        for run, arrays in to_do:
-            run(arrays._replace(q=q, k=k, v=v, out=out))
+        for run, mask, others in to_do:
+            run(Arrays(q, k, v, mask, out, *others))
         return result
 
     return repeat
+
+
+def _as_kernels_take(ndim: int, layout: str, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+    """From a caller's array, of so many axes, to the heads of the first sequence."""
+    first = (None,) if ndim == 2 else (0,) * (ndim - 3)
+    if layout == "BHLD" and dtype.itemsize > 2:
+        return operator.itemgetter(first)  # nothing but indexing: a small problem does not take much longer
+    return lambda x: bits_of(checks.heads_first(x, layout)[(0,) * (max(ndim, 3) - 3)])
 
 
 def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, np.ndarray]:
