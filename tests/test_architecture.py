@@ -105,7 +105,7 @@ MAY_IMPORT = {
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.score", "cpu.simd"},
     "cpu.forward": {
         *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),
-        *("cpu.score", "cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
+        *("cpu.rows", "cpu.score", "cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
         *("cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows", "cpu.score"),

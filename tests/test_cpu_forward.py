@@ -98,7 +98,7 @@ def test_growing_scores() -> None:
 def test_scores_that_are_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is attended to and infinitely far has weight 0, also in a row that has met no other key so far."""
     monkeypatch.setattr(
-        attention, "plan", lambda *s: (p := plan(*s))._replace(keys=7, blocks=1, tasks=-(-s[1] // p.block))
+        attention, "plan", lambda *s: (p := plan(*s))._replace(keys=7, short=0, blocks=1, tasks=-(-s[1] // p.block))
     )
     query, value = np.ones((1, 30, 4), np.float32), np.ones((1, 40, 3), np.float32)
     key = np.full((1, 40, 4), -np.inf, np.float32)
@@ -109,6 +109,26 @@ def test_scores_that_are_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None
     out = scaled_dot_product_attention(query, key, value, mask)
     np.testing.assert_array_equal(out, scaled_dot_product_attention(query, key, value, mask, backend="reference"))
     assert (out[0, ::3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("Dv", [16, 32, 48, 64, 112, 128])
+def test_results_made_at_once(dtype: Any, Dv: int) -> None:
+    """Of keys of one tile, whose results are written as rows, to the bits of those that are transposed first."""
+    rng = np.random.default_rng(Dv)
+    empty = rng.random((140, 128)) < 0.7
+    empty[20:120] = False
+    for rows, keys in ((1, 40), (9, 1), (17, 17), (50, 33), (140, 64), (48, 128)):
+        query = rng.standard_normal((2, rows, 16)).astype(dtype)
+        key, value = (rng.standard_normal((2, keys, n)).astype(dtype) for n in (16, Dv))
+        value[:, :, ::3] *= np.finfo(dtype).smallest_subnormal  # results of either sign that are no numbers any more
+        options: list[dict[str, Any]] = [{}, {"is_causal": True}, {"window": (3, 0), "query_offset": keys - rows}]
+        options += [{"attn_mask": empty[:rows, :keys]}, {"dropout_p": 0.3, "dropout_seed": 1}]
+        for chosen in options:
+            at_once = scaled_dot_product_attention(query, key, value, **chosen)
+            out = np.full((2, rows, Dv, 2), np.nan, dtype)[..., 0]
+            scaled_dot_product_attention(query, key, value, out=out, **chosen)
+            assert at_once.tobytes() == out.tobytes(), (rows, keys, list(chosen))  # signs of zeros too
 
 
 def test_many_calls_at_once() -> None:

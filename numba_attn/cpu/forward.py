@@ -15,6 +15,7 @@ import functools
 import math
 from collections import namedtuple
 
+import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY, FULL
@@ -23,6 +24,7 @@ from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
 from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
+from numba_attn.cpu.rows import write_products
 from numba_attn.cpu.score import (
     ON_TILES,
     SCORE,
@@ -45,7 +47,7 @@ from numba_attn.cpu.score import (
     select_unsloped,
     slope,
 )
-from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved
+from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix, visible
@@ -60,7 +62,7 @@ Memory = namedtuple(
 State = namedtuple("State", "qt ot reference total moment best")
 
 # How the problem is cut, see plan.Plan.
-Cut = namedtuple("Cut", "keys block blocks lanes")
+Cut = namedtuple("Cut", "keys short block blocks lanes")
 
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
@@ -73,8 +75,9 @@ PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values
 
 @device
 def memory_map(sizes):
-    # Rows and columns filled up to what tile registers hold, and room for a tile that begins anywhere.
-    block, keys = sizes.block, (sizes.keys + 31) // 32 * 32
+    # Rows and columns filled up to what tile registers hold, and room for a tile that begins anywhere.  Keys are an odd
+    # number of 32, as what lies whole pages apart gets in each other's way.
+    block, keys = sizes.block, (sizes.keys + 31) // 32 * 32 | 32
     qt_rows, ot_rows = (sizes.D + 15) // 16 * 16, (sizes.Dv + 15) // 16 * 16
     copied = 2 * keys * block
     values = copied + (keys + 32) * qt_rows
@@ -121,10 +124,25 @@ def state_of(memory, at, sizes, operands, i):
 
 
 @device
-def attend(head, first, end, sizes, settings, operands, weighted, memory, careful):
+def is_done_at_once(head, out, first, end, sizes, operands, most_keys):
+    """Whether the rows [first, end) attend to keys of one tile, `most_keys` at most, whose values are read as rows.
+
+    Results have to be rows too.
+    """
+    low, high, _, _ = visible(first, end, head.position)
+    one = low < high and low // sizes.keys == (high - 1) // sizes.keys and high - low <= most_keys
+    size = pointee_bytes(out.data)
+    contiguous = out.step == size and (is_gathered(head.v) or head.v.step == operands.itemsize)
+    narrow = holds_pairs(address(operands)) or is_narrow(head.v)
+    return one and contiguous and not narrow and sizes.Dv % sizes.lanes == 0
+
+
+@device
+def attend(head, out, first, end, sizes, settings, operands, weighted, memory, careful, at_once):
     """Stream the keys past the rows [first, end): leaves the state of each row block in memory.
 
-    `weighted` is whether the moment, for the entropy, is wanted.
+    `weighted` is whether the moment, for the entropy, is wanted.  Where all is done `at_once`, see `is_done_at_once`,
+    results are not a part of the state but written.  Returns whether these are finite.
     """
     D, Dv, keys, block, lanes = sizes
     q, k, v = head.q, in_place(head.k, memory), in_place(head.v, memory)
@@ -134,14 +152,10 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
     values = as_element(element(memory, at.values), operands)
     clean = as_element(element(memory, at.clean), operands)
     pairs, copying = holds_pairs(address(operands)), copies_keys(k, D, operands)
-    packing = end - first >= PACKED_ROWS or is_narrow(v) or pairs
-    top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
-    correction = element(memory, at.correction)
+    packing = not at_once and (end - first >= PACKED_ROWS or is_narrow(v) or pairs)
+    top = element(memory, at.top)
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
     plain = is_plain(head) and not (pairs and settings.threshold != 0)
-    capped = settings.softcap != 0
-    options = int(capped) + int(head.slope != 0) + int(weighted)
-    steep = head.slope * keys > STEEP
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
@@ -153,13 +167,16 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
         if pairs:
             pack.fill_lanes(state.qt, nothing, columns_of(D, operands) // 2 * width)
         pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, state.qt)
-        pack.fill_lanes(state.ot, nothing, Dv * width)
+        if not at_once:
+            pack.fill_lanes(state.ot, nothing, Dv * width)
         pack.fill_lanes(state.reference, nothing, width)
         pack.fill_lanes(state.total, nothing, width)
         pack.fill_lanes(state.moment, nothing, width)
         pack.fill_lanes(state.best, lowest, width)
 
-    rising = 0  # bit i: scores of block i have been out of their reference's range
+    finite = True
+    # Bit i: scores of block i have been out of their reference's range.  A literal would have all compiled twice.
+    rising = np.int64(0)
     task_low, task_high, _, _ = visible(first, end, head.position)
     for number in range(task_low // keys, (task_high + keys - 1) // keys):
         tile = number * keys
@@ -171,13 +188,15 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
             row = first + i * block
             rows = min(block, end - row)
             here = select_unsloped(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
-            if here.kept == EMPTY:
-                continue
             start, n = here.start, here.stop - here.start
+            if here.kept == EMPTY:
+                if not at_once:
+                    continue
+                start, n = tile_low, 0
             width = (rows + lanes - 1) // lanes
             state = state_of(memory, at, sizes, operands, i)
 
-            if not packed:
+            if n > 0 and not packed:
                 if is_gathered(head.k):
                     n_rows = tile_high - tile_low
                     k = gather(head.k, tile_low, n_rows, D, memory, element(memory, at.rows_k))
@@ -205,60 +224,87 @@ def attend(head, first, end, sizes, settings, operands, weighted, memory, carefu
                 size = operands.itemsize
                 v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
 
-            done = fused = False
-            # Scores that have risen once are expected to go on, but for those that ALiBi makes rise: up to the
-            # diagonal, and with a steep slope from the first tile on.  With a score_mod, what is added has been used up
-            # when a tile turns out to be one to do again.
-            distance = row + head.position.offset - start
-            raising = rising >> i & 1 or head.functions.codes[SCORE] != 0 or (steep and distance + rows > 0)
-            fusing, full = plain and not raising, here.kept == FULL
-            if full:
-                fusing = fusing and options <= 1
-            else:
-                fusing = fusing and not capped and not weighted
-            if fusing and full:
-                done = fused = exponentiate_whole(
-                    head, k_tile, settings, n, width, distance, D, weighted, state, scores, memory, at
-                )
-            if not done:
-                here = slope(head, here, row, rows, sizes, memory, at)
-            if fusing and not full:
-                done = fused = tiles.biased_probabilities(
-                    width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
-                    state.reference, state.best, state.total, sums, top, scores,
+            if n > 0:
+                rising = exponentiate_tile(
+                    head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
                 )  # fmt: skip
-            if fusing and not done:
-                raising = True
-                rising |= (head.slope == 0) << i
-            while not done:
-                unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
-                if raising:
-                    tiles.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
-                    if tiles.move_reference(
-                        width, top, state.reference, state.best, state.total, state.moment, correction
-                    ):
-                        tiles.rescale(width, state.ot, Dv, correction)
-                if weighted:
-                    done = tiles.exponentiate_weighted(
-                        width, scores, n, unit, here.added, here.row,
-                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
-                    )  # fmt: skip
-                else:
-                    done = tiles.exponentiate(
-                        width, scores, n, unit, here.added, here.row,
-                        state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
-                    )  # fmt: skip
-                if not done:
-                    rising |= 1 << i
-                    raising = True
-            if settings.threshold != 0:
-                dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, start)
-            if not fused:
-                tiles.pair_up(width, scores, n, k_tile.data)
-            if careful:
+            if at_once:
+                to = moved(out.data, row * out.row)
+                if write_products(
+                    width, rows, v_tile.data, v_tile.row, Dv, n, scores, state.total, settings.gain, top, to, out.row
+                ):
+                    finite = False
+            elif careful:
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
             else:
                 tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
+    return finite
+
+
+@device
+def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at):
+    """Scores of row block i and a tile, to probabilities below its reference: what `accumulate` takes.
+
+    Bit i of `rising`, which is returned, is whether scores of the block have been out of its reference's range.
+    """
+    D, Dv, keys, _, lanes = sizes
+    n, width = here.stop - here.start, (rows + lanes - 1) // lanes
+    scores = element(memory, at.scores)
+    top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
+    correction = element(memory, at.correction)
+    capped = settings.softcap != 0
+    options = int(capped) + int(head.slope != 0) + int(weighted)
+    steep = head.slope * keys > STEEP
+
+    done = fused = False
+    # Scores that have risen once are expected to go on, but for those that ALiBi makes rise: up to the diagonal, and
+    # with a steep slope from the first tile on.  With a score_mod, what is added has been used up when a tile turns out
+    # to be one to do again.
+    distance = row + head.position.offset - here.start
+    raising = rising >> i & 1 or head.functions.codes[SCORE] != 0 or (steep and distance + rows > 0)
+    fusing, full = plain and not raising, here.kept == FULL
+    if full:
+        fusing = fusing and options <= 1
+    else:
+        fusing = fusing and not capped and not weighted
+    if fusing and full:
+        done = fused = exponentiate_whole(
+            head, k_tile, settings, n, width, distance, D, weighted, state, scores, memory, at
+        )
+    if not done:
+        here = slope(head, here, row, rows, sizes, memory, at)
+    if fusing and not full:
+        done = fused = tiles.biased_probabilities(
+            width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
+            state.reference, state.best, state.total, sums, top, scores,
+        )  # fmt: skip
+    if fusing and not done:
+        raising = True
+        rising |= (head.slope == 0) << i
+    while not done:
+        unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
+        if raising:
+            tiles.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
+            if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
+                tiles.rescale(width, state.ot, Dv, correction)
+        if weighted:
+            done = tiles.exponentiate_weighted(
+                width, scores, n, unit, here.added, here.row,
+                state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
+            )  # fmt: skip
+        else:
+            done = tiles.exponentiate(
+                width, scores, n, unit, here.added, here.row,
+                state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
+            )  # fmt: skip
+        if not done:
+            rising |= 1 << i
+            raising = True
+    if settings.threshold != 0:
+        dropout.drop(width, scores, n, settings.threshold, settings.seed, head.b, head.h, row, here.start)
+    if not fused:
+        tiles.pair_up(width, scores, n, k_tile.data)
+    return rising
 
 
 @device
@@ -305,8 +351,11 @@ def include_sink(sink, first, end, sizes, operands, memory):
 
 
 @device
-def finish(out, statistics, first, end, sizes, operands, gain, memory):
-    """Normalise and write the rows [first, end), and their statistics.  Returns whether every result is finite."""
+def finish(out, statistics, first, end, sizes, operands, gain, memory, written):
+    """Normalise and write the rows [first, end), unless they are, and their statistics.
+
+    Returns whether every result is finite that was written here.
+    """
     Dv, block, lanes = sizes.Dv, sizes.block, sizes.lanes
     at = memory_map(sizes)
     finite = True
@@ -316,7 +365,9 @@ def finish(out, statistics, first, end, sizes, operands, gain, memory):
         width = (rows + lanes - 1) // lanes
         state = state_of(memory, at, sizes, operands, i)
         to, factors = moved(out.data, row * out.row), element(memory, at.top)
-        if pack.write_rows(width, state.ot, Dv, state.total, gain, factors, to, out.row, out.step, rows):
+        if not written and pack.write_rows(
+            width, state.ot, Dv, state.total, gain, factors, to, out.row, out.step, rows
+        ):
             finite = False
         if any_wanted(statistics):
             lane_0 = at.state + i * at.state_size + (at.qt_rows + at.ot_rows) * block
@@ -335,7 +386,6 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
     if on_tiles:
         amx.configure(address(memory))
     (Hq, _, D), Dv, Lq = arrays.q.shape, arrays.out.shape[2], settings.Lq
-    sizes = Sizes(D, Dv, cut.keys, cut.block, cut.lanes)
     per_task = cut.blocks * cut.block
     per_head = (Lq + per_task - 1) // per_task
     tasks = sequences.numbers.shape[0] * Hq * per_head
@@ -349,19 +399,26 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
         end = min(first + per_task, sequences.intervals[b, 1] if settings.packed else Lq)
         valid = max(first, min(end, sequences.intervals[b, 1]))
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
+        keys = cut.short if head.position.kv_length <= cut.short else cut.keys
+        sizes = Sizes(D, Dv, keys, cut.block, cut.lanes)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         statistics = statistics_of(arrays, sequences, b, h)
-        weighted, careful = arrays.entropy.size > 0, False
+        weighted, careful = arrays.entropy.size > 0, np.bool_(False)
+        at_once = arrays.sinks.size == 0 and is_done_at_once(
+            head, out_head, first, valid, sizes, arrays.operands, cut.short
+        )
         while valid > first:
-            attend(head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful)
+            finite = attend(
+                head, out_head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful, at_once
+            )
             if arrays.sinks.size:
                 include_sink(arrays.sinks[h], first, valid, sizes, arrays.operands, memory)
-            finite = finish(out_head, statistics, first, valid, sizes, arrays.operands, settings.gain, memory)
+            finite &= finish(out_head, statistics, first, valid, sizes, arrays.operands, settings.gain, memory, at_once)
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
             # tells them apart.
-            careful = True
+            careful, at_once = np.bool_(True), np.bool_(False)
         fill_padding(arrays, sequences, b, h, valid, end)
     if on_tiles:
         amx.release(address(memory))
@@ -386,7 +443,7 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
     """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
-    cut = Cut(whole.keys, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
+    cut = Cut(whole.keys, whole.short, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
     size = memory_size(whole, D, Dv, cut.lanes)
 
@@ -402,7 +459,7 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
 @functools.lru_cache(maxsize=256)
 def memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
     """Elements of a worker's memory."""
-    at = memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, lanes))
+    at = memory_map.py_func(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes))
     return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
 
 
@@ -413,7 +470,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.int64,
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 4, Cut),
+        types.NamedUniTuple(types.int64, 5, Cut),
     )
 
 

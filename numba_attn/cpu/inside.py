@@ -18,7 +18,7 @@ from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tiles import LOG2_E
 
-tile_keys = device(plan.tile_keys)
+tile_keys, short_keys = device(plan.tile_keys), device(plan.short_keys)
 
 
 @device
@@ -75,8 +75,8 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         )  # fmt: skip
         return
     block = plan.WIDEST * lanes
-    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), block, 1, lanes)
-    at = forward.memory_map(forward.Sizes(D, Dv, cut.keys, cut.block, cut.lanes))
+    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize), block, 1, lanes)
+    at = forward.memory_map(forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
     counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
     forward.work_through_pointer(
         codes, np.empty(whole_lines(at.state + at.state_size), out.dtype), 0, counters,

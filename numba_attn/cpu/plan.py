@@ -1,7 +1,8 @@
 """Tile sizes and the list of tasks: data and arithmetic.
 
-Bits of a result depend on the keys of a tile alone, which follow from head and element sizes: so they are the same for
-a sequence alone or in any batch, and on any number of threads, although that decides how large a task is.
+Bits of a result depend on the keys of a tile alone, which follow from head and element sizes and the sequence's own
+number of keys: so they are the same for a sequence alone or in any batch, and on any number of threads, although that
+decides how large a task is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ MOST_BLOCKS = 16
 # Bytes of the second-level cache for a key tile, and as many for the state of a task's row blocks: processors with
 # AVX-512 have a megabyte or more of it.
 CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
-
+# Keys of a sequence that is one tile, at most, and bytes of its values, beside which probabilities stay in the
+# first-level cache, for results that are made at once.
+SHORT, VALUES = 128, 32 * 1024
 
 # Multiply-adds of a task, at most, if one row block has no more: 0.2 s with AVX-512, so that a call can be interrupted.
 MOST_OPERATIONS = 10**10
@@ -35,6 +38,7 @@ class Plan(NamedTuple):
     """How one call is cut up."""
 
     keys: int  # of a key tile
+    short: int  # keys of a sequence that is one tile
     block: int  # query rows of a row block: as many lanes as the widest register tile
     blocks: int  # row blocks of a task, which share each key tile while it is in cache
     tasks: int  # tasks of one head
@@ -56,7 +60,7 @@ def plan(
     fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
     mean_rows = Lq if mean_rows is None else mean_rows
     blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
-    return Plan(keys, block, blocks, -(-rows // blocks))
+    return Plan(keys, short_keys(Dv, itemsize), block, blocks, -(-rows // blocks))
 
 
 def tile_keys(block: int, D: int, Dv: int, itemsize: int) -> int:
@@ -65,6 +69,11 @@ def tile_keys(block: int, D: int, Dv: int, itemsize: int) -> int:
     while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
         keys -= 48
     return keys
+
+
+def short_keys(Dv, itemsize):
+    """Keys of the longest sequence that is one tile, whatever a tile has: all of its values stay in cache."""
+    return min(SHORT, VALUES // (max(Dv, 1) * itemsize))
 
 
 def _within(value: int, low: int, high: int) -> int:

@@ -9,6 +9,8 @@ Scores are a tile of vectors, one key after the other, the query rows of each in
 with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The softmax of `tiles`
 does such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
 With as many lanes as a vector has, it is a tile (n keys, 1 vector) of `tiles`, for what has to know where rows are.
+
+Last, the product with the values of a tile of many rows that has all their keys, which `forward` uses.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows
+from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, product
 
 # With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
 # with 16, as many as there are sums in a vector, as fewer wait for each other.
@@ -33,6 +35,11 @@ OUTPUTS = (
     {8: (2, 1), 4: (4, 2, 1), 2: (8, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
 )
 
+
+# Likewise for a tile of many rows: vectors of the output, and rows at once.
+WHOLE = (
+    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
+)  # fmt: skip
 
 LINE = 64  # bytes of a cache line
 
@@ -281,6 +288,48 @@ def _weigh_rows(v, rows, o, Dv, factors):
     return v.any(v.builder.fcmp_unordered("uno", check, check))
 
 
+def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, factors, out, out_row):
+    """out (rows, Dv) = p.T @ value (n, Dv) * gain / total, of a tile p (n, width vectors) with all keys of the rows.
+
+    These are the bits of `tiles.accumulate` and `pack.write_rows`, but nothing is transposed, and rows that fill no
+    vector take no longer than they must.  Rows of the value and of the result are contiguous, and Dv is whole vectors.
+    `factors` has room for a vector more than those of the queries.  Returns whether some result is not finite.
+    """
+    if are_pairs(v, "value"):
+        return v.index(0)
+    stored, row, zero = v.pointees["out"], v.mul_index(width, v.bytes), v.constant(0.0)
+
+    def factor(w: Value, check: list[Value]) -> list[Value]:
+        here = v.mul_index(w, v.bytes)
+        sums = v.load(total, here)
+        v.store(v.select(v.equal(sums, zero), zero, v.div(v.splat(gain), sums)), factors, here)
+        return [v.fma(sums, zero, check[0])]
+
+    v.store(v.loop(0, width, 1, [zero], factor)[0], factors, row)
+
+    def columns(first: Value, vectors: int) -> None:
+        values, to = v.at(value, v.mul_index(first, v.bytes)), v.at(out, v.mul_index(first, v.lanes * BYTES[stored]))
+
+        def some(i: Value, height: int) -> None:
+            at = v.mul_index(i, v.size)
+            acc = product(v, v.at(p, at), v.index(v.size), row, values, n, height, vectors, b_row=value_row)
+            check = v.load(factors, row)
+            for r in range(height):
+                weight = v.splat(v.load_scalar(factors, v.add_index(at, r * v.size)))
+                line = v.at(to, v.mul_index(out_row, v.add_index(i, r)))
+                for x in range(vectors):
+                    result = v.mul(v.add(zero, acc[r * vectors + x]), weight)  # from 0, where sums over tiles begin
+                    check = v.fma(result, zero, check)
+                    narrow.store(v, result, line, x * v.lanes * BYTES[stored], stored)
+            v.store(check, factors, row)
+
+        for_rows(v, rows, WHOLE[vectors], some)
+
+    for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), [*WHOLE], columns)
+    check = v.load(factors, row)
+    return v.any(v.builder.fcmp_unordered("uno", check, check))
+
+
 def _add_rows(v, rows, o, Dv, kept, other, factors):
     """o (rows, Dv) = kept * o + factors * other (rows, Dv), with a factor in each lane of kept and factors."""
 
@@ -341,6 +390,7 @@ highest_across = emits(_highest_across)
 mix = emits(_mix)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)
+write_products = emits(_write_products, returns=types.boolean)
 add_rows = emits(_add_rows)
 join = emits(_join)
 shares = emits(_shares)
