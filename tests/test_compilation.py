@@ -29,7 +29,20 @@ from numba.extending import intrinsic
 
 import numba_attn
 from numba_attn import cli, create_block_mask, scaled_dot_product_attention
-from numba_attn.cpu import captures, gradients, inside, jit, narrow, score, target, tile_states, user_functions, visible
+from numba_attn.cpu import (
+    captures,
+    decode,
+    forward,
+    gradients,
+    inside,
+    jit,
+    narrow,
+    score,
+    target,
+    tile_states,
+    user_functions,
+    visible,
+)
 from numba_attn.problem import AUX_NAMES
 
 PACKAGE = Path(numba_attn.__file__).parent
@@ -135,6 +148,13 @@ def test_parts_of_kernels_are_not_for_python(warm: dict[str, Any]) -> None:
             visible.visible(*arguments)
     assert visible.visible.overloads
     assert visible.visible.py_func(4, 6, score.Position(0, 30, 3, 0)) == (1, 6, 2, 5)
+
+
+def test_what_is_large_is_compiled_once(warm: dict[str, Any]) -> None:
+    """For the types of a kernel: where an argument is a literal in one place, and in another not, it would be twice."""
+    for part in (forward.attend, forward.exponentiate_tile, decode.attend):
+        assert part.overloads
+        assert not [signature for signature in part.overloads if any(isinstance(t, types.Literal) for t in signature)]
 
 
 @numba.njit(fastmath=True, error_model="python", boundscheck=True)

@@ -406,16 +406,16 @@ def decode(memory, worker, counters, tables, partials, finished, arrays, sequenc
         low = (first + split) * SPLIT
         high = min(low + SPLIT, kv_length, offset + own.rows + settings.right)
         pack_queries(arrays, sequences, own, b, shared, memory)
-        finite = attend(
-            arrays, sequences, functions, settings, own, b, shared, low, high, partials[task], tables[worker], memory,
-            False,
-        )  # fmt: skip
-        if not finite:
-            # As in `forward`: something attended to is not finite, or a masked value has met a zero.
-            attend(
+        careful = np.bool_(False)
+        while True:
+            finite = attend(
                 arrays, sequences, functions, settings, own, b, shared, low, high, partials[task], tables[worker],
-                memory, True,
+                memory, careful,
             )  # fmt: skip
+            if finite or careful:
+                break
+            # As in `forward`: something attended to is not finite, or a masked value has met a zero.
+            careful = np.bool_(True)
         if fetch_add(finished, pair) == cut.splits - 1:
             of_pair = partials[pair * cut.splits : (pair + 1) * cut.splits]
             finish(arrays, sequences, settings, own, b, shared, of_pair, memory)
