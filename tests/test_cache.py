@@ -73,7 +73,7 @@ def test_every_source_counts(filled: tuple[Path, str], tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", str(PACKAGE), str(package)], check=True)
     helper = package / "cpu" / "pack.py"
     source = helper.read_text(encoding="utf-8")
-    changed = source.replace("factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))", "factor = zero")
+    changed = source.replace("factor = share(v, sums, gain)", "factor = zero")
     assert changed != source
     helper.write_text(changed, encoding="utf-8")
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(directory), "PYTHONPATH": ""}

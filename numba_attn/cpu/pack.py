@@ -10,7 +10,7 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, Value, Vectors, emits
-from numba_attn.cpu.tiles import lane_rows
+from numba_attn.cpu.tiles import lane_rows, share
 
 
 def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
@@ -154,12 +154,12 @@ def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_row, out_step, 
     row, stored = v.mul_index(width, v.bytes), v.pointees["out"]
     size = BYTES[stored]
     whole = _whole_vectors(v, out_step, size, Dv)
-    zero, numerator = v.constant(0.0), v.splat(gain)
+    zero = v.constant(0.0)
 
     def squares(w: Value, check: list[Value]) -> list[Value]:
         first, here = v.mul_index(w, v.lanes), v.mul_index(w, v.bytes)
         sums = v.load(total, here)
-        factor = v.select(v.equal(sums, zero), zero, v.div(numerator, sums))
+        factor = share(v, sums, gain)
         v.store(factor, factors, here)
 
         def results(d: Value, check: list[Value], count: int) -> tuple[list[Value], list[Value]]:

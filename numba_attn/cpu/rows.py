@@ -22,7 +22,7 @@ from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, product
+from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, product, share
 
 # With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
 # with 16, as many as there are sums in a vector, as fewer wait for each other.
@@ -302,7 +302,7 @@ def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, fac
     def factor(w: Value, check: list[Value]) -> list[Value]:
         here = v.mul_index(w, v.bytes)
         sums = v.load(total, here)
-        v.store(v.select(v.equal(sums, zero), zero, v.div(v.splat(gain), sums)), factors, here)
+        v.store(share(v, sums, gain), factors, here)
         return [v.fma(sums, zero, check[0])]
 
     v.store(v.loop(0, width, 1, [zero], factor)[0], factors, row)
@@ -376,10 +376,8 @@ def _join(v, state, other, kept, factors):
 
 
 def _shares(v, state, gain, factors):
-    """factors = gain / total of a state, 0 for a query that attends to nothing."""
-    total = v.load(state, v.bytes)
-    zero = v.constant(0.0)
-    v.store(v.select(v.equal(total, zero), zero, v.div(v.splat(gain), total)), factors)
+    """factors = gain / total of a state."""
+    v.store(share(v, v.load(state, v.bytes), gain), factors)
 
 
 dots = emits(_dots)

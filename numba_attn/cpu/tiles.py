@@ -123,6 +123,12 @@ def product(
     return v.loop(0, count, 1, [b, *starts, *zero], body, rolled=True)[pointers:]
 
 
+def share(v: Vectors, total: Value, gain: Value) -> Value:
+    """gain / total, by which outputs are multiplied, 0 for a query that attends to nothing."""
+    zero = v.constant(0.0)
+    return v.select(v.equal(total, zero), zero, v.div(v.splat(gain), total))
+
+
 def are_pairs(v: Vectors, operand: str) -> bool:
     """Whether the products of a stage are those of pairs, as one of its pointers tells."""
     pairs = v.pointees[operand] == PAIRS
