@@ -49,8 +49,10 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
     form: tuple[Any, ...]
     given: tuple[Any, ...] = query, key, value, given_offset, given_lengths
     if type(query) is not np.ndarray:
+        if type(given_offset) is not int or given_lengths is not None:
+            return UNKNOWN
         found = arrays.located(query, key, value, out)
-        if found is None or type(given_offset) is not int or given_lengths is not None:
+        if found is None:
             return UNKNOWN
         form, given = found
     elif not query.dtype.isnative or out is not None:  # of another byte order it is copied in any case

@@ -130,22 +130,22 @@ class Driver:
         assert bounds[0] == threads
         arrays, integers, floats = types, len(Numbers._fields), len(Reals._fields)
         count = 7 * len(arrays) + integers + floats
-        places = _at(parameters, np.uint64, count)
+        places = array_at(parameters, np.uint64, count)
         words = int(places[0])
         assert (np.diff(places) == 8).all()
-        given, buffers = _at(words, np.int64, count), []
+        given, buffers = array_at(words, np.int64, count), []
         for element, (owner, parent, elements, itemsize, address, shape, stride) in zip(
             arrays, given[: 7 * len(arrays)].reshape(-1, 7).tolist(), strict=True
         ):
             dtype = np.dtype(element)
             assert (owner, parent, itemsize, stride) == (0, 0, dtype.itemsize, dtype.itemsize) and elements == shape
-            buffers.append(_at(address, dtype, min(elements, 1 << 20)))
+            buffers.append(array_at(address, dtype, min(elements, 1 << 20)))
         numbers = Numbers(*given[7 * len(arrays) : -floats].tolist())
         reals = Reals(*given[-floats:].view(np.float64).tolist())
         simulator.Machine().launch(make, configuration, threads, x, buffers, numbers, reals)
 
 
-def _at(address: int, dtype: Any, count: int) -> np.ndarray:
+def array_at(address: int, dtype: Any, count: int) -> np.ndarray:
     """An array over memory, which may be given longer than it is."""
     dtype = np.dtype(dtype)
     return np.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), dtype)

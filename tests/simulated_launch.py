@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from contract import STORAGE
 from simulated_cuda import TINY, pytestmark, tiles, turns  # noqa: F401
-from simulated_driver import Driver, _at, install
+from simulated_driver import Driver, array_at, install
 from tolerances import DEFAULTS, assert_accurate, same_bits
 
 from numba_attn import repeats, scaled_dot_product_attention, varlen_attention
@@ -284,7 +284,7 @@ def test_results_of_ones_own_where_calls_are_alike(
 
 
 def _words(places: int, count: int) -> list[int]:
-    return [int(_at(int(place), np.int64, 1)[0]) for place in _at(places, np.uint64, count)]
+    return [int(array_at(int(place), np.int64, 1)[0]) for place in array_at(places, np.uint64, count)]
 
 
 def test_threads_with_calls_alike(driver: Driver, checked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,10 +126,11 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
 
 def _as_kernels_take(ndim: int, layout: str, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
     """From a caller's array, of so many axes, to the heads of the first sequence."""
-    first = (None,) if ndim == 2 else (0,) * (ndim - 3)
+    first = (0,) * (ndim - 3)
     if layout == "BHLD" and dtype.itemsize > 2:
-        return operator.itemgetter(first)  # nothing but indexing: a small problem does not take much longer
-    return lambda x: bits_of(checks.heads_first(x, layout)[(0,) * (max(ndim, 3) - 3)])
+        # Nothing but indexing: a small problem does not take much longer.
+        return operator.itemgetter((None,) if ndim == 2 else first)
+    return lambda x: bits_of(checks.heads_first(x, layout)[first])
 
 
 def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, np.ndarray]:

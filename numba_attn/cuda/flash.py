@@ -143,13 +143,13 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
     split, general, alibi, dropout = c.split, c.general, c.alibi, c.dropout
     warp_keys, warp_rows = keys // key_warps, 16 * tiles
     key_tiles, value_tiles = warp_keys // 8, 2 * -(-c.Dv // 16)
-    every_row = c.row_bytes
     scored, summed, halves = 4 * tiles * key_tiles, 4 * tiles * value_tiles, 2 * tiles
     key_bytes, value_bytes = tile_bytes(keys, c.D), tile_bytes(keys, c.Dv)
     keys_at = tile_bytes(rows, c.D)
     values_at = keys_at + stages * key_bytes
     block_at = values_at + stages * value_bytes
-    rows_at, row_step = block_at + BLOCK_BYTES, 8 * c.row_bytes  # a thread has every eighth row
+    rows_at, every_row = block_at + BLOCK_BYTES, c.row_bytes
+    row_step = 8 * every_row  # a thread has every eighth row
     nothing, masked_everywhere = -math.inf, bool(c.mask)
 
     sequence_of = make_sequence(cuda, ops)

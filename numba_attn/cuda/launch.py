@@ -83,13 +83,6 @@ def kernel(
     return found
 
 
-def _start(started: Started, stream: int) -> None:
-    """Launch a kernel whose arguments are the first bytes of its words."""
-    function, grid, block, shared, words, _ = started
-    places = words.ctypes.data + np.arange(0, words.nbytes, 8, dtype=np.uint64)
-    check(devices.api().cuLaunchKernel(function, *grid, *block, shared, stream, places.ctypes.data, 0))
-
-
 # Memory and the interface of `simulator.Machine` ----------------------------------------------------------------------
 
 
@@ -224,7 +217,10 @@ class Machine:
         self._start(Started(function, (blocks, 1, 1), (threads, 1, 1), 4 * threads, words, moved))
 
     def _start(self, started: Started) -> None:
-        _start(started, self.stream)
+        """Launch a kernel whose arguments are the first bytes of its words."""
+        function, grid, block, shared, words, _ = started
+        places = words.ctypes.data + np.arange(0, words.nbytes, 8, dtype=np.uint64)
+        check(devices.api().cuLaunchKernel(function, *grid, *block, shared, self.stream, places.ctypes.data, 0))
         self.started.append(started)
 
     def _is_captured(self) -> bool:
