@@ -338,6 +338,12 @@ def test_faults_are_found(function: Callable[..., Any], fast: bool, fault: str |
 # Signatures -----------------------------------------------------------------------------------------------------------
 
 
+def of_quantised(signature: tuple[types.Type, ...]) -> bool:
+    """Whether a kernel's keys are of another kind than its queries: other tests may have called for that before."""
+    (arrays,) = (t for t in signature if isinstance(t, types.NamedTuple) and t.instance_class is score.Arrays)
+    return bool(arrays.types[0] != arrays.types[1])
+
+
 def test_layouts_share_one_signature(warm: dict[str, Any]) -> None:
     """However arrays lie in memory, nothing is compiled but the one form of a kernel for their types."""
     before = {name: set(results_of(name)) for name in ENTRIES}
@@ -346,9 +352,9 @@ def test_layouts_share_one_signature(warm: dict[str, Any]) -> None:
     few = set(narrow.COMPUTED.items())  # products of a few rows are those of elements
     kinds = {"work": many, "decode": few, "weigh": many | few}
     for name, signatures in before.items():
-        assert name.startswith(("attend", "classify", "differentiate", "turn")) or len(signatures) == len(
-            kinds[name.removesuffix("_together")]
-        ), name
+        if not name.startswith(("attend", "classify", "differentiate", "turn")):
+            plain = [signature for signature in signatures if not of_quantised(signature)]
+            assert len(plain) == len(kinds[name.removesuffix("_together")]), name
     forms = [*STORAGE.values(), np.ascontiguousarray, lambda x: np.broadcast_to(x[..., :1, :], x.shape)]
     rng = np.random.default_rng(0)
     for dtype in ("float32", "float64", *SIXTEEN_BITS):
