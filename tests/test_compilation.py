@@ -157,6 +157,31 @@ def test_what_is_large_is_compiled_once(warm: dict[str, Any]) -> None:
         assert not [signature for signature in part.overloads if any(isinstance(t, types.Literal) for t in signature)]
 
 
+class Failing:
+    """A dispatcher that compiles nothing, and looks whether garbage is collected meanwhile."""
+
+    collecting: bool | None = None
+
+    def compile(self, signature: tuple[types.Type, ...]) -> None:
+        self.collecting = gc.isenabled()
+        raise RuntimeError("nothing to compile")
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_collected_while_compiling(collecting: bool) -> None:
+    """And afterwards as before, also when the compiler has raised."""
+    failing = Failing()
+    if not collecting:
+        gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="nothing to compile"):
+            jit.compiled(failing, ())
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
+    assert failing.collecting is False
+
+
 @numba.njit(fastmath=True, error_model="python", boundscheck=True)
 def hostile(x: Any) -> Any:
     return x * x + x / 3

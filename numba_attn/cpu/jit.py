@@ -8,9 +8,11 @@ lost), and no GIL.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numba
@@ -31,11 +33,15 @@ OPTIONS["no_cfunc_wrapper"] = True  # an entry for C, which nobody calls, and wh
 UNCOUNTED: dict[str, Any] = {**OPTIONS, "_nrt": False}
 
 
-class _Part(JITCodeLibrary):
-    """The code of a function that is only ever part of others: they are optimised, and made machine code, with it."""
+class _Unoptimized(JITCodeLibrary):
+    """Code that is not optimised function by function, but with all that it calls."""
 
     def _optimize_functions(self, module: Any) -> None:
         module.data_layout = self._codegen._data_layout
+
+
+class _Part(_Unoptimized):
+    """The code of a function that is only ever part of others: they are optimised, and made machine code, with it."""
 
     def _optimize_final_module(self) -> None:
         pass
@@ -45,7 +51,7 @@ class _Part(JITCodeLibrary):
         self._finalized = True
 
 
-class _Whole(JITCodeLibrary):
+class _Whole(_Unoptimized):
     """The code of a kernel: optimised once.  Numba does so twice, for counts of references that there are none of."""
 
     def _optimize_final_module(self) -> None:
@@ -117,7 +123,7 @@ class Compiled(NamedTuple):
 
 def compiled(dispatcher: Any, signature: tuple[types.Type, ...]) -> Compiled:
     """Compile a kernel, or load it from the cache."""
-    with global_compiler_lock:
+    with global_compiler_lock, _uncollected():
         try:
             dispatcher.compile(signature)
         finally:
@@ -125,6 +131,18 @@ def compiled(dispatcher: Any, signature: tuple[types.Type, ...]) -> Compiled:
         result = dispatcher.overloads[signature]
         address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
     return Compiled(result.entry_point, np.array([address], np.intp))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: it would look at millions of objects that the compiler keeps, and find none."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def through_pointer(function: Callable[..., Any]) -> Any:
