@@ -22,7 +22,7 @@ from numba_attn.block_mask import EMPTY, FULL
 from numba_attn.cpu import amx, dropout, launch, pack, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import Plan
+from numba_attn.cpu.plan import WIDEST, Plan
 from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.rows import write_products
 from numba_attn.cpu.score import (
@@ -264,7 +264,7 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
     raising = rising >> i & 1 or head.functions.codes[SCORE] != 0 or (steep and distance + rows > 0)
     fusing, full = plain and not raising, here.kept == FULL
     if full:
-        fusing = fusing and options <= 1
+        fusing = fusing and (options == 0 or (options == 1 and width == WIDEST))
     else:
         fusing = fusing and not capped and not weighted
     if fusing and full:

@@ -12,14 +12,14 @@ from zero, and then added up: with thousands of keys that leaves a third of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 
 from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import amx, target
-from numba_attn.cpu.plan import HEIGHTS
+from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I1, I32, PAIRS, Value, Vectors, emits
 
 LOG2_E = math.log2(math.e)
@@ -52,12 +52,14 @@ def for_rows(v: Vectors, count: Value, heights: Sequence[int], body: Rows) -> No
         start = stop
 
 
-def for_width(build: Callable[..., Value | None]) -> Callable[..., Value | None]:
-    """`build(v, width, ...)` for the one of the register tile's widths that a block has at run time."""
+def for_width(
+    build: Callable[..., Value | None], widths: Iterable[int] = tuple(HEIGHTS)
+) -> Callable[..., Value | None]:
+    """`build(v, width, ...)` for the one of the register tile's widths, of `widths`, that a block has at run time."""
 
     @wraps(build)
     def chosen(v: Vectors, width: Value, *values: Value) -> Value | None:
-        return v.choose(width, {w: partial(build, v, w, *values) for w in HEIGHTS})
+        return v.choose(width, {w: partial(build, v, w, *values) for w in widths})
 
     return chosen
 
@@ -170,7 +172,7 @@ def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best,
 def _weighted_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, moment, moments
 ):  # fmt: skip
-    """The same, and moment += the column sums of p * log2(p)."""
+    """The same for the widest blocks, and moment += the column sums of p * log2(p)."""
     exponents, tile_moment = _plain_exponents(v, scale), (moment, moments)
     return _exponentials(
         v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, tile_moment
@@ -204,7 +206,7 @@ def _biased_probabilities(
 def _sloped_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, slope, first, reference, best, total, sums, top, p
 ):  # fmt: skip
-    """The same for exponents of scale * k.qt - slope * |distance| - reference, see `mask_tiles.add_alibi`."""
+    """The widest blocks' for exponents of scale * k.qt - slope * |distance| - reference, see `mask_tiles.add_alibi`."""
     factor, minus = v.splat(scale), v.splat(v.builder.fneg(slope))
     lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
 
@@ -222,7 +224,7 @@ def _sloped_probabilities(
 def _capped_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
 ):  # fmt: skip
-    """The same for scores that `cap` would change first, and no bias."""
+    """The widest blocks' for scores that `cap` would change first, and no bias."""
     factor, cap, log2_e = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap), v.constant(LOG2_E)
 
     def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
@@ -651,10 +653,10 @@ def _rescale(v, width, ot, Dv, correction):
 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
-weighted_probabilities = emits(for_width(_weighted_probabilities), returns=types.boolean)
+weighted_probabilities = emits(for_width(_weighted_probabilities, [WIDEST]), returns=types.boolean)
 biased_probabilities = emits(for_width(_biased_probabilities), returns=types.boolean)
-sloped_probabilities = emits(for_width(_sloped_probabilities), returns=types.boolean)
-capped_probabilities = emits(for_width(_capped_probabilities), returns=types.boolean)
+sloped_probabilities = emits(for_width(_sloped_probabilities, [WIDEST]), returns=types.boolean)
+capped_probabilities = emits(for_width(_capped_probabilities, [WIDEST]), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
 accumulate_carefully = emits(_accumulate_carefully)
