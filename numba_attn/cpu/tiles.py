@@ -28,6 +28,9 @@ INFINITY = math.inf
 # it by DEPTH: probabilities from 2**-32 to 2**16 lose nothing in floating point, and almost every tile can be
 # exponentiated while its scores are still in registers, the first one too.
 HEADROOM, DEPTH = 16.0, 32.0
+# Steps of a product at once, in the largest register tiles: that saves operations that are not multiply-adds, which
+# take time where another thread of the same core takes its share of what is done in a cycle.
+STEPS = 4
 # Exponentials at once: more hide the latency of each, fewer leave more registers.
 AT_ONCE = 4
 
@@ -104,6 +107,8 @@ def product(
     """
     if pairs:
         count = v.half(count)
+    if b_row is None:
+        b_row = v.index(width * v.bytes)
     # Four rows share a pointer: x86 addresses them as p, p + r, p + 2r and p + 3r.  From what it knows of the distance
     # between pointers, LLVM would walk from each row to the next, in a chain of additions that takes longer than the
     # products; and unrolling the loop, it would run out of registers for addresses.
@@ -111,18 +116,28 @@ def product(
     starts = [v.opaque(v.at(a, v.mul_index(a_row, i))) if i else a for i in range(0, height, 4)]
     pointers = 1 + len(starts)
 
-    def body(_: Value, carried: list[Value]) -> list[Value]:
+    def steps(_: Value, carried: list[Value], at_once: int) -> list[Value]:
         (b, *starts), acc = carried[:pointers], carried[pointers:]
-        columns = [(v.load_pairs if pairs else v.load)(b, w * v.bytes) for w in range(width)]
-        for i in range(height):
-            at = v.at(starts[i // 4], reach[i % 4])
-            factor = v.splat(v.load_scalar(at, element=I32 if pairs else None))
-            for w in range(width):
-                acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
-        return [v.at(b, width * v.bytes if b_row is None else b_row), *(v.at(p, a_step) for p in starts), *acc]
+        for step in range(at_once):
+            b_step = v.at(b, v.mul_index(b_row, step)) if step else b
+            columns = [(v.load_pairs if pairs else v.load)(b_step, w * v.bytes) for w in range(width)]
+            for i in range(height):
+                at = v.at(starts[i // 4], reach[i % 4])
+                factor = v.splat(v.load_scalar(at, step * v.size, I32 if pairs else None))
+                for w in range(width):
+                    acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
+        beyond = v.mul_index(a_step, at_once)
+        return [v.at(b, v.mul_index(b_row, at_once)), *(v.at(p, beyond) for p in starts), *acc]
 
-    zero = [v.constant(0.0)] * (height * width)
-    return v.loop(0, count, 1, [b, *starts, *zero], body, rolled=True)[pointers:]
+    carried = [b, *starts, *[v.constant(0.0)] * (height * width)]
+    start = v.index(0)
+    if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs:
+        # The next elements of contiguous rows are at constant distances, which cost no register.
+        contiguous = v.builder.icmp_signed("==", a_step, v.index(v.size))
+        whole = v.builder.select(contiguous, v.whole_steps(start, count, STEPS), start)
+        carried = v.loop(start, whole, STEPS, carried, partial(steps, at_once=STEPS), rolled=True)
+        start = whole
+    return v.loop(start, count, 1, carried, partial(steps, at_once=1), rolled=True)[pointers:]
 
 
 def share(v: Vectors, total: Value, gain: Value) -> Value:
