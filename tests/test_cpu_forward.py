@@ -11,7 +11,7 @@ import pytest
 from cases import PERF, SMALL
 
 from numba_attn import repeats, scaled_dot_product_attention, threads
-from numba_attn.cpu import attention, decode, forward, key_weight
+from numba_attn.cpu import attention, decode, forward, key_weight, score
 from numba_attn.cpu.plan import plan
 
 
@@ -179,6 +179,42 @@ def test_plan(shape: tuple[int, ...], workers: int) -> None:
     assert cut.keys == plan(*shape, 1).keys, "the keys of a tile decide bits"
     if workers == 2 and shape[0] > 1:
         assert shape[0] * cut.tasks >= 16, "too few tasks to finish together"
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_mask_that_heads_share(dtype: type[np.floating], additive: bool) -> None:
+    """What it leaves of tiles is looked for once, and gives the same bits as a mask for each head.
+
+    Of each sequence, one call after the other: what is noted of one is not taken for that of the next.
+    """
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, 3, L, 16)).astype(dtype) for L in (150, 400, 400))
+    i, j = np.arange(150)[:, None], np.arange(400)
+    squares = (i // 50 + j // 100) % 2 == 0
+    for first, second in (
+        (squares, ~squares),
+        (j <= i, j > i + 20),
+        (j < 130, j >= 0),
+        (i >= j, rng.random(j.size) < 0.5),
+    ):
+        mask = np.stack(np.broadcast_arrays(first & (i > -1), second & (i > -1)))[:, None]
+        if additive:
+            mask = np.where(mask, np.float32(0), np.float32(-np.inf))
+        for_each = np.ascontiguousarray(np.broadcast_to(mask, (2, 3, 150, 400)))
+        shared = scaled_dot_product_attention(query, key, value, mask)
+        np.testing.assert_array_equal(shared, scaled_dot_product_attention(query, key, value, for_each))
+
+
+def test_masks_are_noted_where_heads_share_them() -> None:
+    def columns(mask_heads: int, Hq: int = 2, L: int = 1000, tile_rows: int = 0) -> int:
+        mask = np.broadcast_to(np.uint8(1), (mask_heads, L, L))
+        settings = score.Settings(*[0] * 17)._replace(Lq=L, Lk=L, tile_rows=tile_rows)
+        return forward.columns_noted(mask, Hq, settings, plan(Hq, L, L, 64, 64, 4, 2))
+
+    keys = plan(2, 1000, 1000, 64, 64, 4, 2).keys
+    assert columns(1) == -(-1000 // keys)
+    assert columns(0) == columns(2) == columns(1, Hq=1) == columns(1, tile_rows=128) == columns(1, L=1 << 20) == 0
 
 
 def test_memory_does_not_grow_with_the_lengths() -> None:

@@ -25,7 +25,7 @@ from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import CACHE, WIDEST
 from numba_attn.cpu.results import column_of, read, write
-from numba_attn.cpu.score import Call, Sizes, call_types, element, head_of, matrix, select
+from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
     GradientArrays,
     gradient_types,
@@ -281,7 +281,7 @@ def do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes,
     for unit in range(task[2], task[3]):
         h, first = shared * group + unit // per_head, unit % per_head * rows
         end = min(first + rows, valid)
-        head = head_of(arrays, sequences, functions, settings, b, h, nothing)
+        head = head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES)
         load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
         differentiate_group(head, first, end, low, sums_k, sums_v, cut.blocks, sizes, settings, memory, at)
         dq = matrix(gradients.query, gradients.offsets[b, 3], h)

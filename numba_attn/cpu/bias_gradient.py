@@ -20,7 +20,7 @@ from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.results import column_of, read
-from numba_attn.cpu.score import Call, Sizes, call_types, element, head_of, matrix, select
+from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
     GradientArrays,
     gradient_types,
@@ -197,7 +197,7 @@ def differentiate_bias(memory, worker, counters, bias, gradients, arrays, sequen
             high_key = low_key + cut.part_keys if cut.part_keys else settings.Lk
             part = Part(number, place, low_row, high_row, low_key, high_key)
             for h in range(h_mask, Hq if cut.heads == 1 else h_mask + 1):
-                head = head_of(arrays, sequences, functions, settings, b, h, nothing)
+                head = head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES)
                 add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, memory, at)
 
 

@@ -23,6 +23,7 @@ from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
+    NO_NOTES,
     SCORE,
     Arrays,
     Call,
@@ -224,7 +225,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         pack.fill_lanes(state.reference, nothing, 3)
         pack.fill_lanes(state.best, lowest, 1)
         pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
-    head = head_of(arrays, sequences, functions, settings, b, shared * group, nothing)
+    head = head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES)
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
     keys = as_element(element(memory, at.keys), arrays.k)
     values = as_element(element(memory, at.values), arrays.v)
@@ -255,7 +256,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             count = heads * Lq
             if 4 * count > 3 * height:
                 count = height  # with rows of zeros: in one piece, which is faster
-            head = head_of(arrays, sequences, functions, settings, b, first, nothing)
+            head = head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES)
             here = select(head, settings, 0, Lq, heads, start, stop, False, sizes, memory, at)
             if here.kept == EMPTY:
                 continue

@@ -31,8 +31,10 @@ from numba_attn.cpu.score import (
     Call,
     Cutting,
     Kinds,
+    Notes,
     Run,
     Sequences,
+    Settings,
     Sizes,
     call_types,
     columns_of,
@@ -61,12 +63,14 @@ Memory = namedtuple(
 # The state of a row block, in memory: what it is made of, and what has come of it so far.
 State = namedtuple("State", "qt ot reference total moment best")
 
-# How the problem is cut, see plan.Plan.
-Cut = namedtuple("Cut", "keys short block blocks lanes")
+# How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
+# that is not worth it.
+Cut = namedtuple("Cut", "keys short block blocks lanes columns")
 
 LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
 STATE_VECTORS = 4  # reference, total, moment, best
 STEEP = 4.0  # rise of scores over a tile, by ALiBi, with which its references are moved first
+MOST_NOTES = 1 << 20  # on what a mask leaves of tiles, in each worker's memory
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
 
 
@@ -389,6 +393,8 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
     per_task = cut.blocks * cut.block
     per_head = (Lq + per_task - 1) // per_task
     tasks = sequences.numbers.shape[0] * Hq * per_head
+    at = memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
+    notes, noted = Notes(at.state + cut.blocks * at.state_size, cut.columns), -1
     helped = 0
     while True:
         task, helped = launch.take(counters, worker, helped, tasks)
@@ -398,7 +404,11 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
         first = (per_head - 1 - task % per_head) * per_task
         end = min(first + per_task, sequences.intervals[b, 1] if settings.packed else Lq)
         valid = max(first, min(end, sequences.intervals[b, 1]))
-        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
+        if b != noted:
+            for note in range((Lq + cut.block - 1) // cut.block * notes.columns):
+                memory[notes.start + note] = 0
+            noted = b
+        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes)
         keys = cut.short if head.position.kv_length <= cut.short else cut.keys
         sizes = Sizes(D, Dv, keys, cut.block, cut.lanes)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
@@ -443,9 +453,10 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
     """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
-    cut = Cut(whole.keys, whole.short, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize)
+    columns = columns_noted(arrays.mask, Hq, settings, whole)
+    cut = Cut(whole.keys, whole.short, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize, columns)
     tasks = len(call.sequences.numbers) * Hq * whole.tasks
-    size = memory_size(whole, D, Dv, cut.lanes)
+    size = memory_size(whole, D, Dv, cut.lanes, -(-settings.Lq // whole.block) * columns)
 
     def cut_for(sequences: Sequences) -> Run:
         operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
@@ -456,11 +467,19 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
     return cut_for
 
 
+def columns_noted(mask: np.ndarray, Hq: int, settings: Settings, cut: Plan) -> int:
+    """Of how many tiles in a row it is noted what the mask leaves of them, which is the same for all heads, or 0."""
+    heads_share = mask.size > 0 and mask.shape[0] == 1 < Hq and settings.tile_rows == 0
+    columns = -(-settings.Lk // cut.keys)
+    return columns if heads_share and -(-settings.Lq // cut.block) * columns <= MOST_NOTES else 0
+
+
 @functools.lru_cache(maxsize=256)
-def memory_size(cut: Plan, D: int, Dv: int, lanes: int) -> int:
-    """Elements of a worker's memory."""
+def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
+    """Elements of a worker's memory, with room for so many notes on a mask."""
     at = memory_map.py_func(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes))
-    return -(-(at.state + cut.blocks * at.state_size) // 16) * 16  # whole cache lines, so that workers do not share one
+    # Whole cache lines, so that workers do not share one.
+    return -(-(at.state + cut.blocks * at.state_size + notes) // 16) * 16
 
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
@@ -470,7 +489,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.int64,
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 5, Cut),
+        types.NamedUniTuple(types.int64, 6, Cut),
     )
 
 

@@ -75,7 +75,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         )  # fmt: skip
         return
     block = plan.WIDEST * lanes
-    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize), block, 1, lanes)
+    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize), block, 1, lanes, 0)
     at = forward.memory_map(forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
     counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
     forward.work_through_pointer(

@@ -21,6 +21,7 @@ from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import (
+    NO_NOTES,
     ON_TILES,
     Call,
     Cutting,
@@ -130,7 +131,7 @@ def weigh(memory, worker, counters, weights, arrays, sequences, functions, setti
         b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         low = task % per_head * cut.task_keys
         high = max(low, min(low + cut.task_keys, sequences.intervals[b, 2] if settings.packed else Lk))
-        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0))
+        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES)
         if low == high:
             continue
         lse = column_of(arrays.lse, sequences.offsets[b, 5], h)

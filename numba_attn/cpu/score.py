@@ -23,8 +23,12 @@ from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile,
 
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
-# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions.
-Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functions")
+# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions, and
+# notes on its mask.
+Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functions notes")
+# Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
+Notes = namedtuple("Notes", "start columns")
+NO_NOTES = Notes(-1, 0)
 # Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
 Tile = namedtuple("Tile", "start stop added row kept")
 
@@ -71,7 +75,7 @@ def matrix(array, b_offset, h):
 
 
 @device
-def head_of(arrays, sequences, functions, settings, b, h, zero):
+def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
     """Everything about head h of sequence b; `zero` is 0 of the element type."""
     offsets, intervals = sequences.offsets, sequences.intervals
     mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
@@ -94,6 +98,7 @@ def head_of(arrays, sequences, functions, settings, b, h, zero):
         slope=slopes[b if slopes.shape[0] > 1 else 0, h] if slopes.size else zero,
         states=states[b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
         functions=functions,
+        notes=notes,
     )
 
 
@@ -128,7 +133,7 @@ def slope(head, tile, row, rows, sizes, memory, at):
 @device
 def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at):
     """What `select` does, but for ALiBi."""
-    lanes, mask, position = sizes.lanes, head.mask, head.position
+    lanes, position = sizes.lanes, head.position
     bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
     nothing = Tile(start, start, added, added_row, EMPTY)
     some_low, some_high, every_low, every_high = visible(row, row + rows, position)
@@ -148,18 +153,8 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
             return nothing
         if even and (start - origin) % 2:
             start, of_block = start - 1, PARTIAL
-    kind = head.mask_kind
-    if kind >= 0:
-        here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
-        kept = glance(here, kind, rows, n)
-        if kept == PARTIAL:
-            while n > TRIM and none_true(here, kind, rows, n - TRIM):
-                n -= TRIM
-            while n > TRIM and none_true(here, kind, rows, 0):
-                start, n = start + TRIM, n - TRIM
-                here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
-            stop = start + n
-            kept = mask_tile(here, kind, rows, n, width, lanes, bias)
+    if head.mask_kind >= 0:
+        start, stop, kept = left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bias)
         if kept == EMPTY:
             return nothing
         if kept == PARTIAL:
@@ -187,6 +182,35 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     return Tile(start, stop, added, added_row, kept)
+
+
+@device
+def left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bias):
+    """Which of the keys [start, stop) of the tile from `origin` on the mask leaves to rows, and how much of them.
+
+    If it is a part, the mask's tile is written to `bias`.  What is noted, of a head with the same mask, is not looked
+    for again: a note is 1 + how much + 4 * (start + 512 * stop), from the origin; 0 where there is none.
+    """
+    mask, kind, notes = head.mask, head.mask_kind, head.notes
+    noted, at = 0, notes.start + row // sizes.block * notes.columns + origin // sizes.keys
+    if notes.columns > 0:
+        noted = int(memory[at])
+    if noted > 0:
+        start, stop = origin + noted // 4 % 512, origin + noted // 2048
+    here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
+    kept = noted % 4 - 1 if noted > 0 else glance(here, kind, rows, n)
+    if kept == PARTIAL:
+        if noted == 0:
+            while n > TRIM and none_true(here, kind, rows, n - TRIM):
+                n -= TRIM
+            while n > TRIM and none_true(here, kind, rows, 0):
+                start, n = start + TRIM, n - TRIM
+                here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
+        kept = mask_tile(here, kind, rows, n, width, sizes.lanes, bias)
+    stop = start + n
+    if notes.columns > 0:
+        memory[at] = 1 + kept + 4 * (start - origin + 512 * (stop - origin))
+    return start, stop, kept
 
 
 @device
