@@ -2,6 +2,7 @@
 
 python perf/report.py perf/results.json                                  the section, printed
 python perf/report.py perf/results.json --readme README.md               the same, between the README's markers
+python perf/report.py perf/results.json perf/zen5.json --readme README.md      and folded below, another machine's
 python perf/report.py perf/results.json --plot perf/speed.png
 """
 
@@ -126,8 +127,30 @@ def float32_twin(case: Result, cases: Iterable[Result]) -> Result | None:
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
+def sections(first: Result, others: Iterable[Result]) -> str:
+    """All of the README's section, without its markers: what was measured first, and folded, elsewhere."""
+    parts = [section(first)]
+    for other in others:
+        title = f"The same on {machine_of(other)}, {commit_of(other)}"
+        parts.append(f"<details>\n<summary>{title}</summary>\n\n{section(other)}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def machine_of(results: Result) -> str:
+    machine = results["environment"]
+    return f"{machine['cpu']} ({machine['compiled_for']}, {machine['isa']})"
+
+
+def commit_of(results: Result) -> str:
+    """What was measured, and when."""
+    machine, parts = results["environment"], []
+    if machine["commit"]:
+        parts.append(f"commit {machine['commit'][:10]}{' with changes' if machine['dirty'] else ''}")
+    return ", ".join([*parts, machine["date"][:10]])
+
+
 def section(results: Result) -> str:
-    """All of the README's section, without its markers."""
+    """Of one run, all tables."""
     cases = results["cases"]
     parts = [
         main_table("heads x length, head size", tagged(cases, "table")),
@@ -420,16 +443,13 @@ def environment_sentence(results: Result) -> str:
     peaks = f"{peak['gflops']['float32']:.0f} GFLOP/s in float32 and {peak['gflops']['float64']:.0f} in float64"
     if "bfloat16" in peak["gflops"]:
         peaks += f", {peak['gflops']['bfloat16']:.0f} in bfloat16 ({BFLOAT16[machine['bfloat16']]})"
-    commit = (
-        f"commit {machine['commit'][:10]}{' with changes' if machine['dirty'] else ''}, " if machine["commit"] else ""
-    )
     return (
-        f"float32 unless said otherwise, {settings['threads']} threads of {machine['cpu']} ({machine['compiled_for']}, "
-        f"{machine['isa']}), whose measured peak is {peaks}, "
+        f"float32 unless said otherwise, {settings['threads']} threads of {machine_of(results)}, "
+        f"whose measured peak is {peaks}, "
         f"reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
         f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
         "the fastest of its operators, NumPy by the formula written down; causal and documents count only the pairs "
-        f"that are attended to. {versions}, Python {machine['python']}; {commit}{machine['date'][:10]}."
+        f"that are attended to. {versions}, Python {machine['python']}; {commit_of(results)}."
     )
 
 
@@ -502,16 +522,18 @@ def gflops(case: Result | None, peers: Iterable[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="JSON written by run.py")
+    parser.add_argument("others", type=Path, nargs="*", help="the same of other machines, to be folded below it")
     parser.add_argument("--readme", type=Path, help=f"rewrite what is between {BEGIN} and {END} in this file")
     parser.add_argument("--plot", type=Path, help="draw a chart into this file")
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
+    text = sections(results, (json.loads(path.read_text()) for path in options.others))
     if options.plot:
         plot(results, options.plot)
     if options.readme:
-        rewrite(options.readme, section(results))
+        rewrite(options.readme, text)
     elif not options.plot:
-        print(section(results))
+        print(text)
 
 
 if __name__ == "__main__":
