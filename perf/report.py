@@ -2,7 +2,7 @@
 
 python perf/report.py perf/results.json                                  the section, printed
 python perf/report.py perf/results.json --readme README.md               the same, between the README's markers
-python perf/report.py perf/results.json perf/zen5.json --readme README.md      and folded below, another machine's
+python perf/report.py perf/zen5.json perf/results.json --readme README.md      and folded below, another run's
 python perf/report.py perf/results.json --plot perf/speed.png
 """
 
@@ -446,10 +446,21 @@ def environment_sentence(results: Result) -> str:
     return (
         f"float32 unless said otherwise, {settings['threads']} threads of {machine_of(results)}, "
         f"whose measured peak is {peaks}, "
-        f"reading memory at {peak['read_gb_per_s']:.0f} GB/s. "
+        f"reading memory at {peak['read_gb_per_s']:.0f} GB/s{peak_range(results['cases'])}. "
         f"Medians of {settings['repeats']} interleaved repeats, every library in a process of its own, ONNX Runtime by "
         "the fastest of its operators, NumPy by the formula written down; causal and documents count only the pairs "
         f"that are attended to. {versions}, Python {machine['python']}; {commit_of(results)}."
+    )
+
+
+def peak_range(cases: Iterable[Result]) -> str:
+    """What the same peak was in the turns of single cases, where that tells of others on the processor."""
+    peaks = [case["peak_gflops"] for case in cases if case["dtype"] == "float32"]
+    if min(peaks) > 0.8 * max(peaks):
+        return ""
+    return (
+        f"; in the turns of single cases the float32 peak was {min(peaks):.0f} to {max(peaks):.0f}, as others use the "
+        "processor too, so that no row is exact"
     )
 
 
@@ -522,7 +533,7 @@ def gflops(case: Result | None, peers: Iterable[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="JSON written by run.py")
-    parser.add_argument("others", type=Path, nargs="*", help="the same of other machines, to be folded below it")
+    parser.add_argument("others", type=Path, nargs="*", help="the same of other runs, to be folded below it")
     parser.add_argument("--readme", type=Path, help=f"rewrite what is between {BEGIN} and {END} in this file")
     parser.add_argument("--plot", type=Path, help="draw a chart into this file")
     options = parser.parse_args()
