@@ -31,8 +31,6 @@ import numba_attn
 from numba_attn import cli, create_block_mask, scaled_dot_product_attention
 from numba_attn.cpu import (
     captures,
-    decode,
-    forward,
     gradients,
     inside,
     jit,
@@ -148,13 +146,6 @@ def test_parts_of_kernels_are_not_for_python(warm: dict[str, Any]) -> None:
             visible.visible(*arguments)
     assert visible.visible.overloads
     assert visible.visible.py_func(4, 6, score.Position(0, 30, 3, 0)) == (1, 6, 2, 5)
-
-
-def test_what_is_large_is_compiled_once(warm: dict[str, Any]) -> None:
-    """For the types of a kernel: where an argument is a literal in one place, and in another not, it would be twice."""
-    for part in (forward.attend, forward.exponentiate_tile, decode.attend):
-        assert part.overloads
-        assert not [signature for signature in part.overloads if any(isinstance(t, types.Literal) for t in signature)]
 
 
 class Failing:
