@@ -538,12 +538,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw a chart into this file")
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
-    text = sections(results, (json.loads(path.read_text()) for path in options.others))
     if options.plot:
         plot(results, options.plot)
+        if not options.readme:
+            return
+    text = sections(results, (json.loads(path.read_text()) for path in options.others))
     if options.readme:
         rewrite(options.readme, text)
-    elif not options.plot:
+    else:
         print(text)
 
 

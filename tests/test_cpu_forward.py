@@ -198,7 +198,7 @@ def test_a_mask_that_heads_share(dtype: type[np.floating], additive: bool) -> No
         (j < 130, j >= 0),
         (i >= j, rng.random(j.size) < 0.5),
     ):
-        mask = np.stack(np.broadcast_arrays(first & (i > -1), second & (i > -1)))[:, None]
+        mask = np.stack([np.broadcast_to(one, (150, 400)) for one in (first, second)])[:, None]
         if additive:
             mask = np.where(mask, np.float32(0), np.float32(-np.inf))
         for_each = np.ascontiguousarray(np.broadcast_to(mask, (2, 3, 150, 400)))

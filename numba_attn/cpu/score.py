@@ -208,7 +208,7 @@ def left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bia
                 here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
         kept = mask_tile(here, kind, rows, n, width, sizes.lanes, bias)
     stop = start + n
-    if notes.columns > 0:
+    if notes.columns > 0 and noted == 0:
         memory[at] = 1 + kept + 4 * (start - origin + 512 * (stop - origin))
     return start, stop, kept
 
