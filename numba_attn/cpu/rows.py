@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow, target
-from numba_attn.cpu.simd import BYTES, I64, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I1, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, product, share
 
 # With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
@@ -296,7 +297,7 @@ def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, fac
     `factors` has room for a vector more than those of the queries.  Returns whether some result is not finite.
     """
     if are_pairs(v, "value"):
-        return v.index(0)
+        return ir.Constant(I1, 0)
     stored, row, zero = v.pointees["out"], v.mul_index(width, v.bytes), v.constant(0.0)
 
     def factor(w: Value, check: list[Value]) -> list[Value]:
