@@ -62,7 +62,7 @@ KEYS = 4 * VECTOR_BYTES
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
-TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
+TABLE = SPLIT + max(MOST_AHEAD, KEYS)  # of offsets: rows of a task, and those that are asked for
 
 # How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
 # splits of a sequence.  Of a whole call, the most of each; of a sequence, see `cut_of`.
