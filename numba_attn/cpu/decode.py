@@ -55,14 +55,19 @@ from numba_attn.cpu.simd import (
 from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
 from numba_attn.cpu.target import VECTOR_BYTES
 
-# Bytes of K that are asked for before they are needed: less comes too late, more pushes out what is still to come.
-AHEAD, MOST_AHEAD = 8 * 1024, 128  # and rows of them, at most
-# Of a tile, and rows of V: what is read a second time, for more rows, is still in the first-level cache.
-KEYS = 4 * VECTOR_BYTES
+KEYS = 4 * VECTOR_BYTES  # of a tile
+# Bytes of K, and of V, that are asked for before they are needed, for one query row and for more: less comes too late,
+# more pushes out what is still to come.  Into the second-level cache, a little is best where hardware keeps up alone,
+# and otherwise as much as is near, see `rows`.
+K_AHEAD, V_AHEAD = {
+    2: ((2 * 1024, 16 * 1024), (2 * 1024, 16 * 1024)),
+    3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
+}[target.PREFETCH]
+MOST_AHEAD = KEYS  # rows of them
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
-TABLE = SPLIT + max(MOST_AHEAD, KEYS)  # of offsets: rows of a task, and those that are asked for
+TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
 
 # How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
 # splits of a sequence.  Of a whole call, the most of each; of a sequence, see `cut_of`.
@@ -186,8 +191,8 @@ def copy_rows(rows, table, n, D, columns, out):
 
 
 @device
-def rows_ahead(rows, columns):
-    return min(MOST_AHEAD, AHEAD // (columns * pointee_bytes(rows.data) + 1))
+def rows_ahead(rows, columns, ahead):
+    return min(MOST_AHEAD, ahead // max(1, columns * pointee_bytes(rows.data)))
 
 
 @device
@@ -235,11 +240,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k_ahead = v_ahead = 0
     if low < high:
         if k_in_place:
-            k_ahead = rows_ahead(k, sizes.D)
+            k_ahead = rows_ahead(k, sizes.D, K_AHEAD[int(height > 1)])
         else:
             list_copies(sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = KEYS
+            v_ahead = rows_ahead(v, sizes.Dv, V_AHEAD[int(height > 1)])
         else:
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
@@ -307,10 +312,12 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
                     raising = True
             if settings.threshold != 0:
                 dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
+            weights = as_factor(scores, arrays.v, arrays.operands)
+            rows.pair_up(stride, weights, n)
             if careful:
-                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, scores, stride, state.o)
+                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, weights, stride, state.o)
             else:
-                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, scores, stride, state.o)
+                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, weights, stride, state.o)
     finite, one = True, memory.dtype.type(1)
     pack.fill_lanes(element(memory, at.factors), one, 1)
     for i in range(cut.blocks):

@@ -22,13 +22,23 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow, target
-from numba_attn.cpu.simd import BYTES, I1, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, product, share
+from numba_attn.cpu.simd import BYTES, I1, I16, I32, I64, Value, Vectors, emits
+from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, paired, product, share
 
-# With 32 registers, so few keys are read side by side that memory is read in order but for that, as hardware foresees;
-# with 16, as many as there are sums in a vector, as fewer wait for each other.
-MANY = target.ISA in ("avx512", "neon")
-BESIDE = 2 if MANY else target.VECTOR_BYTES // 4
+MANY = target.ISA in ("avx512", "neon")  # registers
+
+
+def beside(height: int) -> int:
+    """Keys that are read side by side, for so many query rows.
+
+    With 32 registers so few that memory is read in order but for that, as hardware foresees: one for one row where that
+    is left to it.  With 16, as many as there are sums in a vector, as fewer wait for each other.
+    """
+    if not MANY:
+        return target.VECTOR_BYTES // 4
+    return 1 if height == 1 and target.PREFETCH == 2 else 2
+
+
 UNROLLED = 8  # vectors of a row, for one query row: a loop for each takes as long as they do
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
@@ -43,6 +53,7 @@ WHOLE = (
 )  # fmt: skip
 
 LINE = 64  # bytes of a cache line
+NEAR = 16 * 1024  # bytes of values at once, which all query rows find in the first-level cache
 
 
 def powers_of_two(lanes: int) -> list[int]:
@@ -68,14 +79,14 @@ def _dots_of(
     v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, s: Value
 ) -> None:
     stored = v.pointees["k"]
-    keys, last = v.lanes // height, v.add_index(n, -1)
+    keys, at_once, last = v.lanes // height, beside(height), v.add_index(n, -1)
 
     def step(j: Value, _: list[Value]) -> list[Value]:
         numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
         rows = [_row(v, k, offsets, number) for number in numbers]
         sums = []
-        for first in range(0, keys, BESIDE):
-            here = slice(first, first + BESIDE)
+        for first in range(0, keys, at_once):
+            here = slice(first, first + at_once)
             later = [_row(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
             sums += _dots_beside(v, rows[here], later, height, D, q)
         scores = _sums_across(v, sums)
@@ -195,40 +206,105 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
     return vectors[0]
 
 
-def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
-    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride) and Dv is whole vectors.
+def _pair_up(v, stride, p, n):
+    """p (n, stride) two keys and two, in place, if it is to hold pairs: (n / 2, stride), a last key with a masked one.
 
-    Rows of the value are as those of k in `_dots`; what is `ahead` is asked for once, whatever the number of rows.
+    Behind the last key, keys of its vector are masked.
     """
-    stored, p_row = v.pointees["value"], v.mul_index(stride, v.size)
-    line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
+    if not are_pairs(v, "p"):
+        return
 
-    def some(first: Value, height: int) -> None:
+    def of_one_vector(rows: int) -> None:
+        # A vector has an even number of keys: a half of one comes of it, in the place of the next half.
+        low = [i + rows * (i // rows) for i in range(v.lanes // 2)] * 2
+        high = [i + rows for i in low]
+
+        def vector(i: Value, _: list[Value]) -> list[Value]:
+            x = v.load(p, v.mul_index(i, v.size))
+            v.store(v.pair(v.shuffle(x, x, low), v.shuffle(x, x, high)), p, v.mul_index(v.half(i), v.size))
+            return []
+
+        v.loop(0, v.mul_index(n, rows), v.lanes, [], vector)
+
+    def of_two_vectors() -> None:
+        def keys(j: Value, height: int) -> None:
+            at = v.mul_index(j, v.bytes)
+            (pair,) = paired(v, [v.load(p, v.add_index(at, r * v.bytes)) for r in range(height)])
+            v.store(pair, p, v.mul_index(v.half(j), v.bytes))
+
+        for_rows(v, n, (2, 1), keys)
+
+    narrower = {rows: partial(of_one_vector, rows) for rows in powers_of_two(v.lanes)[:-1]}
+    v.choose(stride, {**narrower, v.lanes: of_two_vectors})
+
+
+def _in_pairs(v: Vectors, low: Value, high: Value, column: Value, width: int) -> list[Value]:
+    """Elements of two rows of bfloat16, side by side: vectors of pairs from a column on, one or an even number."""
+    b, vectors = v.builder, []
+    count = v.lanes * min(2, width)
+    for w in range(0, width, 2):
+        at = v.mul_index(v.add_index(column, w * v.lanes), 2)
+        x, y = (b.load(v.at(row, at), align=1, typ=ir.VectorType(I16, count)) for row in (low, high))
+        for first in range(0, count, v.lanes):
+            lanes = [i + side for i in range(first, first + v.lanes) for side in (0, count)]
+            vectors.append(b.bitcast(v.shuffle(x, y, lanes), v.bits))
+    return vectors
+
+
+def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:
+    """`body(first, end)` for so few of n keys at once, an even number, that their values stay in the nearest cache."""
+    width = v.mul_index(Dv, BYTES[v.pointees["value"]])
+    some = v.mul_index(v.half(v.builder.sdiv(v.index(NEAR), width)), 2)
+
+    def keys(first: Value, _: list[Value]) -> list[Value]:
+        body(first, v.least(v.add_index(first, some), n))
+        return []
+
+    v.loop(0, n, some, [], keys)
+
+
+def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
+    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride), or as `pair_up` leaves it.
+
+    Dv is whole vectors.  Rows of the value are as those of k in `_dots`; what is `ahead` is asked for once, whatever
+    the number of rows.
+    """
+    stored, p_row, pairs = v.pointees["value"], v.mul_index(stride, v.size), are_pairs(v, "p")
+    line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
+    at_once, multiply = (2, v.dot) if pairs else (1, v.fma)
+
+    def some(begin: Value, end: Value, first: Value, height: int) -> None:
         rows_on = v.builder.select(v.builder.icmp_signed("==", first, v.index(0)), ahead, v.index(0))
 
         def block(vector: Value, width: int) -> None:
             column = v.mul_index(vector, v.lanes)
             outs = [v.at(o, v.mul_index(v.add_index(v.mul_index(v.add_index(first, r), Dv), column), v.size))
                     for r in range(height)]  # fmt: skip
-            weights = v.at(p, v.mul_index(first, v.size))
+            weights = v.at(v.at(p, v.mul_index(v.half(begin) if pairs else begin, p_row)), v.mul_index(first, v.size))
 
-            def key(j: Value, carried: list[Value]) -> list[Value]:
+            def keys(j: Value, carried: list[Value]) -> list[Value]:
                 weight, *acc = carried
-                row = _row(v, value, offsets, j)
-                later = v.at(_row(v, value, offsets, v.add_index(j, rows_on)), v.mul_index(column, BYTES[stored]))
-                for w in range(0, width, line):
-                    v.prefetch(later, w * v.lanes * BYTES[stored])
-                numbers = [v.load_scalar(weight, r * v.size) for r in range(height)]
-                if stored == narrow.INT8:
-                    scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
-                    numbers = [v.builder.fmul(x, scale) for x in numbers]
-                factors = [v.splat(x) for x in numbers]
-                values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
-                acc = [v.fma(values[w], factors[r], acc[r * width + w]) for r in range(height) for w in range(width)]
+                numbers = [v.least(v.add_index(j, i), v.add_index(n, -1)) if i else j for i in range(at_once)]
+                key_rows = [_row(v, value, offsets, number) for number in numbers]
+                for number in numbers:
+                    later = _row(v, value, offsets, v.add_index(number, rows_on))
+                    for w in range(0, width, line):
+                        v.prefetch(later, v.mul_index(v.add_index(column, w * v.lanes), BYTES[stored]))
+                factors = [v.load_scalar(weight, r * v.size, I32 if pairs else None) for r in range(height)]
+                if pairs:
+                    values = _in_pairs(v, *key_rows, column, width)
+                else:
+                    (row,) = key_rows
+                    values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
+                    if stored == narrow.INT8:
+                        scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
+                        factors = [v.builder.fmul(x, scale) for x in factors]
+                factors = [v.splat(x) for x in factors]
+                acc = [multiply(values[w], factors[r], acc[r * width + w]) for r in range(height) for w in range(width)]
                 return [v.at(weight, p_row), *acc]
 
             zero = [v.constant(0.0)] * (height * width)
-            acc = v.loop(0, n, 1, [weights, *zero], key, rolled=True)[1:]
+            acc = v.loop(begin, end, at_once, [weights, *zero], keys, rolled=True)[1:]
             for r in range(height):
                 for w in range(width):
                     total = v.add(v.load(outs[r], w * v.bytes), acc[r * width + w])
@@ -236,39 +312,45 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
 
         for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), OUTPUTS[height], block)
 
-    for_rows(v, rows, [*OUTPUTS], some)
+    _near(v, n, Dv, lambda begin, end: for_rows(v, rows, [*OUTPUTS], partial(some, begin, end)))
 
 
 def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
     """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
-    stored, b, p_row = v.pointees["value"], v.builder, v.mul_index(stride, v.size)
-    masked = b.bitcast(v.constant(-0.0), v.bits)
+    stored, b, p_row, pairs = v.pointees["value"], v.builder, v.mul_index(stride, v.size), are_pairs(v, "p")
+    masked, zero = b.bitcast(v.constant(-0.0), v.bits), v.constant(0.0)
 
-    def outputs(row: Value, column: Value) -> None:
-        at = v.at(o, v.mul_index(v.add_index(v.mul_index(row, Dv), column), v.size))
+    def key(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
+        number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
+        of_key = _row(v, value, offsets, j)
+        x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
+        is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
+        if stored == narrow.INT8:
+            weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, v.index(0), Dv, stored)))
+        # A scale may be what is not finite, and is in the weight then.
+        x, weight = v.select(is_masked, zero, x), v.select(is_masked, zero, weight)
+        return [v.fma(x, weight, acc[0])]
 
-        def key(j: Value, acc: list[Value]) -> list[Value]:
-            number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
-            of_key = _row(v, value, offsets, j)
-            x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
-            is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
-            if stored == narrow.INT8:
-                weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, v.index(0), Dv, stored)))
-            zero = v.constant(0.0)
-            # A scale may be what is not finite, and is in the weight then.
-            x, weight = v.select(is_masked, zero, x), v.select(is_masked, zero, weight)
-            return [v.fma(x, weight, acc[0])]
+    def two_keys(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
+        weight = v.load_scalar(v.at(p, v.mul_index(v.half(j), p_row)), v.mul_index(row, v.size), I32)
+        key_rows = [_row(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2)]
+        (x,) = _in_pairs(v, *key_rows, column, 1)
+        for half, negative_zero in ((0xFFFF, 0x8000), (0xFFFF0000, 0x80000000)):
+            is_masked = b.icmp_unsigned("==", b.and_(weight, I32(half)), I32(negative_zero))
+            x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))
+        return [v.dot(x, v.splat(weight), acc[0])]
 
-        v.store(v.add(v.load(at), v.loop(0, n, 1, [v.constant(0.0)], key)[0]), at)
+    step, at_once = (two_keys, 2) if pairs else (key, 1)
 
-    def some(row: Value) -> None:
-        def columns(column: Value, _: list[Value]) -> list[Value]:
-            outputs(row, column)
+    def columns(begin: Value, end: Value, row: Value) -> None:
+        def some(column: Value, _: list[Value]) -> list[Value]:
+            at = v.at(o, v.mul_index(v.add_index(v.mul_index(row, Dv), column), v.size))
+            v.store(v.add(v.load(at), v.loop(begin, end, at_once, [zero], partial(step, row, column))[0]), at)
             return []
 
-        v.loop(0, Dv, v.lanes, [], columns)
+        v.loop(0, Dv, v.lanes, [], some)
 
-    v.each(rows, some)
+    _near(v, n, Dv, lambda begin, end: v.each(rows, partial(columns, begin, end)))
 
 
 def _weigh_rows(v, rows, o, Dv, factors):
@@ -386,6 +468,7 @@ spread = emits(_spread)
 gather = emits(_gather)
 add_across = emits(_add_across)
 highest_across = emits(_highest_across)
+pair_up = emits(_pair_up)
 mix = emits(_mix)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)

@@ -159,10 +159,10 @@ class Vectors:
         self.builder.store(value, self.builder.bitcast(self.at(pointer, offset), value.type.as_pointer()), align=1)
 
     def prefetch(self, pointer: Value, offset: int | Value = 0) -> None:
-        """Ask for a cache line to be in the first-level cache soon; any address will do."""
+        """Ask for a cache line to be in a near cache soon; any address will do."""
         at, i32 = self.at(pointer, offset), partial(ir.Constant, I32)
         kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
-        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(3), i32(1)])
+        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(target.PREFETCH), i32(1)])
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
