@@ -198,10 +198,11 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
     """Lane i is the sum of the lanes of vector i, of as many as there are lanes."""
     step = v.lanes // 2
     while step:
-        low = [lane if not lane & step else v.lanes + lane - step for lane in range(v.lanes)]
-        high = [lane + step if not lane & step else v.lanes + lane for lane in range(v.lanes)]
+        # Of each two, the lanes that stay where they are, for which no shuffle is needed, and those that change places.
+        own = [lane + v.lanes if lane & step else lane for lane in range(v.lanes)]
+        other = [(lane ^ step) + v.lanes if lane & step else lane ^ step for lane in range(v.lanes)]
         halves = zip(vectors[:step], vectors[step:], strict=True)
-        vectors = [v.add(v.shuffle(x, y, low), v.shuffle(x, y, high)) for x, y in halves]
+        vectors = [v.add(v.shuffle(x, y, own), v.shuffle(x, y, other)) for x, y in halves]
         step //= 2
     return vectors[0]
 
