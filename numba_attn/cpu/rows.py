@@ -254,8 +254,8 @@ def _in_pairs(v: Vectors, low: Value, high: Value, column: Value, width: int) ->
 
 def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:
     """`body(first, end)` for so few of n keys at once, an even number, that their values stay in the nearest cache."""
-    width = v.mul_index(Dv, BYTES[v.pointees["value"]])
-    some = v.mul_index(v.half(v.builder.sdiv(v.index(NEAR), width)), 2)
+    two = v.mul_index(v.add_index(v.mul_index(Dv, BYTES[v.pointees["value"]]), 1), 2)  # bytes of two rows, at least 1
+    some = v.mul_index(v.add_index(v.builder.sdiv(v.index(NEAR), two), 1), 2)
 
     def keys(first: Value, _: list[Value]) -> list[Value]:
         body(first, v.least(v.add_index(first, some), n))

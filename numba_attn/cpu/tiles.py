@@ -33,6 +33,7 @@ HEADROOM, DEPTH = 16.0, 32.0
 STEPS = 4
 # Exponentials at once: more hide the latency of each, fewer leave more registers.
 AT_ONCE = 4
+LINE = 64  # bytes of a cache line
 
 Rows = Callable[[Value, int], None]
 Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
@@ -152,6 +153,17 @@ def are_pairs(v: Vectors, operand: str) -> bool:
     if pairs and not target.HAS_BFLOAT16_PAIRS:
         raise NotImplementedError("products of bfloat16 pairs need AVX512-BF16")
     return pairs
+
+
+def ask_for_rows(v: Vectors, rows: Value, row: Value, D: Value, height: int) -> None:
+    """Prefetch `height` rows of D contiguous elements, `row` bytes apart."""
+
+    def lines(d: Value, _: list[Value]) -> list[Value]:
+        for i in range(height):
+            v.prefetch(v.at(rows, v.mul_index(row, i)), d)
+        return []
+
+    v.loop(0, v.mul_index(D, v.size), LINE, [], lines)
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -289,6 +301,8 @@ def _exponentials(
         if on_tiles:
             acc = [v.load(v.at(p, v.mul_index(i, row)), x * v.bytes) for x in range(height * width)]
         else:
+            if height == HEIGHTS[width][0] and not pairs:
+                ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
             acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         p_i = v.at(p, v.mul_index(i, row // 2 if pairs else row))
         for w in range(width):
