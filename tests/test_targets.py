@@ -210,6 +210,33 @@ print(target.BFLOAT16, max(errors))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="names of x86 processors")
+@pytest.mark.parametrize("products", ["dot", "amx"])
+def test_bfloat16_compiles_on_any_processor(python: Callable[..., str], tmp_path: Path, products: str) -> None:
+    """Also where this one could not run them."""
+    script = """
+from numba_attn.cpu import decode, forward, key_weight, narrow, target
+from numba_attn.cpu.simd import PAIRS
+assert narrow.operand("bfloat16", True) == PAIRS
+forward.work.compile(forward.signature("bfloat16", PAIRS, "bfloat16"))
+forward.work.compile(forward.signature("f", PAIRS, "f"))
+key_weight.weigh.compile(key_weight.signature("bfloat16", PAIRS, "bfloat16"))
+if target.BFLOAT16 == "dot":
+    decode.decode.compile(decode.signature("bfloat16", PAIRS, "bfloat16"))
+dots = "tdpbf16ps" if target.BFLOAT16 == "amx" else "vdpbf16ps"
+for kernel in (forward.work, key_weight.weigh, *([decode.decode] if target.BFLOAT16 == "dot" else [])):
+    for text in kernel.inspect_asm().values():
+        assert dots in text, kernel
+"""
+    name, features = {
+        "dot": ("znver4", f"{AVX512},+avx512bf16"),
+        "amx": ("sapphirerapids", f"{AVX512},+avx512bf16,+amx-tile,+amx-bf16"),
+    }[products]
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    python(script, **environment, NUMBA_ATTN_BFLOAT16=products)
+
+
 @pytest.mark.parametrize("products", ["widened", "dot", "amx"])
 def test_products_of_bfloat16(python: Callable[..., str], tmp_path: Path, products: str) -> None:
     """Every way of making them that this processor has."""

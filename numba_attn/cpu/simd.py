@@ -160,7 +160,8 @@ class Vectors:
 
     def prefetch(self, pointer: Value, offset: int | Value = 0) -> None:
         """Ask for a cache line to be in a near cache soon; any address will do."""
-        at, i32 = self.at(pointer, offset), partial(ir.Constant, I32)
+        # As for stores: one declaration, whatever the pointers point to.
+        at, i32 = self.builder.bitcast(self.at(pointer, offset), I8.as_pointer()), partial(ir.Constant, I32)
         kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
         self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(target.PREFETCH), i32(1)])
 
