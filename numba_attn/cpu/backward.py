@@ -20,10 +20,10 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import gradient_tiles, launch, pack
+from numba_attn.cpu import gradient_tiles, launch, pack, target
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import CACHE, WIDEST
+from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
@@ -37,7 +37,6 @@ from numba_attn.cpu.score_gradients import (
 )
 from numba_attn.cpu.simd import address, align_stack, fetch_add, get, moved, put
 from numba_attn.cpu.stored import in_place
-from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix, visible
 
 # tasks (n, 8): sequence, key-value head, the first and the end of its groups of rows, the first row of its sums, the
@@ -54,6 +53,9 @@ Memory = namedtuple(
 )
 
 KEYS, MOST_BLOCKS = 96, 8  # of a tile, and of a group
+# Bytes of the second-level cache for a group of rows: the larger, the fewer times all sums pass through that cache.
+# Processors with AVX-512 have a megabyte of it or more.
+GROUP = 1024 * (480 if target.ISA == "avx512" else 128)
 RUN = 16  # keys of a tile whose row blocks are looked for together
 PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PARTS
 MOST_PARTS = 16
@@ -371,9 +373,9 @@ def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], wo
 @functools.lru_cache(maxsize=64)
 def cut_of(D: int, Dv: int, itemsize: int) -> Cut:
     """Of head sizes alone, as bits depend on it: what is kept of a group of rows leaves room in cache for key tiles."""
-    lanes = VECTOR_BYTES // itemsize
+    lanes = target.VECTOR_BYTES // itemsize
     block = WIDEST * lanes
-    blocks = CACHE * 4 // 5 // (block * max(3 * D + 2 * Dv, 1) * itemsize)
+    blocks = GROUP // (block * max(3 * D + 2 * Dv, 1) * itemsize)
     return Cut(keys=KEYS, block=block, blocks=max(1, min(blocks, MOST_BLOCKS)), lanes=lanes)
 
 
