@@ -244,23 +244,24 @@ class Vectors:
         """
         b = self.builder
         entries = self._lanes_of_one_register()
-        shift, limit, lowest = (23, -100.0, -127.0) if self.size == 4 else (52, -960.0, -1023.0)
+        shift, limit = (23, -100.0) if self.size == 4 else (52, -960.0)
         degree = {(4, 1): 6, (8, 1): 11, (4, 16): 3, (8, 8): 7}[self.size, entries]
         shift -= entries.bit_length() - 1
         # 2**(i / entries), with i taken off where adding the exponent will put it.
         roots = np.exp2(np.arange(entries) / entries).astype(f"f{self.size}").view(f"i{self.size}")
         roots = (roots - (np.arange(entries, dtype=roots.dtype) << shift)).view(f"f{self.size}")
         polynomial = exp2_polynomial(degree, entries)
-        at_limit, at_lowest, magic, *coefficients, at_roots = self._in_memory(
-            "exp2", [limit, lowest, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()]
+        at_limit, magic, *coefficients, at_roots = self._in_memory(
+            "exp2", [limit, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()]
         )
-        low, zero_exponent = at_limit(), at_lowest()
-        clamped = [self.select(self.less(x, low), zero_exponent, x) for x in xs]
+        low = at_limit()
+        # What comes of these has no meaning, and 0 is put in its place last: a part of the last operation with AVX-512.
+        below = [self.less(x, low) for x in xs]
         # Adding 1.5 * 2**shift rounds to a multiple of 1 / entries and leaves it in the lowest mantissa bits.
         rounder = magic()
-        shifted = [self.add(x, rounder) for x in clamped]
+        shifted = [self.add(x, rounder) for x in xs]
         whole = [self.sub(x, rounder) for x in shifted]
-        fraction = [self.sub(x, n) for x, n in zip(clamped, whole, strict=True)]
+        fraction = [self.sub(x, n) for x, n in zip(xs, whole, strict=True)]
         shifts = ir.Constant(self.bits, [shift] * self.lanes)
         numbers = [b.bitcast(x, self.bits) for x in shifted]
         exponents = [b.shl(n, shifts) for n in numbers]
@@ -272,12 +273,15 @@ class Vectors:
             ]
             steps = [b.bitcast(step, self.type) for step in steps]
             growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients[1:], fraction), strict=True)]
-            return [self.fma(step, g, step) for step, g in zip(steps, growth, strict=True)]
-        square = [self.mul(f, f) for f in fraction]
-        # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
-        even, odd = (self._horner(coefficients[start::2], square) for start in (0, 1))
-        power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
-        return [b.bitcast(b.add(b.bitcast(p, self.bits), n), self.type) for p, n in zip(power, exponents, strict=True)]
+            powers = [self.fma(step, g, step) for step, g in zip(steps, growth, strict=True)]
+        else:
+            square = [self.mul(f, f) for f in fraction]
+            # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
+            even, odd = (self._horner(coefficients[start::2], square) for start in (0, 1))
+            power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
+            bits = [b.add(b.bitcast(p, self.bits), n) for p, n in zip(power, exponents, strict=True)]
+            powers = [b.bitcast(x, self.type) for x in bits]
+        return [self.select(x, self.constant(0.0), power) for x, power in zip(below, powers, strict=True)]
 
     def _lanes_of_one_register(self) -> int:
         """Lanes of a vector, if it is a register whose lanes another may be made of in any order; 1 otherwise."""
