@@ -97,6 +97,19 @@ def store(v: Vectors, value: Value, pointer: Value, offset: int | Value, stored:
     v.store(value if BYTES[stored] != 2 else shorten(v.builder, value, stored), pointer, offset)
 
 
+def load_side_by_side(v: Vectors, low: Value, high: Value, d: Value, count: int) -> list[Value]:
+    """Pairs of the elements of two rows of bfloat16 from d on: so many vectors of them, one or an even number."""
+    b, vectors = v.builder, []
+    size = v.lanes * min(2, count)
+    for w in range(0, count, 2):
+        at = v.mul_index(v.add_index(d, w * v.lanes), 2)
+        x, y = (b.load(v.at(row, at), align=1, typ=ir.VectorType(I16, size)) for row in (low, high))
+        for first in range(0, size, v.lanes):
+            lanes = [i + side for i in range(first, first + v.lanes) for side in (0, size)]
+            vectors.append(b.bitcast(v.shuffle(x, y, lanes), v.bits))
+    return vectors
+
+
 def pair(v: Vectors, low: Value, high: Value) -> Value:
     """Pairs of bfloat16 numbers, see `simd.PAIRS`, of two vectors or two elements."""
     words = _like(low, I32)

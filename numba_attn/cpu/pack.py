@@ -142,7 +142,16 @@ def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
             v.store(narrow.pair(v, low, high), to, v.mul_index(d, v.size))
             return []
 
-        v.loop(0, whole, v.lanes, [], partial(columns, scalar=False))
+        def vector_of_pairs(d: Value, _: list[Value]) -> list[Value]:
+            (x,) = narrow.load_side_by_side(v, first, second, d, 1)
+            v.store(v.builder.and_(x, kept), to, v.mul_index(d, v.size))
+            return []
+
+        if stored == narrow.BFLOAT16:
+            kept = v.splat(v.builder.select(exists, I32(0xFFFFFFFF), I32(0xFFFF)))
+            v.loop(0, whole, v.lanes, [], vector_of_pairs)
+        else:
+            v.loop(0, whole, v.lanes, [], partial(columns, scalar=False))
         v.loop(whole, Dv, 1, [], partial(columns, scalar=True))
 
     v.each(v.half(rows), pair)

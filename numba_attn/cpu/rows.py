@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow, target
-from numba_attn.cpu.simd import BYTES, I1, I16, I32, I64, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I1, I32, I64, Value, Vectors, emits
 from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, paired, product, share
 
 MANY = target.ISA in ("avx512", "neon")  # registers
@@ -239,19 +239,6 @@ def _pair_up(v, stride, p, n):
     v.choose(stride, {**narrower, v.lanes: of_two_vectors})
 
 
-def _in_pairs(v: Vectors, low: Value, high: Value, column: Value, width: int) -> list[Value]:
-    """Elements of two rows of bfloat16, side by side: vectors of pairs from a column on, one or an even number."""
-    b, vectors = v.builder, []
-    count = v.lanes * min(2, width)
-    for w in range(0, width, 2):
-        at = v.mul_index(v.add_index(column, w * v.lanes), 2)
-        x, y = (b.load(v.at(row, at), align=1, typ=ir.VectorType(I16, count)) for row in (low, high))
-        for first in range(0, count, v.lanes):
-            lanes = [i + side for i in range(first, first + v.lanes) for side in (0, count)]
-            vectors.append(b.bitcast(v.shuffle(x, y, lanes), v.bits))
-    return vectors
-
-
 def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:
     """`body(first, end)` for so few of n keys at once, an even number, that their values stay in the nearest cache."""
     two = v.mul_index(v.add_index(v.mul_index(Dv, BYTES[v.pointees["value"]]), 1), 2)  # bytes of two rows, at least 1
@@ -293,7 +280,7 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
                         v.prefetch(later, v.mul_index(v.add_index(column, w * v.lanes), BYTES[stored]))
                 factors = [v.load_scalar(weight, r * v.size, I32 if pairs else None) for r in range(height)]
                 if pairs:
-                    values = _in_pairs(v, *key_rows, column, width)
+                    values = narrow.load_side_by_side(v, *key_rows, column, width)
                 else:
                     (row,) = key_rows
                     values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
@@ -335,7 +322,7 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
     def two_keys(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         weight = v.load_scalar(v.at(p, v.mul_index(v.half(j), p_row)), v.mul_index(row, v.size), I32)
         key_rows = [_row(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2)]
-        (x,) = _in_pairs(v, *key_rows, column, 1)
+        (x,) = narrow.load_side_by_side(v, *key_rows, column, 1)
         for half, negative_zero in ((0xFFFF, 0x8000), (0xFFFF0000, 0x80000000)):
             is_masked = b.icmp_unsigned("==", b.and_(weight, I32(half)), I32(negative_zero))
             x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))
