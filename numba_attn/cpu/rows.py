@@ -279,10 +279,10 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
                     for w in range(0, width, line):
                         v.prefetch(later, v.mul_index(v.add_index(column, w * v.lanes), BYTES[stored]))
                 factors = [v.load_scalar(weight, r * v.size, I32 if pairs else None) for r in range(height)]
+                row = key_rows[0]
                 if pairs:
-                    values = narrow.load_side_by_side(v, *key_rows, column, width)
+                    values = narrow.load_side_by_side(v, row, key_rows[1], column, width)
                 else:
-                    (row,) = key_rows
                     values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
                     if stored == narrow.INT8:
                         scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
@@ -321,8 +321,8 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
 
     def two_keys(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         weight = v.load_scalar(v.at(p, v.mul_index(v.half(j), p_row)), v.mul_index(row, v.size), I32)
-        key_rows = [_row(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2)]
-        (x,) = narrow.load_side_by_side(v, *key_rows, column, 1)
+        low, high = (_row(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2))
+        (x,) = narrow.load_side_by_side(v, low, high, column, 1)
         for half, negative_zero in ((0xFFFF, 0x8000), (0xFFFF0000, 0x80000000)):
             is_masked = b.icmp_unsigned("==", b.and_(weight, I32(half)), I32(negative_zero))
             x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))
