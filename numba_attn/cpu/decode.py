@@ -38,6 +38,7 @@ from numba_attn.cpu.score import (
     change,
     element,
     head_of,
+    is_settled,
     matrix,
     select,
 )
@@ -280,8 +281,8 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             state = state_of(partial, i, height, Dv, lanes)
             queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
             # As in `forward`: where scores have risen once, they are expected to go on.
-            raising, done = rising >> i & 1 or functions.codes[SCORE] != 0, False
-            tile = packed(here, stride, lanes, memory, at)
+            tile, done = packed(here, stride, lanes, memory, at), False
+            raising = np.bool_(rising >> i & 1 or is_settled(head, tile))
             vectors = tile.stop - tile.start
             while not done:
                 rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, scores)

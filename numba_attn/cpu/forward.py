@@ -27,7 +27,6 @@ from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, writ
 from numba_attn.cpu.rows import write_products
 from numba_attn.cpu.score import (
     ON_TILES,
-    SCORE,
     Call,
     Cutting,
     Kinds,
@@ -43,6 +42,7 @@ from numba_attn.cpu.score import (
     head_of,
     is_narrow,
     is_plain,
+    is_settled,
     keys_of,
     matrix,
     score,
@@ -262,10 +262,9 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
 
     done = fused = False
     # Scores that have risen once are expected to go on, but for those that ALiBi makes rise: up to the diagonal, and
-    # with a steep slope from the first tile on.  With a score_mod, what is added has been used up when a tile turns out
-    # to be one to do again.
+    # with a steep slope from the first tile on.
     distance = row + head.position.offset - here.start
-    raising = rising >> i & 1 or head.functions.codes[SCORE] != 0 or (steep and distance + rows > 0)
+    raising = np.bool_(rising >> i & 1 or (steep and distance + rows > 0))
     fusing, full = plain and not raising, here.kept == FULL
     if full:
         fusing = fusing and (options == 0 or (options == 1 and width == WIDEST))
@@ -277,6 +276,8 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
         )
     if not done:
         here = slope(head, here, row, rows, sizes, memory, at)
+        # What is settled cannot be done again.
+        raising = raising or is_settled(head, here)
     if fusing and not full:
         done = fused = tiles.biased_probabilities(
             width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,

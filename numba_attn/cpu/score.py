@@ -280,12 +280,18 @@ def cap(settings, tile, width, scores, memory):
 
 
 @device
+def is_settled(head, tile):
+    """Whether a score_mod gets scores that include what is added to them: of that, only what masks is left then."""
+    return head.functions.codes[SCORE] != 0 and tile.row != 0 and (head.slope != 0 or head.mask_kind > BOOLEAN)
+
+
+@device
 def settle(head, tile, width, natural, scores, memory):
     """Include what is added to scores in them, for a score_mod; by what they are to be multiplied to be scores.
 
     What is masked stays in the tile of what is added.
     """
-    if tile.row == 0 or (head.slope == 0 and head.mask_kind <= BOOLEAN):
+    if not is_settled(head, tile):
         return natural
     tiles.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
     return memory.dtype.type(1)
