@@ -57,9 +57,9 @@ from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
 from numba_attn.cpu.target import VECTOR_BYTES
 
 KEYS = 4 * VECTOR_BYTES  # of a tile
-# Bytes of K, and of V, that are asked for before they are needed, for one query row and for more: less comes too late,
-# more pushes out what is still to come.  Into the second-level cache, a little is best where hardware keeps up alone,
-# and otherwise as much as is near, see `rows`.
+# Bytes of K, and of V, that are asked for before they are needed, for one query row and for more, or for pages: less
+# comes too late, more pushes out what is still to come.  Into the second-level cache, a little is best where hardware
+# keeps up alone, and otherwise as much as is near, see `rows`.
 K_AHEAD, V_AHEAD = {
     2: ((2 * 1024, 16 * 1024), (2 * 1024, 16 * 1024)),
     3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
@@ -241,11 +241,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k_ahead = v_ahead = 0
     if low < high:
         if k_in_place:
-            k_ahead = rows_ahead(k, sizes.D, K_AHEAD[int(height > 1)])
+            k_ahead = rows_ahead(k, sizes.D, K_AHEAD[int(height > 1 or k.page_rows != 0)])
         else:
             list_copies(sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = rows_ahead(v, sizes.Dv, V_AHEAD[int(height > 1)])
+            v_ahead = rows_ahead(v, sizes.Dv, V_AHEAD[int(height > 1 or v.page_rows != 0)])
         else:
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
