@@ -192,8 +192,9 @@ def copy_rows(rows, table, n, D, columns, out):
 
 
 @device
-def rows_ahead(rows, columns, ahead):
-    return min(MOST_AHEAD, ahead // max(1, columns * pointee_bytes(rows.data)))
+def rows_ahead(rows, columns, height, ahead):
+    some = ahead[int(height > 1 or rows.page_rows != 0)]
+    return min(MOST_AHEAD, some // max(1, columns * pointee_bytes(rows.data)))
 
 
 @device
@@ -241,11 +242,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k_ahead = v_ahead = 0
     if low < high:
         if k_in_place:
-            k_ahead = rows_ahead(k, sizes.D, K_AHEAD[int(height > 1 or k.page_rows != 0)])
+            k_ahead = rows_ahead(k, sizes.D, height, K_AHEAD)
         else:
             list_copies(sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = rows_ahead(v, sizes.Dv, V_AHEAD[int(height > 1 or v.page_rows != 0)])
+            v_ahead = rows_ahead(v, sizes.Dv, height, V_AHEAD)
         else:
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)

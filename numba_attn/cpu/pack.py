@@ -31,7 +31,7 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
         lanes = [v.at(q, v.mul_index(q_row, i)) for i in lane_rows(v, w, rows)]
 
         def square(d: Value, _: list[Value]) -> list[Value]:
-            for lane in lanes:
+            for lane in lanes:  # of the next squares
                 v.prefetch(v.at(lane, v.mul_index(q_row, v.lanes)), v.mul_index(d, size))
             columns = v.transpose([narrow.load(v, lane, v.mul_index(d, size), stored) for lane in lanes])
             at = v.mul_index(w, v.lanes * kept_size)

@@ -23,7 +23,7 @@ from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.simd import BYTES, I1, I32, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, are_pairs, for_rows, paired, product, share
+from numba_attn.cpu.tiles import INFINITY, LINE, are_pairs, for_rows, pair_rows, product, share
 
 MANY = target.ISA in ("avx512", "neon")  # registers
 
@@ -52,7 +52,6 @@ WHOLE = (
     {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
 )  # fmt: skip
 
-LINE = 64  # bytes of a cache line
 NEAR = 16 * 1024  # bytes of values at once, which all query rows find in the first-level cache
 
 
@@ -227,16 +226,8 @@ def _pair_up(v, stride, p, n):
 
         v.loop(0, v.mul_index(n, rows), v.lanes, [], vector)
 
-    def of_two_vectors() -> None:
-        def keys(j: Value, height: int) -> None:
-            at = v.mul_index(j, v.bytes)
-            (pair,) = paired(v, [v.load(p, v.add_index(at, r * v.bytes)) for r in range(height)])
-            v.store(pair, p, v.mul_index(v.half(j), v.bytes))
-
-        for_rows(v, n, (2, 1), keys)
-
     narrower = {rows: partial(of_one_vector, rows) for rows in powers_of_two(v.lanes)[:-1]}
-    v.choose(stride, {**narrower, v.lanes: of_two_vectors})
+    v.choose(stride, {**narrower, v.lanes: partial(pair_rows, v, v.index(1), p, n)})
 
 
 def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:

@@ -302,6 +302,7 @@ def _exponentials(
             acc = [v.load(v.at(p, v.mul_index(i, row)), x * v.bytes) for x in range(height * width)]
         else:
             if height == HEIGHTS[width][0] and not pairs:
+                # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
             acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         p_i = v.at(p, v.mul_index(i, row // 2 if pairs else row))
@@ -351,8 +352,12 @@ def paired(v: Vectors, rows: list[Value]) -> list[Value]:
 
 def _pair_up(v, width, p, n, k):
     """Rows of p two and two, in place, if the products of keys k are those of pairs."""
-    if not are_pairs(v, "k"):
-        return
+    if are_pairs(v, "k"):
+        pair_rows(v, width, p, n)
+
+
+def pair_rows(v: Vectors, width: Value, p: Value, n: Value) -> None:
+    """The n rows of p two and two, in place."""
     row = v.mul_index(width, v.bytes)
 
     def vector(here: Value) -> None:
