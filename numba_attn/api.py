@@ -86,7 +86,8 @@ def scaled_dot_product_attention(
     out : (B, Hq, Lq, Dv), optional
         Where to write the result; must not overlap an input.  Unspecified after `KeyboardInterrupt`.
     precision : None or "bfloat16"
-        "bfloat16" rounds float32 input to bfloat16 for the products, on processors that have these, which is faster.
+        "bfloat16" rounds float32 input to bfloat16 for the products, on processors that have these, which is faster;
+        for those with a cache of 8-bit integers to 16 bits, see `KVCache`.
     layout : "BHLD" or "BLHD"
         Whether heads or rows come first in query, key, value, out and lse.  attn_mask is (B, Hq, Lq, Lk) in both.
     backend : None, "cpu", "cuda", "reference"

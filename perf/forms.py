@@ -149,8 +149,10 @@ def _diagnose(case: Case) -> Prepared:
 FORMS: dict[str, Callable[[Case], Prepared]] = {
     "float32": _cached,
     "bfloat16": functools.partial(_cached, dtype="bfloat16"),
-    "int8": functools.partial(_cached, quantize="int8"),
-    "int4": functools.partial(_cached, quantize="int4"),
+    "int8": functools.partial(_cached, dtype="bfloat16", quantize="int8"),
+    "int4": functools.partial(_cached, dtype="bfloat16", quantize="int4"),
+    "int8 float32": functools.partial(_cached, quantize="int8"),
+    "int4 float32": functools.partial(_cached, quantize="int4"),
     "paged": _paged,
     "function": _function,
     "token": _token,

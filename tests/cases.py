@@ -289,7 +289,13 @@ PERF = [
         case
         for sizes in [(32, 8192, 128), (8, 16384, 128)]
         for case in (
-            _cache("caches", 32, 1, *sizes, forms=("float32", *SIXTEEN_BITS[1:], "int8", "int4", "paged")),
+            _cache(
+                "caches",
+                32,
+                1,
+                *sizes,
+                forms=("float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"),
+            ),
             _cache("tree of 8", 32, 8, *sizes, mask="bool tree", forms=("function", "token")),
         )
     ),

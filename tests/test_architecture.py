@@ -101,15 +101,16 @@ MAY_IMPORT = {
         *("cpu.amx", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pack", "cpu.score", "cpu.simd", "cpu.target"),
         *("block_mask", "cpu.launch", "cpu.plan", "cpu.results", "cpu.stored", "cpu.tiles"),
     },
-    "cpu.rows": {"cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"},
+    "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.rows": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.score", "cpu.simd"},
     "cpu.forward": {
         *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.results"),
         *("cpu.rows", "cpu.score", "cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
-        *("cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows", "cpu.score"),
-        *("cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "block_mask", "threads"),
+        *("cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.results", "cpu.rows"),
+        *("cpu.score", "cpu.simd", "cpu.stored", "cpu.target", "cpu.tiles", "block_mask", "threads"),
     },
     "cpu.call": {
         *("cpu.launch", "cpu.narrow", "cpu.score", "cpu.simd", "cpu.tiles", "cpu.user_functions", "problem", "random"),

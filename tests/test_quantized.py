@@ -128,6 +128,64 @@ def test_attention_is_that_of_the_rounded_numbers(numbers: str, dtype: str, n: i
             np.testing.assert_allclose(out.astype(float), exact, rtol=0, atol=limit, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 2), (1, 4), (1, 12), (3, 4), (8, 8)])
+def test_rounding_for_integer_products(dtype: str, rows: int, heads: int) -> None:
+    """Queries, and weights times the scales of values, are off by half a step, of which 32767 are the largest."""
+    options = {"precision": "bfloat16"} if dtype == "float32" else {}
+    for D, Dv, n in ((64, 33, 150), (128, 128, 700), (20, 64, 77), (1, 1, 13)):
+        key, value = tokens(n, dtype, B=2, D=D, Dv=Dv)
+        key[:, :, n // 2] *= 30  # so that some rows are of one key, and most weights next to nothing
+        cache = KVCache(2, 2, n, D, Dv, dtype=dtype_of(dtype), quantize="int8")
+        cache.append(key, value, counts=[n, n // 3 + rows])
+        q = query(rows, dtype, B=2, Hq=heads, D=D)
+        q[:, :, :, 0] *= 20
+        q[0, 0] = 0
+        k, v = (dequantize(x, "int8", size).astype(np.float64) for x, size in ((cache.key, D), (cache.value, Dv)))
+        for x in (k, v):
+            x[1, :, cache.lengths[1] :] = 0
+        given: dict[str, Any] = {"enable_gqa": True, "is_causal": True, "kv_lengths": cache.lengths}
+        given |= {"query_offset": cache.lengths - rows, "return_aux": ("lse",), "backend": "reference"}
+        exact, exact_aux = scaled_dot_product_attention(q.astype(np.float64), k, v, **given)
+        out, aux = attention_with_kv_cache(q, cache, return_aux=("lse",), **options)
+        score = float(np.abs(q).max()) / 65534 * np.abs(k).sum(axis=-1).max() / np.sqrt(D)
+        assert (np.abs(aux.lse - exact_aux.lse) <= score + 1e-5 * np.maximum(1, np.abs(exact_aux.lse))).all()
+        weights = 2 * score + 256 / 65534  # of a tile of 256 keys, relative to the largest of them
+        rounding = np.finfo(np.float16).eps if dtype == "float16" else 1e-6
+        assert (np.abs(out - exact) <= np.abs(v).max() * weights + rounding * np.abs(exact)).all()
+
+
+def test_integer_products_do_not_overflow() -> None:
+    D = 20000
+    cache = KVCache(1, 1, 300, D, 16, dtype=np.float16, quantize="int8")
+    cache.append(np.ones((1, 1, 300, D), np.float16), np.ones((1, 1, 300, 16), np.float16))
+    q = np.ones((1, 1, 1, D), np.float16)
+    out, aux = attention_with_kv_cache(q, cache, return_aux=("max_score",), scale=1.0)
+    np.testing.assert_allclose(aux.max_score, D, rtol=1e-6)
+    np.testing.assert_allclose(out.astype(float), 1, rtol=1e-3)
+
+
+def test_tiny_and_huge_numbers_as_integers() -> None:
+    """Steps as small as numbers are, and weights that are next to nothing, are not divided by 0."""
+    for size in (1e-30, 1e-12, 1e12, 1e30):
+        key, value = tokens(40, B=1, D=32, Dv=32)
+        cache = KVCache(1, 2, 40, 32, quantize="int8")
+        cache.append(key, value * np.float32(size))
+        q = query(1, B=1, D=32)
+        out, exact = (
+            attention_with_kv_cache(q, cache, precision=precision, score_mod=lambda s, b, h, i, j: s - 60.0 * j)
+            for precision in ("bfloat16", None)
+        )
+        assert np.isfinite(out).all()
+        np.testing.assert_allclose(out, exact, rtol=0, atol=np.abs(exact).max() * 1e-3)
+    key, value = tokens(40, B=1, D=32, Dv=32)
+    cache = KVCache(1, 2, 40, 32, quantize="int8")
+    cache.append(key * np.float32(1e35), value)
+    q = query(1, B=1, D=32) * np.float32(1e-35)
+    results = [attention_with_kv_cache(q, cache, precision=precision) for precision in ("bfloat16", None)]
+    np.testing.assert_allclose(*results, rtol=0, atol=0.01)
+
+
 @NUMBERS
 def test_step_by_step_is_prefill(numbers: str) -> None:
     key, value = tokens(24)
@@ -166,22 +224,22 @@ def test_accuracy_of_quantised_caches(numbers: str) -> None:
     assert error < {"int8": 0.01, "int4": 0.14}[numbers]
 
 
-@NUMBERS
+@pytest.mark.parametrize(("numbers", "dtype"), [("int8", "float32"), ("int4", "float32"), ("int8", "float16")])
 @pytest.mark.parametrize("n", [1, 30])
-def test_a_token_that_is_not_finite(numbers: str, n: int) -> None:
+def test_a_token_that_is_not_finite(numbers: str, dtype: str, n: int) -> None:
     """It makes the rows that attend to it NaN, and no others."""
-    key, value = tokens(40)
+    key, value = tokens(40, dtype)
     for spoilt in (key, value):
         kept = spoilt[0, :, 30].copy()
         spoilt[0, :, 30] = np.nan
-        cache = KVCache(3, 2, 40, 64, 33, quantize=numbers)
-        out = attention_with_kv_cache(query(40), cache, key, value)[:, :, 40 - n :]
-        again = attention_with_kv_cache(query(40)[:, :, 40 - n :], cache)
+        cache = KVCache(3, 2, 40, 64, 33, dtype=dtype_of(dtype), quantize=numbers)
+        out = attention_with_kv_cache(query(40, dtype), cache, key, value)[:, :, 40 - n :]
+        again = attention_with_kv_cache(query(40, dtype)[:, :, 40 - n :], cache)
         for result in (out, again):
             rows = np.arange(40 - n, 40) >= 30
             assert np.isnan(result[0][:, rows]).all() and np.isfinite(result[0][:, ~rows]).all()
             assert np.isfinite(result[1:]).all()
-        masked = attention_with_kv_cache(query(n), cache, mask_mod=lambda b, h, i, j: j != 30)
+        masked = attention_with_kv_cache(query(n, dtype), cache, mask_mod=lambda b, h, i, j: j != 30)
         assert np.isfinite(masked).all()
         spoilt[0, :, 30] = kept
 

@@ -237,6 +237,39 @@ for kernel in (forward.work, key_weight.weigh, *([decode.decode] if target.BFLOA
     python(script, **environment, NUMBA_ATTN_BFLOAT16=products)
 
 
+INTEGERS = """
+import numpy as np, numba_attn
+from numba_attn.cpu import decode
+from numba_attn.cpu.simd import WORDS
+from numba_attn.storage import dequantize
+rng = np.random.default_rng(0)
+assert decode.operand("float16", False, "int8") == decode.operand("f", True, "int8") == WORDS
+for D, Dv in ((40, 72), (64, 20)):
+    cache = numba_attn.KVCache(2, 2, 300, D, Dv, dtype=np.float16, quantize="int8")
+    cache.append(*(rng.standard_normal((2, 2, 300, size)).astype(np.float16) for size in (D, Dv)), [300, 131])
+    for heads, rows in ((2, 1), (6, 1), (4, 5), (16, 1)):
+        query = rng.standard_normal((2, heads, rows, D)).astype(np.float16)
+        held = [dequantize(x, "int8", size).astype(np.float64) for x, size in ((cache.key, D), (cache.value, Dv))]
+        exact = numba_attn.scaled_dot_product_attention(
+            query.astype(np.float64), *map(np.nan_to_num, held), is_causal=True, query_offset=cache.lengths - rows,
+            kv_lengths=cache.lengths, enable_gqa=True, backend="reference",
+        )
+        out = numba_attn.attention_with_kv_cache(query, cache)
+        assert np.abs(out - exact).max() < 1e-3
+assert "vpmaddwd" in next(iter(decode.decode.inspect_asm().values()))
+"""
+
+
+@pytest.mark.skipif(not X86, reason="names of x86 processors")
+@pytest.mark.parametrize("name", ["haswell", pytest.param("skylake-avx512", marks=pytest.mark.slow)])
+def test_products_of_integers(python: Callable[..., str], tmp_path: Path, name: str) -> None:
+    """By the instruction that these processors have; this one may have a faster one, which other tests use."""
+    features, needs, _ = LADDER[name]
+    if not has(needs):
+        pytest.skip(f"this processor has no {needs}")
+    python(INTEGERS, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
+
+
 @pytest.mark.parametrize("products", ["widened", "dot", "amx"])
 def test_products_of_bfloat16(python: Callable[..., str], tmp_path: Path, products: str) -> None:
     """Every way of making them that this processor has."""

@@ -12,7 +12,7 @@ import numpy as np
 from numba_attn import checks, threads
 from numba_attn.cpu import decode, key_weight, narrow
 from numba_attn.cpu import forward as prefill
-from numba_attn.cpu.call import call_of, held_of, nothing, numbers
+from numba_attn.cpu.call import call_of, held_of, numbers, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
@@ -62,12 +62,12 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
         of_kernels = kinds
         if kernels is decode:
             # Products of keys as they are in memory: reading them is what takes time.
-            of_elements = some._replace(arrays=call.arrays._replace(operands=nothing(1, dtype)))
-            of_kernels = kind, decode.operand(*kinds), held
-            some = some if of_kernels == kinds else of_elements
+            of_kernels = kind, decode.operand(kind, problem.bfloat16_products, held), held
+            some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
             decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
-            some, of_kernels = of_elements, (kind, COMPUTED[kind], held)
+            of_kernels = kind, COMPUTED[kind], held
+            some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
         else:
             prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
             steps.append(Step(prefilling, some.sequences, some.arrays))
@@ -160,7 +160,7 @@ def warmup() -> list[str]:
         for module in (prefill, key_weight):
             names.append(_compile(module, kind, narrow.operand(kind, bfloat16_products), kind))
     for kind, computed in COMPUTED.items():
-        products = decode.operand(kind, narrow.operand(kind, kind == "bfloat16"), kind)
+        products = decode.operand(kind, kind == "bfloat16", kind)
         names.append(_compile(decode, kind, products, kind))
         names.append(_compile(key_weight, kind, computed, kind))
     return names

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numba.np.numpy_support import as_dtype
 
 from numba_attn import random
 from numba_attn.cpu import launch, narrow
 from numba_attn.cpu.narrow import bits_of, kind_of
 from numba_attn.cpu.score import Arrays, Call, Functions, Sequences, Settings
-from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.user_functions import derivative_pass, mask_pass, score_pass
 from numba_attn.problem import Problem, Sizes, statistics_dtype
@@ -39,12 +39,17 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
         *statistics,  # type: ignore[call-arg]
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
-        nothing(1, np.dtype(np.uint32) if operand == PAIRS else dtype),
+        operands_of(operand),
     )  # fmt: skip
     pages = _NO_PAGES if problem.storage is None or problem.storage.pages is None else problem.storage.pages
     functions, alive = _functions(problem, dtype)
     sequences = Sequences(offsets, problem.intervals.table, numbers(sizes.B), pages)
     return Call(arrays, sequences, functions, _settings(problem, sizes)), alive
+
+
+def operands_of(operand: types.Type) -> np.ndarray:
+    """The empty array that tells kernels what products are made of."""
+    return nothing(1, as_dtype(operand))
 
 
 def held_of(x: np.ndarray, held: str) -> np.ndarray:

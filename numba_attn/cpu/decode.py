@@ -19,6 +19,7 @@ from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import dropout, launch, pack, rows, target, tiles
+from numba_attn.cpu.factors import round_queries, weights_of
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
@@ -44,12 +45,14 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.simd import (
     PAIRS,
+    WORDS,
     address,
     align_stack,
     as_element,
     as_factor,
     fetch_add,
     holds_pairs,
+    holds_two,
     moved,
     pointee_bytes,
 )
@@ -64,6 +67,11 @@ K_AHEAD, V_AHEAD = {
     2: ((2 * 1024, 16 * 1024), (2 * 1024, 16 * 1024)),
     3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
 }[target.PREFETCH]
+# Of quantised rows, which lie across cache lines, and of which the scales of a tile's values are read first.
+K_QUANTIZED, V_QUANTIZED = {
+    2: ((8 * 1024, 0), (64 * 1024, 64 * 1024)),
+    3: (K_AHEAD, V_AHEAD),
+}[target.PREFETCH]
 MOST_AHEAD = KEYS  # rows of them
 SPLIT = 512  # keys of a task
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
@@ -75,7 +83,8 @@ TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are ask
 Cut = namedtuple("Cut", "rows heads blocks splits")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
-    "Memory", "scores bias zero top sums moments correction low high kept factors others queries keys values size"
+    "Memory",
+    "scores bias zero top sums moments correction low high kept factors others step queries steps keys values size",
 )
 # Where the state of a block of rows is: four vectors (reference, total, moment, best), and the output rows.
 State = namedtuple("State", "lanes reference total moment best o")
@@ -89,7 +98,7 @@ def padded(columns, lanes):
 @device
 def factors_of_vector(arrays, lanes):
     """Elements of a vector that keys are multiplied by: of a query row."""
-    return 2 * lanes if holds_pairs(as_factor(address(arrays.lse), arrays.k, arrays.operands)) else lanes
+    return 2 * lanes if holds_two(as_factor(address(arrays.lse), arrays.k, arrays.operands)) else lanes
 
 
 @device
@@ -118,8 +127,9 @@ def memory_map(D, Dv, lanes, blocks, height):
     """For head sizes of whole vectors, as keys and values are read."""
     lane_vectors = (KEYS + lanes) * lanes
     first = lane_vectors + (KEYS + 1) * lanes
-    queries = first + 13 * lanes
-    keys = queries + blocks * height * D
+    queries = first + 14 * lanes
+    steps = queries + blocks * height * D
+    keys = steps + blocks * lanes
     values = keys + KEYS * D
     return Memory(
         scores=0,
@@ -134,7 +144,9 @@ def memory_map(D, Dv, lanes, blocks, height):
         kept=first + 7 * lanes,
         factors=first + 8 * lanes,
         others=first + 9 * lanes,
+        step=first + 13 * lanes,
         queries=queries,
+        steps=steps,
         keys=keys,
         values=values,
         size=values + KEYS * Dv,
@@ -192,8 +204,9 @@ def copy_rows(rows, table, n, D, columns, out):
 
 
 @device
-def rows_ahead(rows, columns, height, ahead):
-    some = ahead[int(height > 1 or rows.page_rows != 0)]
+def rows_ahead(rows, columns, height, ahead, of_quantized):
+    case = int(height > 1 or rows.page_rows != 0)
+    some = of_quantized[case] if is_quantized(rows) else ahead[case]
     return min(MOST_AHEAD, some // max(1, columns * pointee_bytes(rows.data)))
 
 
@@ -225,7 +238,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     sizes = Sizes(padded(D, wide), padded(Dv, lanes), KEYS, lanes, lanes)
     at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
-    moments, correction = element(memory, at.moments), element(memory, at.correction)
+    moments, correction, step = element(memory, at.moments), element(memory, at.correction), element(memory, at.step)
     pack.fill_lanes(element(memory, at.zero), nothing, 1)
     for i in range(cut.blocks):
         state = state_of(partial, i, height, Dv, lanes)
@@ -242,11 +255,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k_ahead = v_ahead = 0
     if low < high:
         if k_in_place:
-            k_ahead = rows_ahead(k, sizes.D, height, K_AHEAD)
+            k_ahead = rows_ahead(k, sizes.D, height, K_AHEAD, K_QUANTIZED)
         else:
             list_copies(sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = rows_ahead(v, sizes.Dv, height, V_AHEAD)
+            v_ahead = rows_ahead(v, sizes.Dv, height, V_AHEAD, V_QUANTIZED)
         else:
             list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
@@ -281,12 +294,13 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             copied = True
             state = state_of(partial, i, height, Dv, lanes)
             queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
+            q_step = element(memory, at.steps + i * lanes)
             # As in `forward`: where scores have risen once, they are expected to go on.
             tile, done = packed(here, stride, lanes, memory, at), False
             raising = np.bool_(rising >> i & 1 or is_settled(head, tile))
             vectors = tile.stop - tile.start
             while not done:
-                rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, scores)
+                rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, q_step, scores)
                 if stride != height:
                     rows.spread(n, height, scores)
                 unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
@@ -315,11 +329,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             if settings.threshold != 0:
                 dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
             weights = as_factor(scores, arrays.v, arrays.operands)
-            rows.pair_up(stride, weights, n)
+            weights_of(stride, weights, n, v_base, v_at, sizes.Dv, step)
             if careful:
-                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, weights, stride, state.o)
+                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, weights, stride, step, state.o)
             else:
-                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, weights, stride, state.o)
+                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, weights, stride, step, state.o)
     finite, one = True, memory.dtype.type(1)
     pack.fill_lanes(element(memory, at.factors), one, 1)
     for i in range(cut.blocks):
@@ -383,15 +397,19 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
     Lq = cut.rows
     group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
     height, wide = power_of_two(cut.heads * Lq), factors_of_vector(arrays, lanes)
-    columns, size = padded(D, wide), memory.itemsize * lanes // wide
+    columns = padded(D, wide)
     at = memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height)
     pack.fill_lanes(element(memory, at.queries), nothing, cut.blocks * height * columns // lanes)
     for g in range(group):
         q = matrix(arrays.q, sequences.offsets[b, 0], shared * group + g)
         block = element(memory, at.queries + g // cut.heads * height * columns)
-        to = moved(as_factor(block, arrays.k, arrays.operands), g % cut.heads * Lq * columns * size)
+        to = as_factor(block, arrays.k, arrays.operands)
+        size = 2 if holds_pairs(to) else memory.itemsize
         valid = min(Lq, sequences.intervals[b, 1])
-        pack.copy_rows(q.data, q.row, q.step, valid, D, columns, to)
+        pack.copy_rows(q.data, q.row, q.step, valid, D, columns, moved(to, g % cut.heads * Lq * columns * size))
+    for i in range(cut.blocks):
+        block = as_factor(element(memory, at.queries + i * height * columns), arrays.k, arrays.operands)
+        round_queries(height, block, columns, element(memory, at.steps + i * lanes))
 
 
 @kernel
@@ -452,10 +470,12 @@ def most_rows(itemsize: int) -> int:
     return min(MOST_ROWS, VECTOR_BYTES // itemsize)
 
 
-def operand(kind: str, of_prefill: types.Type, held: str) -> types.Type:
-    """What products are made of: pairs of bfloat16 numbers where keys are such in memory, and that is faster."""
-    pairs = of_prefill == PAIRS and held == "bfloat16" and target.BFLOAT16 == "dot"
-    return PAIRS if pairs else COMPUTED[kind]
+def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:
+    """What products are made of, see `factors`: by how keys are held in memory, and what is faster."""
+    if held == "bfloat16" and bfloat16_products and target.BFLOAT16 == "dot":
+        return PAIRS
+    rounded = bfloat16_products or kind in ("float16", "bfloat16")
+    return WORDS if held == "int8" and rounded and target.HAS_WORD_PRODUCTS else COMPUTED[kind]
 
 
 def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cutting:
@@ -467,7 +487,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
     Dv, Lq = arrays.out.shape[2], settings.Lq
     group, pairs, rows = Hq // Hkv, len(call.sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
     heads = group if alike else 1
-    wide = 2 * lanes if arrays.operands.dtype == np.uint32 and arrays.k.dtype == np.uint16 else lanes
+    wide = 2 * lanes if kinds[1] in (PAIRS, WORDS) else lanes
     size, state = _sizes(rows, heads, group, D, Dv, lanes, wide)
 
     def cut_for(sequences: Sequences) -> Run:

@@ -97,17 +97,46 @@ def store(v: Vectors, value: Value, pointer: Value, offset: int | Value, stored:
     v.store(value if BYTES[stored] != 2 else shorten(v.builder, value, stored), pointer, offset)
 
 
-def load_side_by_side(v: Vectors, low: Value, high: Value, d: Value, count: int) -> list[Value]:
-    """Pairs of the elements of two rows of bfloat16 from d on: so many vectors of them, one or an even number."""
+def load_words(v: Vectors, row: Value, d: Value, count: int, stored: types.Type) -> Value:
+    """`count` elements of 16 bits from d on, of a row of bfloat16 or of integers of 8 bits, which become such."""
+    b, words = v.builder, ir.VectorType(I16, count)
+    if stored == INT8:
+        return b.sext(b.load(v.at(row, d), align=1, typ=ir.VectorType(I8, count)), words)
+    return b.load(v.at(row, v.mul_index(d, 2)), align=1, typ=words)
+
+
+def load_side_by_side(
+    v: Vectors, low: Value, high: Value, d: Value, count: int, stored: types.Type, in_order: bool = True
+) -> list[Value]:
+    """Pairs of the elements of two such rows from d on: so many vectors of them, one or an even number.
+
+    Pairs that are not in order take fewer instructions, and what is made of them can be put `in_order` later.
+    """
     b, vectors = v.builder, []
     size = v.lanes * min(2, count)
     for w in range(0, count, 2):
-        at = v.mul_index(v.add_index(d, w * v.lanes), 2)
-        x, y = (b.load(v.at(row, at), align=1, typ=ir.VectorType(I16, size)) for row in (low, high))
+        x, y = (load_words(v, row, v.add_index(d, w * v.lanes), size, stored) for row in (low, high))
+        order = [*range(size)] if in_order else _order_of_pairs(size)
         for first in range(0, size, v.lanes):
-            lanes = [i + side for i in range(first, first + v.lanes) for side in (0, size)]
+            lanes = [i + side for i in order[first : first + v.lanes] for side in (0, size)]
             vectors.append(b.bitcast(v.shuffle(x, y, lanes), v.bits))
     return vectors
+
+
+def _order_of_pairs(size: int) -> list[int]:
+    """Lower halves of each 128 bits of words, and upper ones, as x86 interleaves them in one instruction."""
+    return [first + i for half in (0, 4) for first in range(half, size, 8) for i in range(4)]
+
+
+def in_order(v: Vectors, vectors: list[Value]) -> list[Value]:
+    """Vectors of a lane for each pair of `load_side_by_side`, where these are not in order."""
+    found, count = [], min(2, len(vectors))
+    order = _order_of_pairs(count * v.lanes)
+    for w in range(0, len(vectors), count):
+        for first in range(0, count * v.lanes, v.lanes):
+            lanes = [order.index(i) for i in range(first, first + v.lanes)]
+            found.append(v.shuffle(vectors[w], vectors[w + count - 1], lanes))
+    return found
 
 
 def pair(v: Vectors, low: Value, high: Value) -> Value:

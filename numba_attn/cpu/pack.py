@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, I32, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import lane_rows, share
 
 
@@ -63,12 +63,15 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
 
 
 def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
-    """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type of out, or bfloat16 for pairs."""
+    """out (rows, columns), contiguous, = k (rows, D) and zeros, in the type of out, or bfloat16 for pairs.
+
+    For words they are numbers, that are to be rounded.
+    """
     stored = v.pointees["k"]
     if BYTES[stored] == 1:
         _dequantise_rows(v, stored, k, k_row, rows, D, columns, out)
         return
-    kept = narrow.BFLOAT16 if v.pointees["out"] == PAIRS else v.pointees["out"]
+    kept = {PAIRS: narrow.BFLOAT16, WORDS: v.dtype}.get(v.pointees["out"], v.pointees["out"])
     size, kept_size = BYTES[stored], BYTES[kept]
     whole = _whole_vectors(v, k_step, size, D)
 
@@ -143,7 +146,7 @@ def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
             return []
 
         def vector_of_pairs(d: Value, _: list[Value]) -> list[Value]:
-            (x,) = narrow.load_side_by_side(v, first, second, d, 1)
+            (x,) = narrow.load_side_by_side(v, first, second, d, 1, stored)
             v.store(v.builder.and_(x, kept), to, v.mul_index(d, v.size))
             return []
 

@@ -22,8 +22,9 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow, target
-from numba_attn.cpu.simd import BYTES, I1, I32, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, LINE, are_pairs, for_rows, pair_rows, product, share
+from numba_attn.cpu.factors import across, factors_of, powers_of_two, row_at, scales_of
+from numba_attn.cpu.simd import BYTES, I1, I32, WORDS, Value, Vectors, emits
+from numba_attn.cpu.tiles import INFINITY, LINE, are_pairs, for_rows, product, share
 
 MANY = target.ISA in ("avx512", "neon")  # registers
 
@@ -39,7 +40,8 @@ def beside(height: int) -> int:
     return 1 if height == 1 and target.PREFETCH == 2 else 2
 
 
-UNROLLED = 8  # vectors of a row, for one query row: a loop for each takes as long as they do
+UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
+COLUMNS = 128  # elements of a row at once at most, as many heads have
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
 OUTPUTS = (
@@ -55,55 +57,38 @@ WHOLE = (
 NEAR = 16 * 1024  # bytes of values at once, which all query rows find in the first-level cache
 
 
-def powers_of_two(lanes: int) -> list[int]:
-    return [1 << i for i in range(lanes.bit_length())]
-
-
-def _row(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
-    """Where row j starts: `offsets` are those of all rows from `base`, in bytes."""
-    return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
-
-
-def _dots(v, height, k, offsets, ahead, n, D, q, s):
+def _dots(v, height, k, offsets, ahead, n, D, q, step, s):
     """s (n, height) = k (n, D).q (height, D) for a height that is a power of two.
 
-    D is whole vectors, of pairs if q is such.  Whole vectors of s are written.  Rows `ahead` of each row are asked for.
+    D is whole vectors of q, which is as `factors` says, of words in steps.  Whole vectors of s are written.  Rows
+    `ahead` of each row are asked for.
     """
-    v.choose(
-        height, {rows: partial(_dots_of, v, rows, k, offsets, ahead, n, D, q, s) for rows in powers_of_two(v.lanes)}
-    )
+    arguments = k, offsets, ahead, n, D, q, step, s
+    v.choose(height, {rows: partial(_dots_of, v, rows, *arguments) for rows in powers_of_two(v.lanes)})
 
 
 def _dots_of(
-    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, s: Value
+    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, step: Value, s: Value
 ) -> None:
     stored = v.pointees["k"]
     keys, at_once, last = v.lanes // height, beside(height), v.add_index(n, -1)
 
-    def step(j: Value, _: list[Value]) -> list[Value]:
+    def some(j: Value, _: list[Value]) -> list[Value]:
         numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
-        rows = [_row(v, k, offsets, number) for number in numbers]
+        rows = [row_at(v, k, offsets, number) for number in numbers]
         sums = []
         for first in range(0, keys, at_once):
             here = slice(first, first + at_once)
-            later = [_row(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
+            later = [row_at(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
             sums += _dots_beside(v, rows[here], later, height, D, q)
         scores = _sums_across(v, sums)
         if stored == narrow.INT8:
-            scales = [v.splat(narrow.load_scale(v, row, v.index(0), D, stored)) for row in rows]
-            scores = v.mul(scores, _in_lanes(v, scales, height))
+            scales = scales_of(v, rows, D, height)
+            scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
         return []
 
-    v.loop(0, n, keys, [], step)
-
-
-def _in_lanes(v: Vectors, vectors: list[Value], height: int) -> Value:
-    """`height` lanes of each of some vectors, one vector after the other."""
-    found = vectors[0]
-    for i, x in enumerate(vectors[1:], 1):
-        found = v.shuffle(found, x, [lane if lane // height != i else v.lanes + lane for lane in range(v.lanes)])
-    return found
+    v.loop(0, n, keys, [], some)
 
 
 def _spread(v, n, height, s):
@@ -135,14 +120,10 @@ def _gather(v, n, stride, added, row, bias):
 def across_keys(v: Vectors, stride: Value, at: Value, combine: Callable[[Value, Value], Value]) -> None:
     """Combine the lanes of each query row of a vector in memory: the same result in all of them."""
 
-    def lanes_apart(least: int) -> None:
-        x, step = v.load(at), v.lanes // 2
-        while step >= least:
-            x = combine(x, v.shuffle(x, x, [lane ^ step for lane in range(v.lanes)]))
-            step //= 2
-        v.store(x, at)
+    def of_rows(height: int) -> None:
+        v.store(across(v, v.load(at), height, combine), at)
 
-    v.choose(stride, {rows: partial(lanes_apart, rows) for rows in powers_of_two(v.lanes)})
+    v.choose(stride, {rows: partial(of_rows, rows) for rows in powers_of_two(v.lanes)})
 
 
 def _add_across(v, stride, sums):
@@ -163,20 +144,20 @@ def _numbers(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> 
 
 def _dots_beside(v: Vectors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value) -> list[Value]:
     """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
-    stored, pairs = v.pointees["k"], are_pairs(v, "q")
-    size, lanes = (2, 2 * v.lanes) if pairs else (v.size, v.lanes)
-    load, multiply = (v.load_pairs, v.dot) if pairs else (v.load, v.fma)
-    q_row = v.mul_index(D, size)
+    stored, factors = v.pointees["k"], factors_of(v, "q")
+    two, multiply = factors.together == 2, factors.multiply
+    lanes, load = factors.together * v.lanes, v.load_pairs if two else v.load
+    q_row = v.mul_index(D, factors.size)
 
     def columns(d: Value, sums: list[Value]) -> list[Value]:
-        keys = [load(row, v.mul_index(d, 2)) if pairs else _numbers(v, row, d, D, stored) for row in rows]
-        queries = [load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, size)) for r in range(height)]
+        keys = [narrow.load_words(v, row, d, lanes, stored) if two else _numbers(v, row, d, D, stored) for row in rows]
+        queries = [load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, factors.size)) for r in range(height)]
         return [
             multiply(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
         ]
 
     line = max(1, LINE // (lanes * BYTES[stored]))
-    at_once = max(1, UNROLLED // height)
+    at_once = max(1, min(UNROLLED // height, COLUMNS // lanes))
 
     def some(d: Value, sums: list[Value], vectors: int) -> list[Value]:
         for i in range(vectors):
@@ -188,9 +169,9 @@ def _dots_beside(v: Vectors, rows: list[Value], later: list[Value], height: int,
         return sums
 
     whole = v.whole_steps(v.index(0), D, at_once * lanes)
-    sums = [v.constant(0.0)] * (len(rows) * height)
+    sums = [factors.zero] * (len(rows) * height)
     sums = v.loop(0, whole, at_once * lanes, sums, partial(some, vectors=at_once), rolled=True)
-    return v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True)
+    return [*map(factors.as_numbers, v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True))]
 
 
 def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
@@ -206,30 +187,6 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
     return vectors[0]
 
 
-def _pair_up(v, stride, p, n):
-    """p (n, stride) two keys and two, in place, if it is to hold pairs: (n / 2, stride), a last key with a masked one.
-
-    Behind the last key, keys of its vector are masked.
-    """
-    if not are_pairs(v, "p"):
-        return
-
-    def of_one_vector(rows: int) -> None:
-        # A vector has an even number of keys: a half of one comes of it, in the place of the next half.
-        low = [i + rows * (i // rows) for i in range(v.lanes // 2)] * 2
-        high = [i + rows for i in low]
-
-        def vector(i: Value, _: list[Value]) -> list[Value]:
-            x = v.load(p, v.mul_index(i, v.size))
-            v.store(v.pair(v.shuffle(x, x, low), v.shuffle(x, x, high)), p, v.mul_index(v.half(i), v.size))
-            return []
-
-        v.loop(0, v.mul_index(n, rows), v.lanes, [], vector)
-
-    narrower = {rows: partial(of_one_vector, rows) for rows in powers_of_two(v.lanes)[:-1]}
-    v.choose(stride, {**narrower, v.lanes: partial(pair_rows, v, v.index(1), p, n)})
-
-
 def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:
     """`body(first, end)` for so few of n keys at once, an even number, that their values stay in the nearest cache."""
     two = v.mul_index(v.add_index(v.mul_index(Dv, BYTES[v.pointees["value"]]), 1), 2)  # bytes of two rows, at least 1
@@ -242,15 +199,15 @@ def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object
     v.loop(0, n, some, [], keys)
 
 
-def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
-    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride), or as `pair_up` leaves it.
+def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
+    """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride), as `factors.weights_of` leaves it.
 
     Dv is whole vectors.  Rows of the value are as those of k in `_dots`; what is `ahead` is asked for once, whatever
     the number of rows.
     """
-    stored, p_row, pairs = v.pointees["value"], v.mul_index(stride, v.size), are_pairs(v, "p")
+    stored, p_row, factors = v.pointees["value"], v.mul_index(stride, v.size), factors_of(v, "p")
     line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
-    at_once, multiply = (2, v.dot) if pairs else (1, v.fma)
+    at_once, words, multiply = factors.together, v.pointees["p"] == WORDS, factors.multiply
 
     def some(begin: Value, end: Value, first: Value, height: int) -> None:
         rows_on = v.builder.select(v.builder.icmp_signed("==", first, v.index(0)), ahead, v.index(0))
@@ -259,34 +216,37 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
             column = v.mul_index(vector, v.lanes)
             outs = [v.at(o, v.mul_index(v.add_index(v.mul_index(v.add_index(first, r), Dv), column), v.size))
                     for r in range(height)]  # fmt: skip
-            weights = v.at(v.at(p, v.mul_index(v.half(begin) if pairs else begin, p_row)), v.mul_index(first, v.size))
+            at = v.half(begin) if at_once == 2 else begin
+            p_here = v.at(v.at(p, v.mul_index(at, p_row)), v.mul_index(first, v.size))
 
             def keys(j: Value, carried: list[Value]) -> list[Value]:
                 weight, *acc = carried
                 numbers = [v.least(v.add_index(j, i), v.add_index(n, -1)) if i else j for i in range(at_once)]
-                key_rows = [_row(v, value, offsets, number) for number in numbers]
+                key_rows = [row_at(v, value, offsets, number) for number in numbers]
                 for number in numbers:
-                    later = _row(v, value, offsets, v.add_index(number, rows_on))
+                    later = row_at(v, value, offsets, v.add_index(number, rows_on))
                     for w in range(0, width, line):
                         v.prefetch(later, v.mul_index(v.add_index(column, w * v.lanes), BYTES[stored]))
-                factors = [v.load_scalar(weight, r * v.size, I32 if pairs else None) for r in range(height)]
+                weights = [v.load_scalar(weight, r * v.size, I32 if at_once == 2 else None) for r in range(height)]
                 row = key_rows[0]
-                if pairs:
-                    values = narrow.load_side_by_side(v, row, key_rows[1], column, width)
+                if at_once == 2:
+                    values = narrow.load_side_by_side(v, row, key_rows[1], column, width, stored, in_order=False)
                 else:
                     values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
                     if stored == narrow.INT8:
                         scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
-                        factors = [v.builder.fmul(x, scale) for x in factors]
-                factors = [v.splat(x) for x in factors]
-                acc = [multiply(values[w], factors[r], acc[r * width + w]) for r in range(height) for w in range(width)]
+                        weights = [v.builder.fmul(x, scale) for x in weights]
+                weights = [v.splat(x) for x in weights]
+                acc = [multiply(values[w], weights[r], acc[r * width + w]) for r in range(height) for w in range(width)]
                 return [v.at(weight, p_row), *acc]
 
-            zero = [v.constant(0.0)] * (height * width)
-            acc = v.loop(begin, end, at_once, [weights, *zero], keys, rolled=True)[1:]
+            acc = v.loop(begin, end, at_once, [p_here, *[factors.zero] * (height * width)], keys, rolled=True)[1:]
             for r in range(height):
-                for w in range(width):
-                    total = v.add(v.load(outs[r], w * v.bytes), acc[r * width + w])
+                steps = v.splat(v.load_scalar(step, v.mul_index(v.add_index(first, r), v.size))) if words else None
+                sums = [factors.as_numbers(x) for x in acc[r * width : (r + 1) * width]]
+                for w, more in enumerate(narrow.in_order(v, sums) if at_once == 2 else sums):
+                    total = v.load(outs[r], w * v.bytes)
+                    total = v.fma(more, steps, total) if words else v.add(total, more)
                     v.store(total, outs[r], w * v.bytes)
 
         for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), OUTPUTS[height], block)
@@ -294,14 +254,17 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, o):
     _near(v, n, Dv, lambda begin, end: for_rows(v, rows, [*OUTPUTS], partial(some, begin, end)))
 
 
-def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
+def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, step, o):
     """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
+    if v.pointees["p"] == WORDS:  # integers are finite, and no scale of a masked key is in the words
+        _mix(v, rows, value, offsets, v.index(0), Dv, n, p, stride, step, o)
+        return
     stored, b, p_row, pairs = v.pointees["value"], v.builder, v.mul_index(stride, v.size), are_pairs(v, "p")
     masked, zero = b.bitcast(v.constant(-0.0), v.bits), v.constant(0.0)
 
     def key(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
-        of_key = _row(v, value, offsets, j)
+        of_key = row_at(v, value, offsets, j)
         x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
         is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
         if stored == narrow.INT8:
@@ -312,8 +275,8 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, o):
 
     def two_keys(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         weight = v.load_scalar(v.at(p, v.mul_index(v.half(j), p_row)), v.mul_index(row, v.size), I32)
-        low, high = (_row(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2))
-        (x,) = narrow.load_side_by_side(v, low, high, column, 1)
+        low, high = (row_at(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2))
+        (x,) = narrow.load_side_by_side(v, low, high, column, 1, stored)
         for half, negative_zero in ((0xFFFF, 0x8000), (0xFFFF0000, 0x80000000)):
             is_masked = b.icmp_unsigned("==", b.and_(weight, I32(half)), I32(negative_zero))
             x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))
@@ -447,7 +410,6 @@ spread = emits(_spread)
 gather = emits(_gather)
 add_across = emits(_add_across)
 highest_across = emits(_highest_across)
-pair_up = emits(_pair_up)
 mix = emits(_mix)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)

@@ -28,13 +28,16 @@ from numba_attn.cpu import target
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-PAIRS = types.uint32  # two bfloat16 numbers, the first in the low half: how Numba sees the operands of `dot`
+# Two numbers of 16 bits, the first in the low half, as Numba sees them: the operands of `dot` and of `dot_words`.
+PAIRS = types.uint32  # bfloat16
+WORDS = types.int32  # integers
 BYTES = {
     types.boolean: 1,
     types.int8: 1,
     types.uint8: 1,
     types.int16: 2,
     types.uint16: 2,
+    types.int32: 4,
     types.uint32: 4,
     types.int64: 8,
     types.float32: 4,
@@ -202,6 +205,14 @@ class Vectors:
         kind = ir.FunctionType(self.type, [self.type, halves, halves])
         function = self._function("llvm.x86.avx512bf16.dpbf16ps.512", kind)
         return self.builder.call(function, [c, self.builder.bitcast(a, halves), self.builder.bitcast(b, halves)])
+
+    def dot_words(self, a: Value, b: Value, c: Value) -> Value:
+        """a . b + c for pairs of integers of 16 bits in each lane, which needs `target.HAS_WORD_PRODUCTS`; exact."""
+        halves, words = (ir.VectorType(kind, n * self.lanes) for kind, n in ((I16, 2), (I32, 1)))
+        name = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd"}[self.lanes]
+        function = self._function(name, ir.FunctionType(words, [halves, halves]))
+        products = self.builder.call(function, [self.builder.bitcast(x, halves) for x in (a, b)])
+        return self.builder.add(c, products)
 
     def pair(self, low: Value, high: Value) -> Value:
         """Pairs of bfloat16 of two vectors of numbers that are not negative, rounded to nearest; -0.0 stays."""
@@ -539,8 +550,9 @@ def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any
 
 @intrinsic
 def as_factor(context: Any, pointer: types.CPointer, keys: types.Array, operands: types.Array) -> Any:
-    """The pointer as one to what keys are multiplied by: `PAIRS`, if products are those and keys are such in memory."""
-    kind = types.CPointer(PAIRS) if operands.dtype == PAIRS and keys.dtype == types.uint16 else pointer
+    """The pointer as one to what keys are multiplied by: operands of two numbers, if keys are such in memory."""
+    in_memory = {PAIRS: types.uint16, WORDS: types.int8}.get(operands.dtype)
+    kind = types.CPointer(operands.dtype) if keys.dtype == in_memory else pointer
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
         return builder.bitcast(values[0], context.get_value_type(signature.return_type))
@@ -607,6 +619,7 @@ def _constant_of_pointee(name: str, result: types.Type, value: Callable[[types.T
 
 
 holds_pairs = _constant_of_pointee("holds_pairs", types.boolean, lambda dtype: dtype == PAIRS)
+holds_two = _constant_of_pointee("holds_two", types.boolean, lambda dtype: dtype in (PAIRS, WORDS))
 pointee_bytes = _constant_of_pointee("pointee_bytes", types.int64, lambda dtype: BYTES[dtype])
 
 

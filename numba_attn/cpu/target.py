@@ -55,6 +55,8 @@ BFLOAT16 = os.environ.get("NUMBA_ATTN_BFLOAT16") or (
     else "widened"
 )  # fmt: skip
 HAS_BFLOAT16_PAIRS = BFLOAT16 != "widened"
+# Whether there is an instruction for sums of two products of integers of 16 bits, in vectors of the register tile.
+HAS_WORD_PRODUCTS = (ISA == "avx512" and HAS_AVX512 and _has("avx512bw")) or (ISA == "avx2" and HAS_AVX2)
 if BFLOAT16 == "amx":
     _tiles_permitted()
     binding.initialize_native_asmparser()  # for instructions that LLVM has no portable form of

@@ -344,10 +344,10 @@ def _times_log(v: Vectors, power: Value, x: Value) -> Value:
     return v.select(v.equal(power, zero), zero, v.mul(power, x))
 
 
-def paired(v: Vectors, rows: list[Value]) -> list[Value]:
-    """Rows of probabilities, two and two; a last one with a masked key's."""
+def paired(v: Vectors, rows: list[Value], pair: Callable[[Value, Value], Value] | None = None) -> list[Value]:
+    """Rows of probabilities, two and two, as bfloat16 or as `pair` does it; a last one with a masked key's."""
     rows = [*rows, v.constant(-0.0)] if len(rows) % 2 else rows
-    return [v.pair(low, high) for low, high in zip(rows[::2], rows[1::2], strict=True)]
+    return [(pair or v.pair)(low, high) for low, high in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def _pair_up(v, width, p, n, k):
@@ -356,15 +356,17 @@ def _pair_up(v, width, p, n, k):
         pair_rows(v, width, p, n)
 
 
-def pair_rows(v: Vectors, width: Value, p: Value, n: Value) -> None:
-    """The n rows of p two and two, in place."""
+def pair_rows(
+    v: Vectors, width: Value, p: Value, n: Value, pair: Callable[[Value, Value], Value] | None = None
+) -> None:
+    """The n rows of p two and two, in place, see `paired`."""
     row = v.mul_index(width, v.bytes)
 
     def vector(here: Value) -> None:
         def rows(j: Value, height: int) -> None:
             at = v.at(v.at(p, v.mul_index(j, row)), here)
-            (pair,) = paired(v, [v.load(at, v.mul_index(row, r)) for r in range(height)])
-            v.store(pair, v.at(p, v.mul_index(v.half(j), row)), here)
+            (both,) = paired(v, [v.load(at, v.mul_index(row, r)) for r in range(height)], pair)
+            v.store(both, v.at(p, v.mul_index(v.half(j), row)), here)
 
         for_rows(v, n, (2, 1), rows)
 
