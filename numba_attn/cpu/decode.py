@@ -1,9 +1,10 @@
 """The forward pass of a few query rows, as of one new token: the keys are split over the workers, and read once.
 
-A task is one key-value head and SPLIT keys.  The query rows of all heads that share it are done together, or one head
-after the other where masks and functions tell them apart; tile by tile as in `forward`, with the products of `rows`.
-The worker that finishes the last split of a head joins them, in the order of the keys.  Splits and tiles are cut by
-the number of keys alone, so the same bits come out for any number of threads, and for a sequence alone or in a batch.
+A task is one key-value head and some of the keys.  The query rows of all heads that share it are done together, or one
+head after the other where masks and functions tell them apart; tile by tile as in `forward`, with the products of
+`rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.  Splits and tiles are
+cut by the number of keys alone, so the same bits come out for any number of threads, and for a sequence alone or in a
+batch.
 
 Flash-Decoding (Dao et al., 2023) for the split along the keys.
 """
@@ -59,7 +60,7 @@ from numba_attn.cpu.simd import (
 from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
 from numba_attn.cpu.target import VECTOR_BYTES
 
-KEYS = 4 * VECTOR_BYTES  # of a tile
+KEYS = 8 * VECTOR_BYTES  # of a tile
 # Bytes of K, and of V, that are asked for before they are needed, for one query row and for more, or for pages: less
 # comes too late, more pushes out what is still to come.  Into the second-level cache, a little is best where hardware
 # keeps up alone, and otherwise as much as is near, see `rows`.
@@ -73,10 +74,11 @@ K_QUANTIZED, V_QUANTIZED = {
     3: (K_AHEAD, V_AHEAD),
 }[target.PREFETCH]
 MOST_AHEAD = KEYS  # rows of them
-SPLIT = 512  # keys of a task
+# Keys of a task: the least and the most of them, and how many tasks long sequences have at least.
+SPLIT, MOST_SPLIT, SPLITS = 512, 2048, 8
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
-TABLE = SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
+TABLE = MOST_SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
 
 # How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
 # splits of a sequence.  Of a whole call, the most of each; of a sequence, see `cut_of`.
@@ -120,6 +122,15 @@ def cut_of(cut, arrays, sequences, b, lanes):
     """For a sequence: by its own rows, so that it comes to the same bits whatever the others are."""
     rows = max(1, min(cut.rows, sequences.intervals[b, 1]))
     return cut_by_rows(rows, cut.heads, arrays.q.shape[0] // arrays.k.shape[0], cut.splits, lanes)
+
+
+@device
+def split_of(keys):
+    """Keys of a task, of a sequence with so many from the first one that is attended to: a power of two."""
+    split = SPLIT
+    while split < MOST_SPLIT and keys > SPLITS * split:
+        split *= 2
+    return split
 
 
 @device
@@ -430,9 +441,10 @@ def decode(memory, worker, counters, tables, partials, finished, arrays, sequenc
         b, shared = sequences.numbers[pair // shared_heads, 0], pair % shared_heads
         own = cut_of(cut, arrays, sequences, b, VECTOR_BYTES // memory.itemsize)
         offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
-        first = max(0, offset - settings.left) // SPLIT
-        low = (first + split) * SPLIT
-        high = min(low + SPLIT, kv_length, offset + own.rows + settings.right)
+        first = max(0, offset - settings.left)
+        keys = split_of(kv_length - first)
+        low = (first // keys + split) * keys
+        high = min(low + keys, kv_length, offset + own.rows + settings.right)
         pack_queries(arrays, sequences, own, b, shared, memory)
         careful = np.bool_(False)
         while True:
@@ -524,12 +536,15 @@ def splits_of(sequences: Sequences, rows: int, settings: Settings) -> int:
     intervals, numbers = sequences.intervals, sequences.numbers
     if len(numbers) == 1:  # as arrays, it would take longer than a small problem
         offset, _, kv_length = intervals[numbers[0, 0]].tolist()
-        end = min(kv_length, offset + rows + settings.right)
-        return max(1, -(-end // SPLIT) - max(0, offset - settings.left) // SPLIT)
+        end, first = min(kv_length, offset + rows + settings.right), max(0, offset - settings.left)
+        keys = split_of.py_func(kv_length - first)
+        return max(1, -(-end // keys) - first // keys)
     offset, _, kv_length = intervals[numbers[:, 0]].T
-    first = np.maximum(0, offset - settings.left) // SPLIT
+    first, keys = np.maximum(0, offset - settings.left), SPLIT
+    while (of_some := np.less(SPLITS * keys, kv_length - first) & (keys < MOST_SPLIT)).any():
+        keys = keys * np.where(of_some, 2, 1)
     end = np.minimum(kv_length, offset + rows + settings.right)
-    return max(1, int((-(-end // SPLIT) - first).max()))
+    return max(1, int((-(-end // keys) - first // keys).max()))
 
 
 def _whole_lines(elements: int) -> int:

@@ -60,8 +60,9 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     most = min(decode.MOST_ROWS, lanes)
     if min(Lq, query_length) <= most:
         group, rows = Hq // Hkv, max(1, min(Lq, query_length))
-        end, first = min(kv_length, offset + rows + right), max(0, offset - left) // decode.SPLIT
-        splits = max(1, (end + decode.SPLIT - 1) // decode.SPLIT - first)
+        end, first = min(kv_length, offset + rows + right), max(0, offset - left)
+        keys = decode.split_of(kv_length - first)
+        splits = max(1, (end + keys - 1) // keys - first // keys)
         cut_rows = decode.cut_by_rows(rows, group, group, splits, lanes)
         height, columns = decode.power_of_two(cut_rows.heads * rows), decode.padded(Dv, lanes)
         size = decode.memory_map(decode.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size
