@@ -15,7 +15,7 @@ import pytest
 
 from numba_attn.cpu import user_functions
 from numba_attn.cpu.jit import OPTIONS
-from numba_attn.cpu.simd import address
+from numba_attn.cpu.pointers import address
 from numba_attn.cpu.user_functions import mask_pass, run_mask_pass, run_score_pass, score_pass
 
 RNG = np.random.default_rng(0)

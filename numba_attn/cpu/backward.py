@@ -24,6 +24,7 @@ from numba_attn.cpu import gradient_tiles, launch, pack, target
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST
+from numba_attn.cpu.pointers import address, align_stack, fetch_add, get, moved, put
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
@@ -35,7 +36,6 @@ from numba_attn.cpu.score_gradients import (
     padded,
     score_gradients,
 )
-from numba_attn.cpu.simd import address, align_stack, fetch_add, get, moved, put
 from numba_attn.cpu.stored import in_place
 from numba_attn.cpu.visible import Matrix, visible
 

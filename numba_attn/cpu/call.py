@@ -11,9 +11,9 @@ from numba.np.numpy_support import as_dtype
 
 from numba_attn import random
 from numba_attn.cpu import launch, narrow
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.narrow import bits_of, kind_of
 from numba_attn.cpu.score import Arrays, Call, Functions, Sequences, Settings
-from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.user_functions import derivative_pass, mask_pass, score_pass
 from numba_attn.problem import Problem, Sizes, statistics_dtype
 

@@ -19,10 +19,30 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import dropout, launch, pack, rows, target, tiles
+from numba_attn.cpu import dropout, launch, pack, rows, softmax, target
+from numba_attn.cpu.dots import dots
 from numba_attn.cpu.factors import round_queries, weights_of
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.pointers import (
+    address,
+    align_stack,
+    as_element,
+    as_factor,
+    fetch_add,
+    holds_pairs,
+    holds_two,
+    moved,
+)
+from numba_attn.cpu.reading import (
+    MOST_AHEAD,
+    copy_rows,
+    is_read_in_place,
+    keys_ahead,
+    list_copies,
+    list_rows,
+    values_ahead,
+)
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     NO_NOTES,
@@ -44,36 +64,10 @@ from numba_attn.cpu.score import (
     matrix,
     select,
 )
-from numba_attn.cpu.simd import (
-    PAIRS,
-    WORDS,
-    address,
-    align_stack,
-    as_element,
-    as_factor,
-    fetch_add,
-    holds_pairs,
-    holds_two,
-    moved,
-    pointee_bytes,
-)
-from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
+from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.target import VECTOR_BYTES
 
 KEYS = 8 * VECTOR_BYTES  # of a tile
-# Bytes of K, and of V, that are asked for before they are needed, for one query row and for more, or for pages: less
-# comes too late, more pushes out what is still to come.  Into the second-level cache, a little is best where hardware
-# keeps up alone, and otherwise as much as is near, see `rows`.
-K_AHEAD, V_AHEAD = {
-    2: ((2 * 1024, 16 * 1024), (2 * 1024, 16 * 1024)),
-    3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
-}[target.PREFETCH]
-# Of quantised rows, which lie across cache lines, and of which the scales of a tile's values are read first.
-K_QUANTIZED, V_QUANTIZED = {
-    2: ((8 * 1024, 0), (64 * 1024, 64 * 1024)),
-    3: (K_AHEAD, V_AHEAD),
-}[target.PREFETCH]
-MOST_AHEAD = KEYS  # rows of them
 # Keys of a task: the least and the most of them, and how many tasks long sequences have at least.
 SPLIT, MOST_SPLIT, SPLITS = 512, 2048, 8
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
@@ -179,49 +173,6 @@ def state_of(partial, i, height, Dv, lanes):
 
 
 @device
-def is_read_in_place(rows, columns, lanes):
-    """Whether rows are whole vectors in memory."""
-    return is_quantized(rows) or (rows.step == pointee_bytes(rows.data) and columns % lanes == 0)
-
-
-@device
-def list_rows(rows, first, count, end, table):
-    """Fill a table with the offsets of `count` rows from the first one on, the one before `end` again beyond it."""
-    exist = min(count, end - first)
-    done = 0
-    while done < exist:
-        n = rows_together(rows, first + done, exist - done)
-        start = offset_of(rows, first + done)
-        for i in range(n):
-            table[done + i] = start + i * rows.row
-        done += n
-    for i in range(exist, count):
-        table[i] = table[exist - 1]
-
-
-@device
-def list_copies(row, table):
-    """Fill a table with the offsets of the rows of a tile that have been copied."""
-    for i in range(KEYS):
-        table[i] = i * row
-
-
-@device
-def copy_rows(rows, table, n, D, columns, out):
-    """Copy the n rows of a table, filled up to whole vectors."""
-    for i in range(n):
-        to = moved(out, i * columns * pointee_bytes(out))
-        pack.copy_rows(moved(rows.data, table[i]), 0, rows.step, 1, D, columns, to)
-
-
-@device
-def rows_ahead(rows, columns, height, ahead, of_quantized):
-    case = int(height > 1 or rows.page_rows != 0)
-    some = of_quantized[case] if is_quantized(rows) else ahead[case]
-    return min(MOST_AHEAD, some // max(1, columns * pointee_bytes(rows.data)))
-
-
-@device
 def packed(tile, stride, lanes, memory, at):
     """A tile with the vectors of a tile of scores, see `rows`, in the place of its keys, and what is added to these."""
     n = tile.stop - tile.start
@@ -266,13 +217,13 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k_ahead = v_ahead = 0
     if low < high:
         if k_in_place:
-            k_ahead = rows_ahead(k, sizes.D, height, K_AHEAD, K_QUANTIZED)
+            k_ahead = keys_ahead(k, sizes.D, height)
         else:
-            list_copies(sizes.D * arrays.k.itemsize, k_copies)
+            list_copies(KEYS, sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
-            v_ahead = rows_ahead(v, sizes.Dv, height, V_AHEAD, V_QUANTIZED)
+            v_ahead = values_ahead(v, sizes.Dv, height)
         else:
-            list_copies(sizes.Dv * arrays.v.itemsize, v_copies)
+            list_copies(KEYS, sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
         list_rows(v, low, high - low + v_ahead, kv_length, v_table)
     weighted = arrays.entropy.size > 0
@@ -311,27 +262,29 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             raising = np.bool_(rising >> i & 1 or is_settled(head, tile))
             vectors = tile.stop - tile.start
             while not done:
-                rows.dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, q_step, scores)
+                dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, q_step, scores)
                 if stride != height:
                     rows.spread(n, height, scores)
                 unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
                 if raising:
-                    tiles.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
+                    softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
                     rows.highest_across(stride, top)
-                    if tiles.move_reference(1, top, state.reference, state.best, state.total, state.moment, correction):
+                    if softmax.move_reference(
+                        1, top, state.reference, state.best, state.total, state.moment, correction
+                    ):
                         rows.weigh_rows(count, state.o, sizes.Dv, correction)
                 if weighted:
-                    tiles.powers_weighted(
+                    softmax.powers_weighted(
                         1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments
                     )
                     rows.highest_across(stride, top)
-                    done = tiles.take_in_weighted(
+                    done = softmax.take_in_weighted(
                         1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
                     )
                 else:
-                    tiles.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
+                    softmax.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
                     rows.highest_across(stride, top)
-                    done = tiles.take_in(
+                    done = softmax.take_in(
                         1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
                     )
                 if not done:

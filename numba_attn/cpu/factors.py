@@ -17,11 +17,13 @@ from functools import partial
 from typing import NamedTuple
 
 from llvmlite import ir
+from numba import types
 
-from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import I64, WORDS, Value, Vectors, emits
+from numba_attn.cpu import narrow, target
+from numba_attn.cpu.simd import BYTES, I64, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 
+MANY = target.ISA in ("avx512", "neon")  # registers
 MOST = 32767.0  # steps of the largest
 LEAST_STEP = 1e-38  # for what is next to nothing
 
@@ -66,6 +68,14 @@ def in_lanes(v: Vectors, vectors: list[Value], height: int) -> Value:
 def scales_of(v: Vectors, rows: list[Value], D: Value, height: int) -> Value:
     """The scales of some rows of 8-bit integers, each in `height` lanes."""
     return in_lanes(v, [v.splat(narrow.load_scale(v, row, v.index(0), D, narrow.INT8)) for row in rows], height)
+
+
+def widened(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
+    """A vector of the elements of a row from d on; of 8-bit integers without their scale."""
+    if BYTES[stored] > 1:
+        return narrow.load(v, row, v.mul_index(d, BYTES[stored]), stored)
+    integers = narrow.load_integers(v, row, d, stored)
+    return integers if stored == narrow.INT8 else v.mul(integers, v.splat(narrow.load_scale(v, row, d, D, stored)))
 
 
 def across(v: Vectors, x: Value, height: int, combine: Callable[[Value, Value], Value]) -> Value:

@@ -19,12 +19,12 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY, FULL
-from numba_attn.cpu import amx, dropout, launch, pack, tiles
+from numba_attn.cpu import amx, dropout, launch, pack, softmax, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST, Plan
+from numba_attn.cpu.pointers import address, align_stack, as_bfloat16, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
-from numba_attn.cpu.rows import write_products
 from numba_attn.cpu.score import (
     ON_TILES,
     Call,
@@ -49,7 +49,7 @@ from numba_attn.cpu.score import (
     select_unsloped,
     slope,
 )
-from numba_attn.cpu.simd import address, align_stack, as_bfloat16, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.short import write_products
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix, visible
@@ -289,16 +289,16 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
     while not done:
         unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
         if raising:
-            tiles.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
-            if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-                tiles.rescale(width, state.ot, Dv, correction)
+            softmax.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
+            if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
+                softmax.rescale(width, state.ot, Dv, correction)
         if weighted:
-            done = tiles.exponentiate_weighted(
+            done = softmax.exponentiate_weighted(
                 width, scores, n, unit, here.added, here.row,
                 state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
             )  # fmt: skip
         else:
-            done = tiles.exponentiate(
+            done = softmax.exponentiate(
                 width, scores, n, unit, here.added, here.row,
                 state.reference, state.best, state.total, sums, top, state.moment, moments, raising,
             )  # fmt: skip
@@ -349,10 +349,10 @@ def include_sink(sink, first, end, sizes, operands, memory):
         rows = min(sizes.block, end - first - i * sizes.block)
         width = (rows + sizes.lanes - 1) // sizes.lanes
         state = state_of(memory, at, sizes, operands, i)
-        tiles.challenge(width, sink, state.reference, top)
-        if tiles.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-            tiles.rescale(width, state.ot, sizes.Dv, correction)
-        tiles.add_sink(width, sink, state.reference, state.total, state.moment)
+        softmax.challenge(width, sink, state.reference, top)
+        if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
+            softmax.rescale(width, state.ot, sizes.Dv, correction)
+        softmax.add_sink(width, sink, state.reference, state.total, state.moment)
 
 
 @device

@@ -13,9 +13,10 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
+from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import Value, Vectors, emits
-from numba_attn.cpu.tiles import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width, product
+from numba_attn.cpu.tiles import product
 
 
 def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, lse, p, p_row):

@@ -12,11 +12,11 @@ import numpy as np
 from numba import types
 
 from numba_attn.cpu import decode, forward, plan
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import Compiled, compiled, counting_kernel, device, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
-from numba_attn.cpu.tiles import LOG2_E
 
 tile_keys, short_keys = device(plan.tile_keys), device(plan.short_keys)
 

@@ -15,10 +15,12 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import amx, launch, pack, tiles
+from numba_attn.cpu import amx, launch, pack, softmax
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
+from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import (
     NO_NOTES,
@@ -38,10 +40,8 @@ from numba_attn.cpu.score import (
     score,
     select,
 )
-from numba_attn.cpu.simd import address, align_stack, as_element, holds_pairs, moved
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
-from numba_attn.cpu.tiles import LOG2_E
 
 # Where things are in a worker's memory, in elements: qt, the lse of a row block, and one vector of sums a key.
 Memory = namedtuple("Memory", "scores bias keys rows zero low high lse qt sums")
@@ -109,7 +109,7 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
             unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
-            tiles.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
+            softmax.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
 
 
 @kernel

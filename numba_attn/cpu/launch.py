@@ -13,7 +13,7 @@ from numba import types
 
 from numba_attn import threads
 from numba_attn.cpu.jit import Compiled, compiled, device
-from numba_attn.cpu.simd import fetch_add
+from numba_attn.cpu.pointers import fetch_add
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls

@@ -13,8 +13,8 @@ from numba import types
 
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import narrow
+from numba_attn.cpu.blocks import INFINITY, LOG2_E, for_keys, for_vectors, lane_rows
 from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, LOG2_E, for_keys, for_vectors, lane_rows
 
 # Keys by which a tile is shortened at either end, as long as a mask excludes them.
 TRIM = 16

@@ -9,8 +9,9 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
+from numba_attn.cpu.blocks import lane_rows
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
-from numba_attn.cpu.tiles import lane_rows, share
+from numba_attn.cpu.softmax import share
 
 
 def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:

@@ -7,8 +7,8 @@ from collections import namedtuple
 
 from numba_attn.cpu import pack
 from numba_attn.cpu.jit import device
+from numba_attn.cpu.pointers import address, get, moved, put
 from numba_attn.cpu.score import matrix
-from numba_attn.cpu.simd import address, get, moved, put
 
 LN_2 = math.log(2.0)
 

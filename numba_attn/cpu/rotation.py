@@ -12,7 +12,8 @@ from numba_attn import threads
 from numba_attn.cpu import launch, narrow
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, STORED, bits_of, kind_of
-from numba_attn.cpu.simd import BYTES, Value, address, emits, moved
+from numba_attn.cpu.pointers import address, moved
+from numba_attn.cpu.simd import BYTES, Value, emits
 
 ROWS = 64  # of a task
 SERIAL_SIZE = 1 << 16  # numbers that are rotated sooner than the threads are woken

@@ -1,16 +1,14 @@
 """The stages of attention for few query rows, as kernels whose vectors lie along the head: memory is read in order.
 
 With a row or a few to a key, the two products are not what takes time, but reading K and V.  So both are read in whole
-rows, once for all query rows of a group, and asked for ahead of their use; each row of Q, and of the output, is
-contiguous.  Where the rows of K and V are is in tables of their offsets, so that pages take no longer than rows one
-behind the other.
+rows, once for all query rows of a group, and asked for ahead of their use: K in `dots`, V here.  Each row of Q, and of
+the output, is contiguous.  Where the rows of K and V are is in tables of their offsets, so that pages take no longer
+than rows one behind the other.
 
 Scores are a tile of vectors, one key after the other, the query rows of each in `stride` lanes: a power of two, so that
 with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The softmax of `tiles`
 does such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
 With as many lanes as a vector has, it is a tile (n keys, 1 vector) of `tiles`, for what has to know where rows are.
-
-Last, the product with the values of a tile of many rows that has all their keys, which `forward` uses.
 """
 
 from __future__ import annotations
@@ -18,30 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from llvmlite import ir
 from numba import types
 
-from numba_attn.cpu import narrow, target
-from numba_attn.cpu.factors import across, factors_of, powers_of_two, row_at, scales_of
-from numba_attn.cpu.simd import BYTES, I1, I32, WORDS, Value, Vectors, emits
-from numba_attn.cpu.tiles import INFINITY, LINE, are_pairs, for_rows, product, share
+from numba_attn.cpu import narrow
+from numba_attn.cpu.blocks import INFINITY, LINE, for_rows
+from numba_attn.cpu.factors import MANY, across, factors_of, powers_of_two, row_at, widened
+from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
+from numba_attn.cpu.softmax import share
+from numba_attn.cpu.tiles import are_pairs
 
-MANY = target.ISA in ("avx512", "neon")  # registers
-
-
-def beside(height: int) -> int:
-    """Keys that are read side by side, for so many query rows.
-
-    With 32 registers so few that memory is read in order but for that, as hardware foresees: one for one row where that
-    is left to it.  With 16, as many as there are sums in a vector, as fewer wait for each other.
-    """
-    if not MANY:
-        return target.VECTOR_BYTES // 4
-    return 1 if height == 1 and target.PREFETCH == 2 else 2
-
-
-UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
-COLUMNS = 128  # elements of a row at once at most, as many heads have
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
 OUTPUTS = (
@@ -49,46 +32,7 @@ OUTPUTS = (
 )
 
 
-# Likewise for a tile of many rows: vectors of the output, and rows at once.
-WHOLE = (
-    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
-)  # fmt: skip
-
 NEAR = 16 * 1024  # bytes of values at once, which all query rows find in the first-level cache
-
-
-def _dots(v, height, k, offsets, ahead, n, D, q, step, s):
-    """s (n, height) = k (n, D).q (height, D) for a height that is a power of two.
-
-    D is whole vectors of q, which is as `factors` says, of words in steps.  Whole vectors of s are written.  Rows
-    `ahead` of each row are asked for.
-    """
-    arguments = k, offsets, ahead, n, D, q, step, s
-    v.choose(height, {rows: partial(_dots_of, v, rows, *arguments) for rows in powers_of_two(v.lanes)})
-
-
-def _dots_of(
-    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, step: Value, s: Value
-) -> None:
-    stored = v.pointees["k"]
-    keys, at_once, last = v.lanes // height, beside(height), v.add_index(n, -1)
-
-    def some(j: Value, _: list[Value]) -> list[Value]:
-        numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
-        rows = [row_at(v, k, offsets, number) for number in numbers]
-        sums = []
-        for first in range(0, keys, at_once):
-            here = slice(first, first + at_once)
-            later = [row_at(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
-            sums += _dots_beside(v, rows[here], later, height, D, q)
-        scores = _sums_across(v, sums)
-        if stored == narrow.INT8:
-            scales = scales_of(v, rows, D, height)
-            scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
-        v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
-        return []
-
-    v.loop(0, n, keys, [], some)
 
 
 def _spread(v, n, height, s):
@@ -132,59 +76,6 @@ def _add_across(v, stride, sums):
 
 def _highest_across(v, stride, top):
     across_keys(v, stride, top, v.maximum)
-
-
-def _numbers(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
-    """A vector of the elements of a row from d on; of 8-bit integers without their scale."""
-    if BYTES[stored] > 1:
-        return narrow.load(v, row, v.mul_index(d, BYTES[stored]), stored)
-    integers = narrow.load_integers(v, row, d, stored)
-    return integers if stored == narrow.INT8 else v.mul(integers, v.splat(narrow.load_scale(v, row, d, D, stored)))
-
-
-def _dots_beside(v: Vectors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value) -> list[Value]:
-    """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
-    stored, factors = v.pointees["k"], factors_of(v, "q")
-    two, multiply = factors.together == 2, factors.multiply
-    lanes, load = factors.together * v.lanes, v.load_pairs if two else v.load
-    q_row = v.mul_index(D, factors.size)
-
-    def columns(d: Value, sums: list[Value]) -> list[Value]:
-        keys = [narrow.load_words(v, row, d, lanes, stored) if two else _numbers(v, row, d, D, stored) for row in rows]
-        queries = [load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, factors.size)) for r in range(height)]
-        return [
-            multiply(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
-        ]
-
-    line = max(1, LINE // (lanes * BYTES[stored]))
-    at_once = max(1, min(UNROLLED // height, COLUMNS // lanes))
-
-    def some(d: Value, sums: list[Value], vectors: int) -> list[Value]:
-        for i in range(vectors):
-            here = v.add_index(d, i * lanes)
-            if i % line == 0:
-                for row in later:
-                    v.prefetch(row, v.mul_index(here, BYTES[stored]))
-            sums = columns(here, sums)
-        return sums
-
-    whole = v.whole_steps(v.index(0), D, at_once * lanes)
-    sums = [factors.zero] * (len(rows) * height)
-    sums = v.loop(0, whole, at_once * lanes, sums, partial(some, vectors=at_once), rolled=True)
-    return [*map(factors.as_numbers, v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True))]
-
-
-def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
-    """Lane i is the sum of the lanes of vector i, of as many as there are lanes."""
-    step = v.lanes // 2
-    while step:
-        # Of each two, the lanes that stay where they are, for which no shuffle is needed, and those that change places.
-        own = [lane + v.lanes if lane & step else lane for lane in range(v.lanes)]
-        other = [(lane ^ step) + v.lanes if lane & step else lane ^ step for lane in range(v.lanes)]
-        halves = zip(vectors[:step], vectors[step:], strict=True)
-        vectors = [v.add(v.shuffle(x, y, own), v.shuffle(x, y, other)) for x, y in halves]
-        step //= 2
-    return vectors[0]
 
 
 def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object]) -> None:
@@ -232,7 +123,7 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
                 if at_once == 2:
                     values = narrow.load_side_by_side(v, row, key_rows[1], column, width, stored, in_order=False)
                 else:
-                    values = [_numbers(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
+                    values = [widened(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
                     if stored == narrow.INT8:
                         scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
                         weights = [v.builder.fmul(x, scale) for x in weights]
@@ -265,7 +156,7 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, step, o):
     def key(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
         of_key = row_at(v, value, offsets, j)
-        x, weight = _numbers(v, of_key, column, Dv, stored), v.splat(number)
+        x, weight = widened(v, of_key, column, Dv, stored), v.splat(number)
         is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
         if stored == narrow.INT8:
             weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, v.index(0), Dv, stored)))
@@ -310,48 +201,6 @@ def _weigh_rows(v, rows, o, Dv, factors):
         return v.loop(0, Dv, v.lanes, check, column)
 
     (check,) = v.loop(0, rows, 1, [v.constant(0.0)], row)
-    return v.any(v.builder.fcmp_unordered("uno", check, check))
-
-
-def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, factors, out, out_row):
-    """out (rows, Dv) = p.T @ value (n, Dv) * gain / total, of a tile p (n, width vectors) with all keys of the rows.
-
-    These are the bits of `tiles.accumulate` and `pack.write_rows`, but nothing is transposed, and rows that fill no
-    vector take no longer than they must.  Rows of the value and of the result are contiguous, and Dv is whole vectors.
-    `factors` has room for a vector more than those of the queries.  Returns whether some result is not finite.
-    """
-    if are_pairs(v, "value"):
-        return ir.Constant(I1, 0)
-    stored, row, zero = v.pointees["out"], v.mul_index(width, v.bytes), v.constant(0.0)
-
-    def factor(w: Value, check: list[Value]) -> list[Value]:
-        here = v.mul_index(w, v.bytes)
-        sums = v.load(total, here)
-        v.store(share(v, sums, gain), factors, here)
-        return [v.fma(sums, zero, check[0])]
-
-    v.store(v.loop(0, width, 1, [zero], factor)[0], factors, row)
-
-    def columns(first: Value, vectors: int) -> None:
-        values, to = v.at(value, v.mul_index(first, v.bytes)), v.at(out, v.mul_index(first, v.lanes * BYTES[stored]))
-
-        def some(i: Value, height: int) -> None:
-            at = v.mul_index(i, v.size)
-            acc = product(v, v.at(p, at), v.index(v.size), row, values, n, height, vectors, b_row=value_row)
-            check = v.load(factors, row)
-            for r in range(height):
-                weight = v.splat(v.load_scalar(factors, v.add_index(at, r * v.size)))
-                line = v.at(to, v.mul_index(out_row, v.add_index(i, r)))
-                for x in range(vectors):
-                    result = v.mul(v.add(zero, acc[r * vectors + x]), weight)  # from 0, where sums over tiles begin
-                    check = v.fma(result, zero, check)
-                    narrow.store(v, result, line, x * v.lanes * BYTES[stored], stored)
-            v.store(check, factors, row)
-
-        for_rows(v, rows, WHOLE[vectors], some)
-
-    for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), [*WHOLE], columns)
-    check = v.load(factors, row)
     return v.any(v.builder.fcmp_unordered("uno", check, check))
 
 
@@ -405,7 +254,6 @@ def _shares(v, state, gain, factors):
     v.store(share(v, v.load(state, v.bytes), gain), factors)
 
 
-dots = emits(_dots)
 spread = emits(_spread)
 gather = emits(_gather)
 add_across = emits(_add_across)
@@ -413,7 +261,6 @@ highest_across = emits(_highest_across)
 mix = emits(_mix)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)
-write_products = emits(_write_products, returns=types.boolean)
 add_rows = emits(_add_rows)
 join = emits(_join)
 shares = emits(_shares)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from numba import types
 
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
-from numba_attn.cpu import amx, mask_tiles, target, tiles, user_functions
+from numba_attn.cpu import amx, mask_tiles, softmax, target, tiles, user_functions
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.simd import address, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.pointers import address, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.stored import rows_of
-from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
@@ -275,7 +275,7 @@ def cap(settings, tile, width, scores, memory):
     """Cap products, if that is wanted; by what they are to be multiplied to be scores."""
     if settings.softcap == 0:
         return settings.scale
-    tiles.cap(width, scores, tile.stop - tile.start, settings.scale, settings.softcap)
+    softmax.cap(width, scores, tile.stop - tile.start, settings.scale, settings.softcap)
     return memory.dtype.type(1)
 
 
@@ -293,7 +293,7 @@ def settle(head, tile, width, natural, scores, memory):
     """
     if not is_settled(head, tile):
         return natural
-    tiles.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
+    softmax.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
     return memory.dtype.type(1)
 
 

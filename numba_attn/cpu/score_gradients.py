@@ -8,12 +8,12 @@ from numba import types
 
 from numba_attn.block_mask import FULL
 from numba_attn.cpu import dropout, gradient_tiles, pack, tiles, user_functions
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
+from numba_attn.cpu.pointers import as_element, moved
 from numba_attn.cpu.results import read
 from numba_attn.cpu.score import DERIVATIVE, SCORE, cap, element, is_narrow, is_plain, settle
-from numba_attn.cpu.simd import as_element, moved
-from numba_attn.cpu.tiles import LOG2_E
 from numba_attn.cpu.visible import Matrix
 
 # The arrays of a gradient, (heads, rows, columns) of the first sequence, and where the others start, (B, 6) in bytes:

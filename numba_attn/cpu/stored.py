@@ -6,7 +6,7 @@ from collections import namedtuple
 
 from numba_attn.cpu import pack
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.simd import address, as_plain, moved, pointee_bytes
+from numba_attn.cpu.pointers import address, as_plain, moved, pointee_bytes
 from numba_attn.cpu.visible import Matrix
 
 # Of one head: the address of the first row, the bytes from row to row and from column to column; where there are pages

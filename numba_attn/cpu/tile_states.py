@@ -14,7 +14,7 @@ from numba_attn import threads
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import launch
 from numba_attn.cpu.jit import Compiled, compiled, kernel, parallel_kernel
-from numba_attn.cpu.simd import address, moved
+from numba_attn.cpu.pointers import address, moved
 from numba_attn.cpu.user_functions import MASK, call_pass, integers, make_pass, position
 
 # Elements below which waking up threads costs more than they save.

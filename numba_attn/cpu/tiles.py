@@ -11,81 +11,23 @@ from zero, and then added up: with thousands of keys that leaves a third of the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import amx, target
+from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I1, I32, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.softmax import accept, times_log
 
-LOG2_E = math.log2(math.e)
-INFINITY = math.inf
-# A row's reference is 0 at first, and becomes the largest score so far only when that is above it by HEADROOM or below
-# it by DEPTH: probabilities from 2**-32 to 2**16 lose nothing in floating point, and almost every tile can be
-# exponentiated while its scores are still in registers, the first one too.
-HEADROOM, DEPTH = 16.0, 32.0
 # Steps of a product at once, in the largest register tiles: that saves operations that are not multiply-adds, which
 # take time where another thread of the same core takes its share of what is done in a cycle.
 STEPS = 4
-# Exponentials at once: more hide the latency of each, fewer leave more registers.
-AT_ONCE = 4
-LINE = 64  # bytes of a cache line
 
-Rows = Callable[[Value, int], None]
 Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
-
-
-# Shared parts ---------------------------------------------------------------------------------------------------------
-
-
-def for_rows(v: Vectors, count: Value, heights: Sequence[int], body: Rows) -> None:
-    """`body(first row, rows at once)` over `count` rows, in the largest steps first."""
-    start = v.index(0)
-    for height in heights:
-        stop = v.whole_steps(start, count, height)
-
-        def step(i: Value, _: list[Value], height: int = height) -> list[Value]:
-            body(i, height)
-            return []
-
-        v.loop(start, stop, height, [], step)
-        start = stop
-
-
-def for_width(
-    build: Callable[..., Value | None], widths: Iterable[int] = tuple(HEIGHTS)
-) -> Callable[..., Value | None]:
-    """`build(v, width, ...)` for the one of the register tile's widths, of `widths`, that a block has at run time."""
-
-    @wraps(build)
-    def chosen(v: Vectors, width: Value, *values: Value) -> Value | None:
-        return v.choose(width, {w: partial(build, v, w, *values) for w in widths})
-
-    return chosen
-
-
-def for_vectors(v: Vectors, width: Value, body: Callable[[Value], object]) -> None:
-    """`body(byte offset)` for each of the vectors of a block's row."""
-    v.each(width, lambda w: body(v.mul_index(w, v.bytes)))
-
-
-def for_keys(
-    v: Vectors, n: Value, start: Sequence[Value], body: Callable[[Value, int, list[Value]], list[Value]]
-) -> list[Value]:
-    """`carried = body(first key, keys at once, carried)` over n keys: a few at once, as chains would be too slow."""
-    whole = v.whole_steps(v.index(0), n, AT_ONCE)
-    carried = v.loop(0, whole, AT_ONCE, start, lambda j, carried: body(j, AT_ONCE, carried))
-    return v.loop(whole, n, 1, carried, lambda j, carried: body(j, 1, carried))
-
-
-def lane_rows(v: Vectors, w: Value, rows: Value) -> list[Value]:
-    """The row of each lane of vector w of a block of `rows` rows: the last one again beyond them."""
-    first, last = v.mul_index(w, v.lanes), v.add_index(rows, -1)
-    return [v.least(v.add_index(first, i), last) for i in range(v.lanes)]
 
 
 def product(
@@ -139,12 +81,6 @@ def product(
         carried = v.loop(start, whole, STEPS, carried, partial(steps, at_once=STEPS), rolled=True)
         start = whole
     return v.loop(start, count, 1, carried, partial(steps, at_once=1), rolled=True)[pointers:]
-
-
-def share(v: Vectors, total: Value, gain: Value) -> Value:
-    """gain / total, by which outputs are multiplied, 0 for a query that attends to nothing."""
-    zero = v.constant(0.0)
-    return v.select(v.equal(total, zero), zero, v.div(v.splat(gain), total))
 
 
 def are_pairs(v: Vectors, operand: str) -> bool:
@@ -323,7 +259,7 @@ def _exponentials(
                 for x, power in zip(exponents, powers, strict=True):
                     total_p = v.add(total_p, power)
                     if weighted is not None:
-                        weighted = v.add(weighted, _times_log(v, power, x))
+                        weighted = v.add(weighted, times_log(v, power, x))
                 if pairs:
                     powers = paired(v, powers)
                 for r, power in enumerate(powers, first // 2 if pairs else first):
@@ -335,13 +271,7 @@ def _exponentials(
 
     for_rows(v, n, heights, tile)
     added = [(total, sums), *([] if moment is None else [moment])]
-    return _accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
-
-
-def _times_log(v: Vectors, power: Value, x: Value) -> Value:
-    """The power 2**x times x: 0 for a power of 0, which has an exponent of -inf."""
-    zero = v.constant(0.0)
-    return v.select(v.equal(power, zero), zero, v.mul(power, x))
+    return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
 
 
 def paired(v: Vectors, rows: list[Value], pair: Callable[[Value, Value], Value] | None = None) -> list[Value]:
@@ -371,47 +301,6 @@ def pair_rows(
         for_rows(v, n, (2, 1), rows)
 
     for_vectors(v, width, vector)
-
-
-def _out_of_range(v: Vectors, top: Value, best: Value, reference: Value) -> Value:
-    """Whether a reference will not do: for a largest exponent of a tile, and the largest score with and before it."""
-    low = v.less(best, v.sub(reference, v.constant(DEPTH)))
-    attended = v.less(v.constant(-INFINITY), best)
-    return v.builder.or_(v.less(v.constant(HEADROOM), top), v.builder.and_(low, attended))
-
-
-def _accept(
-    v: Vectors,
-    width: Value,
-    top: Value,
-    reference: Value,
-    best: Value,
-    sums: Sequence[tuple[Value, Value]],
-    final: Value,
-) -> Value:
-    """Whether every reference will do for a tile, or it is `final` anyway; if so, best and the totals take it in."""
-    end = v.mul_index(width, v.bytes)
-
-    def highest(here: Value) -> Value:
-        # Where infinities have met, the sum is NaN, which is not the maximum.
-        return v.maximum(v.add(v.load(reference, here), v.load(top, here)), v.load(best, here))
-
-    def refused(here: Value, found: list[Value]) -> list[Value]:
-        out = _out_of_range(v, v.load(top, here), highest(here), v.load(reference, here))
-        return [v.builder.or_(found[0], v.any(out))]
-
-    (some_refused,) = v.loop(0, end, v.bytes, [ir.Constant(I1, 0)], refused)
-    is_final = v.builder.icmp_signed("!=", final, ir.Constant(final.type, 0))
-    accepted = v.builder.or_(v.builder.not_(some_refused), is_final)
-
-    def update(here: Value) -> None:
-        v.store(highest(here), best, here)
-        for total, tile_sum in sums:
-            v.store(v.add(v.load(total, here), v.load(tile_sum, here)), total, here)
-
-    with v.builder.if_then(accepted):
-        for_vectors(v, width, update)
-    return accepted
 
 
 def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot):
@@ -485,208 +374,6 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, 
     for_vectors(v, width, lambda here: v.each(Dv, lambda d: outputs(d, here)))
 
 
-# Softmax --------------------------------------------------------------------------------------------------------------
-
-
-def _cap(v, width, s, n, scale, softcap):
-    """s = softcap * tanh(scale * s / softcap)."""
-    factor, cap = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap)
-
-    def vector(at: Value) -> None:
-        (y,) = v.tanh(v.mul(v.load(s, at), factor))
-        v.store(v.mul(y, cap), s, at)
-
-    for_vectors(v, v.mul_index(width, n), vector)
-
-
-def _settle(v, width, s, n, scale, bias, source, source_row):
-    """s = scale * s + the natural logarithm's form of what `source` adds; bias = what it masks, and 0 elsewhere."""
-    row = v.mul_index(width, v.bytes)
-    factor, lowest, natural = v.splat(scale), v.constant(-INFINITY), v.constant(math.log(2.0))
-
-    def vector(here: Value) -> None:
-        def key(j: Value) -> None:
-            at = v.add_index(v.mul_index(j, row), here)
-            extra = v.load(v.at(source, v.mul_index(j, source_row)), here)
-            v.store(v.fma(v.load(s, at), factor, v.mul(extra, natural)), s, at)
-            v.store(v.select(v.equal(extra, lowest), lowest, v.constant(0.0)), bias, at)
-
-        v.each(n, key)
-
-    for_vectors(v, width, vector)
-
-
-def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
-    """top = the largest of scale * s + bias - reference of each query.
-
-    A bias of -inf masks, whatever the score is.
-    """
-    row = v.mul_index(width, v.bytes)
-    lowest, factor = v.constant(-INFINITY), v.splat(scale)
-
-    def vector(here: Value) -> None:
-        base = v.load(reference, here)
-
-        def keys(j: Value, height: int, highest: list[Value]) -> list[Value]:
-            found = list(highest)
-            for r in range(height):
-                number = v.add_index(j, r)
-                extra = v.load(v.at(bias, v.mul_index(number, bias_row)), here)
-                x = v.fma(v.load(v.at(s, v.mul_index(number, row)), here), factor, v.sub(extra, base))
-                # Where masked, x is -inf or NaN, which is not the maximum.
-                found[r] = v.maximum(x, found[r])
-            return found
-
-        first, *others = for_keys(v, n, [lowest] * AT_ONCE, keys)
-        for other in others:
-            first = v.maximum(other, first)
-        v.store(first, top, here)
-
-    for_vectors(v, width, vector)
-
-
-def _move_reference(v, width, top, reference, best, total, moment, correction):
-    """Make the largest score, of a tile or so far, the reference of each query for which its own will not do.
-
-    correction = the factor that takes old probabilities to the new reference, applied to total, and to the moment,
-    the sum of p * log2(p).  Returns whether some correction is not 1.
-    """
-    zero = v.constant(0.0)
-
-    def vector(here: Value, found: list[Value]) -> list[Value]:
-        old, above, sums = v.load(reference, here), v.load(top, here), v.load(total, here)
-        highest = v.maximum(v.add(old, above), v.load(best, here))
-        moves = _out_of_range(v, above, highest, old)
-        new = v.select(moves, highest, old)
-        step = v.sub(old, new)
-        # Downwards only where there has been no key before, and so nothing to correct.
-        (factor,) = v.exp2(v.select(v.less(zero, step), zero, step))
-        v.store(new, reference, here)
-        v.store(factor, correction, here)
-        moved = v.mul(v.fma(step, sums, v.load(moment, here)), factor)
-        # Where nothing is left of the old probabilities, the step may be beyond what a product of it can be.
-        v.store(v.select(v.equal(factor, zero), zero, moved), moment, here)
-        v.store(v.mul(sums, factor), total, here)
-        return [v.builder.or_(found[0], v.any(moves))]
-
-    return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [ir.Constant(I1, 0)], vector)[0]
-
-
-def _exponentiate(
-    v, width, s, n, scale, bias, bias_row, reference, best, total, sums, top, moment, moments, final, *, weighted
-):  # fmt: skip
-    """s = exp2(scale * s + bias - reference) in place, -0.0 where masked; total += its column sums.
-
-    If `weighted`, moment += the column sums of p * log2(p).  top, best and the result are as those of `probabilities`,
-    but for a `final` pass, with references just moved.  What still exceeds them by more than the headroom are scores so
-    large that they were rounded by that much.
-    """
-    _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments, weighted=weighted)
-    return _take_in(v, width, top, reference, best, total, sums, moment, moments, final, weighted=weighted)
-
-
-def _take_in(v, width, top, reference, best, total, sums, moment, moments, final, *, weighted):
-    """The second half of `_exponentiate`: whether references will do, and sums if they do."""
-    return _accept(v, width, top, reference, best, [(total, sums), (moment, moments)][: 2 if weighted else 1], final)
-
-
-def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments, *, weighted):
-    """The first half of `_exponentiate`: sums and moments are those of the tile."""
-    most = v.constant(HEADROOM)
-    row = v.mul_index(width, v.bytes)
-    lowest, masked, factor, zero = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale), v.constant(0.0)
-
-    def vector(here: Value) -> None:
-        base = v.load(reference, here)
-
-        def keys(j: Value, height: int, carried: list[Value]) -> list[Value]:
-            highest, *tile_sums = carried
-            numbers = [v.add_index(j, r) for r in range(height)]
-            at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
-            extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
-            xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
-            powers = v.exp2(*(v.select(v.less(most, x), most, x) for x in xs))
-            for x, e, power, to in zip(xs, extra, powers, at, strict=True):
-                kept = v.select(v.equal(e, lowest), masked, power)
-                # Where masked, x is -inf or NaN, which is not the maximum.
-                highest = v.maximum(x, highest)
-                v.store(kept, to)
-                tile_sums[0] = v.add(tile_sums[0], kept)
-                if weighted:
-                    tile_sums[1] = v.add(tile_sums[1], _times_log(v, kept, x))
-            return [highest, *tile_sums]
-
-        start = [lowest, zero, zero][: 3 if weighted else 2]
-        for result, to in zip(for_keys(v, n, start, keys), (top, sums, moments), strict=False):
-            v.store(result, to, here)
-
-    for_vectors(v, width, vector)
-
-
-def _challenge(v, width, sink, reference, top):
-    """top = how far a sink is above each reference: for `move_reference`."""
-    x = v.splat(sink)
-    for_vectors(v, width, lambda here: v.store(v.sub(x, v.load(reference, here)), top, here))
-
-
-def _add_sink(v, width, sink, reference, total, moment):
-    """Total and moment += those of the sink."""
-    logit = v.splat(sink)
-
-    def vector(here: Value) -> None:
-        x = v.sub(logit, v.load(reference, here))
-        (power,) = v.exp2(x)
-        v.store(v.add(v.load(total, here), power), total, here)
-        v.store(v.fma(power, x, v.load(moment, here)), moment, here)
-
-    for_vectors(v, width, vector)
-
-
-def _weigh(v, width, s, n, scale, bias, bias_row, lse, sums):
-    """sums (n vectors) += exp2(scale * s + bias - lse), the vectors of a key added up, 0 where masked."""
-    row = v.mul_index(width, v.bytes)
-    lowest, factor, zero = v.constant(-INFINITY), v.splat(scale), v.constant(0.0)
-
-    def keys(j: Value, height: int) -> None:
-        def vector(w: Value, added: list[Value]) -> list[Value]:
-            # Where nothing is attended to, lse is -inf, and every key is masked.
-            base = v.load(lse, w)
-            base = v.select(v.equal(base, lowest), zero, base)
-            numbers = [v.add_index(j, r) for r in range(height)]
-            extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
-            loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
-            xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
-            # No probability is above 1, however coarsely large scores are rounded.
-            powers = v.exp2(*(v.select(v.less(zero, x), zero, x) for x in xs))
-            return [
-                v.add(total, v.select(v.equal(e, lowest), zero, power))
-                for total, e, power in zip(added, extra, powers, strict=True)
-            ]
-
-        at = v.at(sums, v.mul_index(j, v.bytes))
-        start = [v.load(at, r * v.bytes) for r in range(height)]
-        for r, total in enumerate(v.loop(0, row, v.bytes, start, vector)):
-            v.store(total, at, r * v.bytes)
-
-    for_rows(v, n, (AT_ONCE, 1), keys)
-
-
-def _rescale(v, width, ot, Dv, correction):
-    """ot *= correction."""
-    row = v.mul_index(width, v.bytes)
-
-    def vector(here: Value) -> None:
-        factor = v.load(correction, here)
-
-        def column(d: Value) -> None:
-            at = v.at(v.at(ot, v.mul_index(d, row)), here)
-            v.store(v.mul(v.load(at), factor), at)
-
-        v.each(Dv, column)
-
-    for_vectors(v, width, vector)
-
-
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 weighted_probabilities = emits(for_width(_weighted_probabilities, [WIDEST]), returns=types.boolean)
@@ -696,17 +383,3 @@ capped_probabilities = emits(for_width(_capped_probabilities, [WIDEST]), returns
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
 accumulate_carefully = emits(_accumulate_carefully)
-cap = emits(_cap)
-settle = emits(_settle)
-highest = emits(_highest)
-move_reference = emits(_move_reference, returns=types.boolean)
-exponentiate = emits(partial(_exponentiate, weighted=False), returns=types.boolean)
-exponentiate_weighted = emits(partial(_exponentiate, weighted=True), returns=types.boolean)
-powers = emits(partial(_powers, weighted=False))
-powers_weighted = emits(partial(_powers, weighted=True))
-take_in = emits(partial(_take_in, weighted=False), returns=types.boolean)
-take_in_weighted = emits(partial(_take_in, weighted=True), returns=types.boolean)
-challenge = emits(_challenge)
-add_sink = emits(_add_sink)
-weigh = emits(_weigh)
-rescale = emits(_rescale)

@@ -36,7 +36,8 @@ from numba.np.numpy_support import from_dtype
 
 from numba_attn.cpu.captures import ARGUMENT, FLAGS, TABLE, Capture, Function, dispatcher
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.simd import I64, moved, pointee_bytes
+from numba_attn.cpu.pointers import moved, pointee_bytes
+from numba_attn.cpu.simd import I64
 
 MOST_KEPT = 64
 

@@ -10,7 +10,8 @@ from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import mask_tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import MASKS, STORED
-from numba_attn.cpu.simd import BYTES, moved
+from numba_attn.cpu.pointers import moved
+from numba_attn.cpu.simd import BYTES
 
 # A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
 Matrix = namedtuple("Matrix", "data row step")
