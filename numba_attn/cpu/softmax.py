@@ -1,7 +1,7 @@
 """The streaming softmax of a tile of stored scores, and what its epilogues in `tiles` share with it.
 
-Scores are S (n, block) as in `tiles`, in base 2.  Each query has a reference, which is taken from its scores before they
-are exponents of 2: sums are relative to it, and multiplied by what it has moved when it has to.
+Scores are S (n, block) as in `tiles`, in base 2.  Each query has a reference, which is taken from its scores before
+they are exponents of 2: sums are relative to it, and multiplied by what it has moved when it has to.
 """
 
 from __future__ import annotations
