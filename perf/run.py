@@ -256,7 +256,7 @@ def problems(results: list[Result]) -> list[str]:
     found = []
     for result in results:
         for name, peer in result["peers"].items():
-            rounding = max(ROUNDING.get(numbers, 0) for numbers in (result["dtype"], *name.split()[1:]))
+            rounding = max(ROUNDING.get(numbers, 0) for numbers in (result["dtype"], *split(name)[1].split()))
             allowed = TOLERANCE + rounding * result["peers"][OURS]["largest"]
             if "failed" in peer:
                 found.append(f"{result['name']}: {name} failed: {peer['failed']}")

@@ -212,6 +212,8 @@ def _forms(L: int, D: int) -> tuple[str, ...]:
     return ("diagnose",) if (L, D) == (8192, 64) else ()
 
 
+CACHES = "float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"  # forms of one
+
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
 # 16-bit types; "variant": what changes scores, probabilities or results; "decode": one new token, with the keys of a
 # cache; "cache": what a cache or a batch may look like; "reads": those of both in which reading keys and values, which
@@ -289,13 +291,7 @@ PERF = [
         case
         for sizes in [(32, 8192, 128), (8, 16384, 128)]
         for case in (
-            _cache(
-                "caches",
-                32,
-                1,
-                *sizes,
-                forms=("float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"),
-            ),
+            _cache("caches", 32, 1, *sizes, forms=CACHES),
             _cache("tree of 8", 32, 8, *sizes, mask="bool tree", forms=("function", "token")),
         )
     ),
@@ -507,6 +503,7 @@ def _everything(dtype: str) -> Case:
     return _variant(name, Hq, Lq, Lk, 16, B=B, Hkv=2, Dv=11, dtype=dtype, mask=mask, options=options)
 
 
+LONG_WINDOW = {"window": (8900, 0), "query_offset": "bottom_right"}
 # What the contract of every backend runs: edges of tiles, heads, masks and intervals on small arrays.
 SMALL = [
     _small("plain", 2, 70, 90, 64, B=2),
@@ -516,18 +513,7 @@ SMALL = [
     _small("one query, many keys, float64", 4, 1, 1100, 36, Hkv=2, Dv=64, dtype="float64"),
     _small("few queries, many keys", 4, 3, 777, 64, Hkv=2, Dv=36),
     _small("one query, 4500 keys", 4, 1, 4500, 20, Hkv=2, Dv=16),
-    _variant(
-        "few queries, 9000 keys, window",
-        2,
-        3,
-        9000,
-        8,
-        Hkv=1,
-        B=2,
-        kv_lengths=[9000, 5000],
-        window=(8900, 0),
-        query_offset="bottom_right",
-    ),
+    _variant("few queries, 9000 keys, window", 2, 3, 9000, 8, Hkv=1, B=2, kv_lengths=[9000, 5000], **LONG_WINDOW),
     _small("one key", 2, 33, 1, 16),
     _small("head size 1", 1, 30, 30, 1),
     _small("head size 256", 1, 26, 50, 256, Dv=128),

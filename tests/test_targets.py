@@ -217,7 +217,7 @@ def test_bfloat16_compiles_on_any_processor(python: Callable[..., str], tmp_path
     """Also where this one could not run them."""
     script = """
 from numba_attn.cpu import decode, forward, key_weight, narrow, target
-from numba_attn.cpu.simd import (PAIRS)
+from numba_attn.cpu.simd import PAIRS
 assert narrow.operand("bfloat16", True) == PAIRS
 forward.work.compile(forward.signature("bfloat16", PAIRS, "bfloat16"))
 forward.work.compile(forward.signature("f", PAIRS, "f"))
@@ -240,7 +240,7 @@ for kernel in (forward.work, key_weight.weigh, *([decode.decode] if target.BFLOA
 INTEGERS = """
 import numpy as np, numba_attn
 from numba_attn.cpu import decode
-from numba_attn.cpu.simd import (WORDS)
+from numba_attn.cpu.simd import WORDS
 from numba_attn.storage import dequantize
 rng = np.random.default_rng(0)
 assert decode.operand("float16", False, "int8") == decode.operand("f", True, "int8") == WORDS

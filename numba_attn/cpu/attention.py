@@ -66,12 +66,13 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
             some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
             decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
-            of_kernels = kind, COMPUTED[kind], held
-            some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
         else:
             prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
             steps.append(Step(prefilling, some.sequences, some.arrays))
         if key_weights is not None and Lk:
+            if kernels is decode:
+                of_kernels = kind, COMPUTED[kind], held
+                some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
             weigh = key_weight.prepared(some, of_kernels, key_weights, whole, threads_used)
             steps.append(Step(weigh, some.sequences, some.arrays))
     return steps, alive

@@ -47,6 +47,7 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
     return Call(arrays, sequences, functions, _settings(problem, sizes)), alive
 
 
+@functools.cache
 def operands_of(operand: types.Type) -> np.ndarray:
     """The empty array that tells kernels what products are made of."""
     return nothing(1, as_dtype(operand))

@@ -2,9 +2,9 @@
 
 A task is one key-value head and some of the keys.  The query rows of all heads that share it are done together, or one
 head after the other where masks and functions tell them apart; tile by tile as in `forward`, with the products of
-`rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.  Splits and tiles are
-cut by the number of keys alone, so the same bits come out for any number of threads, and for a sequence alone or in a
-batch.
+`dots` and `rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.  Splits and
+tiles are cut by the number of keys alone, so the same bits come out for any number of threads, and for a sequence alone
+or in a batch.
 
 Flash-Decoding (Dao et al., 2023) for the split along the keys.
 """
@@ -68,8 +68,9 @@ from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.target import VECTOR_BYTES
 
 KEYS = 8 * VECTOR_BYTES  # of a tile
-# Keys of a task: the least and the most of them, and how many tasks long sequences have at least.
-SPLIT, MOST_SPLIT, SPLITS = 512, 2048, 8
+# Keys of a task, of sequences up to a length; twice and four times as many of longer ones.
+SPLIT, LONG = 512, 4096
+MOST_SPLIT = 4 * SPLIT
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
 TABLE = MOST_SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
@@ -120,11 +121,14 @@ def cut_of(cut, arrays, sequences, b, lanes):
 
 @device
 def split_of(keys):
-    """Keys of a task, of a sequence with so many from the first one that is attended to: a power of two."""
-    split = SPLIT
-    while split < MOST_SPLIT and keys > SPLITS * split:
-        split *= 2
-    return split
+    """Keys of a task, of a sequence with so many from the first one that is attended to, or an array of such."""
+    return SPLIT * (1 + (keys > LONG) + 2 * (keys > 2 * LONG))
+
+
+@device
+def splits_between(first, end, keys):
+    """Splits of so many keys that the keys [first, end) are in, one at least."""
+    return max(1, (end + keys - 1) // keys - first // keys)
 
 
 @device
@@ -490,12 +494,10 @@ def splits_of(sequences: Sequences, rows: int, settings: Settings) -> int:
     if len(numbers) == 1:  # as arrays, it would take longer than a small problem
         offset, _, kv_length = intervals[numbers[0, 0]].tolist()
         end, first = min(kv_length, offset + rows + settings.right), max(0, offset - settings.left)
-        keys = split_of.py_func(kv_length - first)
-        return max(1, -(-end // keys) - first // keys)
+        return splits_between.py_func(first, end, split_of.py_func(kv_length - first))
     offset, _, kv_length = intervals[numbers[:, 0]].T
-    first, keys = np.maximum(0, offset - settings.left), SPLIT
-    while (of_some := np.less(SPLITS * keys, kv_length - first) & (keys < MOST_SPLIT)).any():
-        keys = keys * np.where(of_some, 2, 1)
+    first = np.maximum(0, offset - settings.left)
+    keys = split_of.py_func(kv_length - first)
     end = np.minimum(kv_length, offset + rows + settings.right)
     return max(1, int((-(-end // keys) - first // keys).max()))
 
@@ -506,10 +508,7 @@ def _whole_lines(elements: int) -> int:
 
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
-    """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`.
-
-    The products of probabilities and values are those of elements.
-    """
+    """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
     return (
         types.Array(COMPUTED[kind], 1, "C"),
         types.int64,

@@ -6,7 +6,7 @@ from functools import partial
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
-from numba_attn.cpu.factors import MANY, factors_of, powers_of_two, row_at, scales_of, widened
+from numba_attn.cpu.factors import factors_of, powers_of_two, row_at, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
 
 
@@ -16,7 +16,7 @@ def beside(height: int) -> int:
     With 32 registers so few that memory is read in order but for that, as hardware foresees: one for one row where that
     is left to it.  With 16, as many as there are sums in a vector, as fewer wait for each other.
     """
-    if not MANY:
+    if not target.MANY_REGISTERS:
         return target.VECTOR_BYTES // 4
     return 1 if height == 1 and target.PREFETCH == 2 else 2
 

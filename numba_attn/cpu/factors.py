@@ -4,7 +4,8 @@
 * Pairs of bfloat16 numbers, for K and V of such: `Vectors.dot`.
 * Words, integers of 16 bits, for K and V that are integers of 8: `Vectors.dot_words`, in which sums are exact.  A query
   row, and the probabilities of a row for the keys of a tile, each times the scale of its value, become whole numbers of
-  steps, 32767 for the largest.  So they are rounded far less than to bfloat16, and less than to float16.
+  steps, 32767 for the largest; sums of the 512 keys that a tile may have fit.  So they are rounded far less than to
+  bfloat16, and less than to float16.
 
 Where they are two and two, those of a query row and of keys are of two elements, those of probabilities and values of
 two keys.
@@ -19,11 +20,10 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba import types
 
-from numba_attn.cpu import narrow, target
-from numba_attn.cpu.simd import BYTES, I64, WORDS, Value, Vectors, emits
+from numba_attn.cpu import narrow
+from numba_attn.cpu.simd import BYTES, I16, I64, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 
-MANY = target.ISA in ("avx512", "neon")  # registers
 MOST = 32767.0  # steps of the largest
 LEAST_STEP = 1e-38  # for what is next to nothing
 
@@ -57,17 +57,12 @@ def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
     return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
 
 
-def in_lanes(v: Vectors, vectors: list[Value], height: int) -> Value:
-    """`height` lanes of each of some vectors, one vector after the other."""
-    found = vectors[0]
-    for i, x in enumerate(vectors[1:], 1):
+def scales_of(v: Vectors, rows: list[Value], D: Value, height: int) -> Value:
+    """The scales of some rows of 8-bit integers, each in `height` lanes, one row after the other."""
+    found, *others = (v.splat(narrow.load_scale(v, row, v.index(0), D, narrow.INT8)) for row in rows)
+    for i, x in enumerate(others, 1):
         found = v.shuffle(found, x, [lane if lane // height != i else v.lanes + lane for lane in range(v.lanes)])
     return found
-
-
-def scales_of(v: Vectors, rows: list[Value], D: Value, height: int) -> Value:
-    """The scales of some rows of 8-bit integers, each in `height` lanes."""
-    return in_lanes(v, [v.splat(narrow.load_scale(v, row, v.index(0), D, narrow.INT8)) for row in rows], height)
 
 
 def widened(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
@@ -130,7 +125,7 @@ def _round_queries(v, height, q, D, steps):
         def words(d: Value, _: list[Value]) -> list[Value]:
             x = [_in_steps(v, v.load(source, v.mul_index(v.add_index(d, n), v.size)), in_one) for n in (0, v.lanes)]
             both = v.shuffle(*x, range(size))
-            v.store(b.trunc(both, ir.VectorType(ir.IntType(16), size)), to, v.mul_index(d, 2))
+            v.store(b.trunc(both, ir.VectorType(I16, size)), to, v.mul_index(d, 2))
             return []
 
         top, check = v.loop(0, D, v.lanes, [zero, zero], largest)

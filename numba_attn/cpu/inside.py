@@ -61,8 +61,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     if min(Lq, query_length) <= most:
         group, rows = Hq // Hkv, max(1, min(Lq, query_length))
         end, first = min(kv_length, offset + rows + right), max(0, offset - left)
-        keys = decode.split_of(kv_length - first)
-        splits = max(1, (end + keys - 1) // keys - first // keys)
+        splits = decode.splits_between(first, end, decode.split_of(kv_length - first))
         cut_rows = decode.cut_by_rows(rows, group, group, splits, lanes)
         height, columns = decode.power_of_two(cut_rows.heads * rows), decode.padded(Dv, lanes)
         size = decode.memory_map(decode.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size

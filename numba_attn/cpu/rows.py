@@ -6,8 +6,8 @@ the output, is contiguous.  Where the rows of K and V are is in tables of their 
 than rows one behind the other.
 
 Scores are a tile of vectors, one key after the other, the query rows of each in `stride` lanes: a power of two, so that
-with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The softmax of `tiles`
-does such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
+with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The stages of `softmax`
+do such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
 With as many lanes as a vector has, it is a tile (n keys, 1 vector) of `tiles`, for what has to know where rows are.
 """
 
@@ -20,15 +20,18 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import INFINITY, LINE, for_rows
-from numba_attn.cpu.factors import MANY, across, factors_of, powers_of_two, row_at, widened
+from numba_attn.cpu.factors import across, factors_of, powers_of_two, row_at, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
+from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
 OUTPUTS = (
-    {8: (2, 1), 4: (4, 2, 1), 2: (8, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
+    {8: (2, 1), 4: (4, 2, 1), 2: (8, 4, 2, 1), 1: (8, 4, 2, 1)}
+    if MANY_REGISTERS
+    else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
 )
 
 
@@ -93,7 +96,7 @@ def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object
 def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
     """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride), as `factors.weights_of` leaves it.
 
-    Dv is whole vectors.  Rows of the value are as those of k in `_dots`; what is `ahead` is asked for once, whatever
+    Dv is whole vectors.  Rows of the value are as those of k in `dots`; what is `ahead` is asked for once, whatever
     the number of rows.
     """
     stored, p_row, factors = v.pointees["value"], v.mul_index(stride, v.size), factors_of(v, "p")
@@ -173,12 +176,12 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, step, o):
             x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))
         return [v.dot(x, v.splat(weight), acc[0])]
 
-    step, at_once = (two_keys, 2) if pairs else (key, 1)
+    some_keys, at_once = (two_keys, 2) if pairs else (key, 1)
 
     def columns(begin: Value, end: Value, row: Value) -> None:
         def some(column: Value, _: list[Value]) -> list[Value]:
             at = v.at(o, v.mul_index(v.add_index(v.mul_index(row, Dv), column), v.size))
-            v.store(v.add(v.load(at), v.loop(begin, end, at_once, [zero], partial(step, row, column))[0]), at)
+            v.store(v.add(v.load(at), v.loop(begin, end, at_once, [zero], partial(some_keys, row, column))[0]), at)
             return []
 
         v.loop(0, Dv, v.lanes, [], some)

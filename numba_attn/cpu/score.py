@@ -34,7 +34,7 @@ Tile = namedtuple("Tile", "start stop added row kept")
 
 # The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows), or
 # empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
-# operands is empty: its type is that of what products are made of, the element type or PAIRS.
+# operands is empty: its type is that of what products are made of, the element type, PAIRS or WORDS.
 Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
 # offsets (B, 9): where in q, k, v, mask, out and statistics, up to the weights of keys, sequences start, in bytes;
 # intervals (B, 3), see masks.KeyIntervals; numbers (n, 1): the sequences that are wanted; pages (B, n), see storage.

@@ -7,14 +7,14 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import for_rows
-from numba_attn.cpu.factors import MANY
 from numba_attn.cpu.simd import BYTES, I1, Value, emits
 from numba_attn.cpu.softmax import share
+from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs, product
 
 # Vectors of the output, and rows of them that are accumulated at once.
 WHOLE = (
-    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
+    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY_REGISTERS else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
 )  # fmt: skip
 
 
