@@ -39,10 +39,11 @@ class KVCache:
     dtype : float32, float64, float16 or bfloat16 (of ml_dtypes)
         Of the keys and values that come in, and of queries.
     quantize : None, "int8" or "int4"
-        Keep them as integers of so many bits, of which each token and head has a scale, at "int4" one for each 32
-        elements.  Not of float64.  See `numba_attn.storage`.  A few query rows of 16 bits, or of precision="bfloat16",
-        are multiplied by integers of 8 bits as such: queries, and probabilities of some keys, are rounded to 1/65534 of
-        their largest.  Elsewhere integers are widened to float32.
+        Keep them as integers of so many bits, of which each token and head has a scale; at "int4", eight elements have
+        steps of their own, in another byte: 5 bits for each in all.  Not of float64.  See `numba_attn.storage`.  A few
+        query rows of 16 bits, or of precision="bfloat16", are multiplied by such integers as they are: queries, and
+        probabilities of some keys, are rounded to 1/65534 of their largest, probabilities of "int4" to 1/14242.
+        Elsewhere integers are widened to float32.
     channel_scales : (key, value), optional
         Of a quantised cache: how large each channel is, (Hkv, D) and (Hkv, Dv) positive numbers, such as the largest
         absolute value in some text, or None for either.  Elements are divided by them before they are quantised, so

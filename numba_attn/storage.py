@@ -1,9 +1,13 @@
 """How caches hold keys and values: as numbers or quantised, sequence by sequence or in pages.
 
-A row is one token of one head.  As numbers, it is those of its dtype.  Quantised, it is bytes: integers, each group of
-`GROUP` of which (all of the head at 8 bits) is to be multiplied by a scale, and behind them these scales, float32.
+A row is one token of one head.  As numbers, it is those of its dtype.  Quantised, it is bytes: integers, and behind
+them what these are to be multiplied by, float32.  It is filled up to whole groups of `GROUP` elements.
+
 With 8 bits a byte is an integer from -127 to 127.  With 4 bits, byte i of the 16 of a group has element i in its lower
-half and element i + 16 in its upper half, as integers from -8 to 7 plus 8.  Groups are filled up with zeros.
+half and element i + 16 in its upper half, as n from 0 to 15.  What n means is said by a byte for each block, of which
+64 elements have 8: every eighth element is of the same.  These bytes are behind those of all groups.  With k = 0 to 7
+in the lower three bits and c = 1 to 31 in the upper five, n means the integer c (2 n + k - 18).  So a block has steps
+as fine as its own numbers allow, which reach as far up and down.
 
 Before that elements may be divided by scales of their channels, (Hkv, 1, D): some channels of keys are far larger than
 others, and would leave few steps for these (Liu et al., "KIVI", 2024).  These scales are not in the rows: with Q times
@@ -19,52 +23,76 @@ import numpy as np
 
 GROUP = 32
 QUANTIZED = ("int8", "int4")
+BLOCKS, TOGETHER = 8, 64  # of so many elements
+SHIFTS, COARSEST, MIDDLE = 8, 31, 18  # k is less than the first, c at most the second
+LARGEST = {"int8": 127, "int4": COARSEST * (30 + SHIFTS - 1 - MIDDLE)}  # integer
 
 
 def row_bytes(numbers: str, D: int) -> int:
     """Of a quantised row of D elements."""
+    return integer_bytes(numbers, D) + 4
+
+
+def integer_bytes(numbers: str, D: int) -> int:
+    """Of such a row, without what its integers are to be multiplied by."""
     groups = -(-D // GROUP)
-    return groups * GROUP + 4 if numbers == "int8" else groups * (GROUP // 2 + 4)
+    return groups * GROUP if numbers == "int8" else groups * GROUP // 2 + -(-D // TOGETHER) * BLOCKS
 
 
 def quantize(x: np.ndarray, numbers: str) -> np.ndarray:
     """Rows (..., D) of numbers as (..., row_bytes) of uint8, rounded to the nearest of what can be said.
 
-    A row of "int8" has one scale, and is off by half of 1/127 of its largest element at most.  Of "int4", the scale of
-    each group is the one with the least squared error of a few: -8 for the largest element, or a little less than that.
-    What is not finite makes its row, or group, NaN.
+    A row of "int8" is off by half of 1/127 of its largest element at most.  Of "int4", each block has the k with the
+    least squared error, and the c with which steps reach its largest and smallest element, or nearly.  What is not
+    finite makes its row NaN.
     """
-    groups = -(-x.shape[-1] // GROUP)
-    padded = np.zeros((*x.shape[:-1], groups * GROUP), np.float32)
-    padded[..., : x.shape[-1]] = x
-    if numbers == "int8":
-        scale = np.abs(padded).max(axis=-1, keepdims=True, initial=0) / np.float32(127)
-        return _packed(_steps(padded, scale, -127, 127).view(np.uint8), scale)
-    grouped = padded.reshape(*x.shape[:-1], groups, GROUP)
-    at = np.abs(grouped).argmax(axis=-1, keepdims=True) if x.size else np.zeros((*grouped.shape[:-1], 1), int)
-    extreme = np.take_along_axis(grouped, at, axis=-1)
+    x = x.astype(np.float32)
     with np.errstate(all="ignore"):
-        # Relative to the largest element, so that no square is too large or too small.
-        relative = grouped / np.where(extreme == 0, np.float32(1), extreme)
-    best, scale = np.full_like(extreme, np.inf), extreme / np.float32(-8)
-    steps = np.zeros(grouped.shape, np.int8)
-    for shrink in (1.0, 0.93, 0.86, 0.79):
-        step = np.float32(shrink / -8)
-        found = _steps(relative, step, -8, 7)
-        with np.errstate(all="ignore"):
-            error = np.square(found * step - relative).sum(axis=-1, keepdims=True)
+        return _integers_of_8_bits(x) if numbers == "int8" else _integers_of_4_bits(x)
+
+
+def _integers_of_8_bits(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)
+    steps = np.zeros((*x.shape[:-1], integer_bytes("int8", x.shape[-1])), np.float32)
+    np.rint(x / _not_zero(scale), out=steps[..., : x.shape[-1]])
+    return _packed(np.where(np.isfinite(steps), steps, 0).clip(-127, 127).astype(np.int8).view(np.uint8), scale)
+
+
+def _integers_of_4_bits(x: np.ndarray) -> np.ndarray:
+    rows, D, groups, pieces = x.shape[:-1], x.shape[-1], -(-x.shape[-1] // GROUP), -(-x.shape[-1] // TOGETHER)
+    # Filled up with elements of the same block again, as far as there are any: what it means depends on these alone.
+    columns, last = np.arange(pieces * TOGETHER), D // TOGETHER * TOGETHER
+    again = last + (columns - last) % ((D - last) // BLOCKS * BLOCKS or BLOCKS)
+    columns = np.where(columns < D, columns, np.minimum(again, D))
+    filled = np.concatenate([x, np.zeros((*rows, 1), np.float32)], axis=-1)[..., columns]
+    blocks = filled.reshape(*rows, pieces, TOGETHER // BLOCKS, BLOCKS)
+    high, low = blocks.max(axis=-2, initial=0), blocks.min(axis=-2, initial=0)
+    # What c would be for each k: so that the largest n, 15, reaches up to the largest number, and 0 to the smallest.
+    shifts = np.arange(SHIFTS, dtype=np.float32)
+    needed = np.maximum(high[..., None] / (shifts + (30 - MIDDLE)), -low[..., None] / (MIDDLE - shifts))
+    scale = needed.min(axis=-1).max(axis=(-2, -1), initial=0)[..., None] / np.float32(COARSEST)
+    scale = np.where(np.isfinite(x).all(axis=-1, keepdims=True), scale, np.float32(np.nan))
+    divisor = _not_zero(scale)[..., None, None]
+    relative = np.where(np.isfinite(divisor), blocks / divisor, 0)
+    needed = np.rint(needed / divisor)
+    best = np.full(high.shape, np.inf, np.float32)
+    codes, found = np.zeros(best.shape, np.uint8), np.zeros(blocks.shape, np.uint8)
+    for k in range(SHIFTS):
+        c = np.where(needed[..., k] > 1, needed[..., k], np.float32(1)).clip(max=COARSEST)
+        steps = c[..., None, :]
+        n = np.rint((relative / steps + np.float32(MIDDLE - k)) / 2).clip(0, 15)
+        error = np.square((2 * n + (k - MIDDLE)) * steps - relative).sum(axis=-2)
         better = error < best
-        best, scale = np.where(better, error, best), np.where(better, extreme * step, scale)
-        steps = np.where(better, found, steps)
-    halves = (steps + 8).astype(np.uint8)
-    pairs = halves[..., : GROUP // 2] | halves[..., GROUP // 2 :] << 4
-    return _packed(pairs.reshape(*x.shape[:-1], groups * GROUP // 2), scale[..., 0])
+        best = np.where(better, error, best)
+        codes = np.where(better, (8 * c + k).astype(np.uint8), codes)
+        found = np.where(better[..., None, :], n.astype(np.uint8), found)
+    halves = found.reshape(filled.shape)[..., : groups * GROUP].reshape(*rows, groups, 2, GROUP // 2)
+    pairs = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*rows, groups * GROUP // 2)
+    return _packed(np.concatenate([pairs, codes.reshape(*rows, pieces * BLOCKS)], axis=-1), scale)
 
 
-def _steps(x: np.ndarray, scale: Any, least: int, most: int) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        steps = np.rint(x / np.where(scale == 0, np.float32(1), scale))
-    return np.where(np.isfinite(steps), steps, 0).clip(least, most).astype(np.int8)
+def _not_zero(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale == 0, np.float32(1), scale)
 
 
 def _packed(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -74,15 +102,19 @@ def _packed(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def dequantize(rows: np.ndarray, numbers: str, D: int) -> np.ndarray:
     """(..., D) float32 of rows (..., row_bytes) of uint8."""
-    groups = -(-D // GROUP)
-    split = groups * (GROUP if numbers == "int8" else GROUP // 2)
-    integers, scales = rows[..., :split], np.ascontiguousarray(rows[..., split:]).view(np.float32)
+    size, groups = integer_bytes(numbers, D), -(-D // GROUP)
+    bytes_, scales = rows[..., :size], np.ascontiguousarray(rows[..., size:]).view(np.float32)
+    if numbers == "int8":
+        integers = bytes_.view(np.int8)
+    else:
+        pairs, codes = np.split(bytes_, [groups * GROUP // 2], axis=-1)
+        pairs = pairs.reshape(*rows.shape[:-1], groups, GROUP // 2)
+        n = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(*rows.shape[:-1], groups * GROUP)
+        column = np.arange(groups * GROUP)
+        codes = codes[..., column // TOGETHER * BLOCKS + column % BLOCKS].astype(np.int16)
+        integers = (2 * n + (codes & 7) - MIDDLE) * (codes >> 3)
     with np.errstate(all="ignore"):  # of rows that nobody has written, too
-        if numbers == "int8":
-            return integers.view(np.int8)[..., :D] * scales
-        halves = integers.reshape(*rows.shape[:-1], groups, GROUP // 2)
-        steps = np.concatenate([halves & 15, halves >> 4], axis=-1).astype(np.float32) - 8
-        return (steps * scales[..., None]).reshape(*rows.shape[:-1], groups * GROUP)[..., :D]
+        return integers[..., :D] * scales
 
 
 @dataclass(frozen=True, slots=True)

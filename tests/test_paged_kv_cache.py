@@ -415,9 +415,9 @@ def test_what_a_cache_says_of_itself() -> None:
     assert repr(cache).endswith("Dv=5, dtype=float32, quantize='int4', free_pages=3, sequences=0)")
     batch = cache.batch([])
     assert repr(batch) == "PagedBatch(B=0, Hkv=2, D=40, Dv=5, dtype=float32, quantize='int4', lengths=[])"
-    assert cache.key.shape == (3, 2, 4, 40) and cache.value.shape == (3, 2, 4, 20)
+    assert cache.key.shape == (3, 2, 4, 44) and cache.value.shape == (3, 2, 4, 28)
     assert cache.key.dtype == cache.value.dtype == np.uint8 and cache.dtype == np.float32
-    assert cache.nbytes == 3 * 2 * 4 * 60
+    assert cache.nbytes == 3 * 2 * 4 * 72
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

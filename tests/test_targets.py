@@ -243,13 +243,13 @@ from numba_attn.cpu import decode
 from numba_attn.cpu.simd import WORDS
 from numba_attn.storage import dequantize
 rng = np.random.default_rng(0)
-assert decode.operand("float16", False, "int8") == decode.operand("f", True, "int8") == WORDS
-for D, Dv in ((40, 72), (64, 20)):
-    cache = numba_attn.KVCache(2, 2, 300, D, Dv, dtype=np.float16, quantize="int8")
+assert decode.operand("float16", False, "int8") == decode.operand("f", True, "int4") == WORDS
+for numbers, D, Dv in (("int8", 40, 72), ("int8", 64, 20), ("int4", 104, 72)):
+    cache = numba_attn.KVCache(2, 2, 300, D, Dv, dtype=np.float16, quantize=numbers)
     cache.append(*(rng.standard_normal((2, 2, 300, size)).astype(np.float16) for size in (D, Dv)), [300, 131])
     for heads, rows in ((2, 1), (6, 1), (4, 5), (16, 1)):
         query = rng.standard_normal((2, heads, rows, D)).astype(np.float16)
-        held = [dequantize(x, "int8", size).astype(np.float64) for x, size in ((cache.key, D), (cache.value, Dv))]
+        held = [dequantize(x, numbers, size).astype(np.float64) for x, size in ((cache.key, D), (cache.value, Dv))]
         exact = numba_attn.scaled_dot_product_attention(
             query.astype(np.float64), *map(np.nan_to_num, held), is_causal=True, query_offset=cache.lengths - rows,
             kv_lengths=cache.lengths, enable_gqa=True, backend="reference",

@@ -66,6 +66,7 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.storage import QUANTIZED
 
 KEYS = 8 * VECTOR_BYTES  # of a tile
 # Keys of a task, of sequences up to a length; twice and four times as many of longer ones.
@@ -377,7 +378,7 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
         pack.copy_rows(q.data, q.row, q.step, valid, D, columns, moved(to, g % cut.heads * Lq * columns * size))
     for i in range(cut.blocks):
         block = as_factor(element(memory, at.queries + i * height * columns), arrays.k, arrays.operands)
-        round_queries(height, block, columns, element(memory, at.steps + i * lanes))
+        round_queries(height, block, address(arrays.k), columns, element(memory, at.steps + i * lanes))
 
 
 @kernel
@@ -444,7 +445,7 @@ def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:
     if held == "bfloat16" and bfloat16_products and target.BFLOAT16 == "dot":
         return PAIRS
     rounded = bfloat16_products or kind in ("float16", "bfloat16")
-    return WORDS if held == "int8" and rounded and target.HAS_WORD_PRODUCTS else COMPUTED[kind]
+    return WORDS if held in QUANTIZED and rounded and target.HAS_WORD_PRODUCTS else COMPUTED[kind]
 
 
 def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cutting:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
-from numba_attn.cpu.factors import factors_of, powers_of_two, row_at, scales_of, widened
+from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, row_at, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
+from numba_attn.storage import TOGETHER
 
 
 def beside(height: int) -> int:
@@ -39,19 +41,20 @@ def _dots_of(
     v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, step: Value, s: Value
 ) -> None:
     stored = v.pointees["k"]
-    keys, at_once, last = v.lanes // height, beside(height), v.add_index(n, -1)
+    keys, at_once, last, factors = v.lanes // height, beside(height), v.add_index(n, -1), factors_of(v, "q")
 
     def some(j: Value, _: list[Value]) -> list[Value]:
         numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
         rows = [row_at(v, k, offsets, number) for number in numbers]
+        # Loaded first: with what comes last, there is nothing left to do while they are waited for.
+        scales = scales_of(v, rows, D, stored, height) if BYTES[stored] == 1 else None
         sums = []
         for first in range(0, keys, at_once):
             here = slice(first, first + at_once)
             later = [row_at(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
-            sums += _dots_beside(v, rows[here], later, height, D, q)
-        scores = _sums_across(v, sums)
-        if stored == narrow.INT8:
-            scales = scales_of(v, rows, D, height)
+            sums += _dots_beside(v, factors, rows[here], later, height, D, q)
+        scores = factors.as_numbers(_sums_across(v, sums, factors.add))
+        if scales is not None:
             scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
         return []
@@ -59,39 +62,47 @@ def _dots_of(
     v.loop(0, n, keys, [], some)
 
 
-def _dots_beside(v: Vectors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value) -> list[Value]:
+def _dots_beside(
+    v: Vectors, factors: Factors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value
+) -> list[Value]:
     """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
-    stored, factors = v.pointees["k"], factors_of(v, "q")
-    two, multiply = factors.together == 2, factors.multiply
+    stored, two, multiply = v.pointees["k"], factors.together == 2, factors.multiply
     lanes, load = factors.together * v.lanes, v.load_pairs if two else v.load
     q_row = v.mul_index(D, factors.size)
 
-    def columns(d: Value, sums: list[Value]) -> list[Value]:
-        keys = [narrow.load_words(v, row, d, lanes, stored) if two else widened(v, row, d, D, stored) for row in rows]
-        queries = [load(v.at(q, v.mul_index(q_row, r)), v.mul_index(d, factors.size)) for r in range(height)]
-        return [
-            multiply(key, query, sums[i * height + r]) for i, key in enumerate(keys) for r, query in enumerate(queries)
-        ]
+    def columns(d: Value, sums: list[Value], vectors: int) -> list[Value]:
+        if two:
+            of_rows = [narrow.load_words(v, row, d, D, vectors * lanes, lanes, stored) for row in rows]
+        else:
+            of_rows = [widened(v, row, d, D, stored, vectors) for row in rows]
+        for w, keys in enumerate(zip(*of_rows, strict=True)):
+            at = v.mul_index(v.add_index(d, w * lanes), factors.size)
+            queries = [load(v.at(q, v.mul_index(q_row, r)), at) for r in range(height)]
+            pairs = ((key, query) for key in keys for query in queries)
+            sums = [multiply(key, query, total) for (key, query), total in zip(pairs, sums, strict=True)]
+        return sums
 
     line = max(1, LINE // (lanes * BYTES[stored]))
-    at_once = max(1, min(UNROLLED // height, COLUMNS // lanes))
+    of_fours = stored == narrow.INT4
+    at_once = TOGETHER // lanes if of_fours else max(1, min(UNROLLED // height, COLUMNS // lanes))
 
     def some(d: Value, sums: list[Value], vectors: int) -> list[Value]:
-        for i in range(vectors):
+        together = vectors if of_fours else 1
+        for i in range(0, vectors, together):
             here = v.add_index(d, i * lanes)
             if i % line == 0:
                 for row in later:
                     v.prefetch(row, v.mul_index(here, BYTES[stored]))
-            sums = columns(here, sums)
+            sums = columns(here, sums, together)
         return sums
 
     whole = v.whole_steps(v.index(0), D, at_once * lanes)
     sums = [factors.zero] * (len(rows) * height)
     sums = v.loop(0, whole, at_once * lanes, sums, partial(some, vectors=at_once), rolled=True)
-    return [*map(factors.as_numbers, v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True))]
+    return v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True)
 
 
-def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
+def _sums_across(v: Vectors, vectors: list[Value], add: Callable[[Value, Value], Value]) -> Value:
     """Lane i is the sum of the lanes of vector i, of as many as there are lanes."""
     step = v.lanes // 2
     while step:
@@ -99,7 +110,7 @@ def _sums_across(v: Vectors, vectors: list[Value]) -> Value:
         own = [lane + v.lanes if lane & step else lane for lane in range(v.lanes)]
         other = [(lane ^ step) + v.lanes if lane & step else lane ^ step for lane in range(v.lanes)]
         halves = zip(vectors[:step], vectors[step:], strict=True)
-        vectors = [v.add(v.shuffle(x, y, own), v.shuffle(x, y, other)) for x, y in halves]
+        vectors = [add(v.shuffle(x, y, own), v.shuffle(x, y, other)) for x, y in halves]
         step //= 2
     return vectors[0]
 

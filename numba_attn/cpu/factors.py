@@ -2,10 +2,9 @@
 
 * Numbers, of the type that is computed in; K and V are widened to such.
 * Pairs of bfloat16 numbers, for K and V of such: `Vectors.dot`.
-* Words, integers of 16 bits, for K and V that are integers of 8: `Vectors.dot_words`, in which sums are exact.  A query
-  row, and the probabilities of a row for the keys of a tile, each times the scale of its value, become whole numbers of
-  steps, 32767 for the largest; sums of the 512 keys that a tile may have fit.  So they are rounded far less than to
-  bfloat16, and less than to float16.
+* Words, integers of 16 bits, for K and V that are integers: `Vectors.dot_words`, in which sums are exact.  A query row,
+  and the probabilities of a row for the keys of a tile, each times the scale of its value, become whole numbers of
+  steps: 32767 for the largest, or as many as sums have room for.  So they are rounded far less than to bfloat16.
 
 Where they are two and two, those of a query row and of keys are of two elements, those of probabilities and values of
 two keys.
@@ -24,7 +23,8 @@ from numba_attn.cpu import narrow
 from numba_attn.cpu.simd import BYTES, I16, I64, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 
-MOST = 32767.0  # steps of the largest
+MOST = 32767  # steps of the largest
+MOST_KEYS = 512  # of a tile
 LEAST_STEP = 1e-38  # for what is next to nothing
 
 
@@ -35,6 +35,7 @@ class Factors(NamedTuple):
     size: int  # bytes of an element of a query row
     zero: Value  # the sum of none
     multiply: Callable[[Value, Value, Value], Value]  # a * b + c
+    add: Callable[[Value, Value], Value]  # sums
     as_numbers: Callable[[Value], Value]  # sums
 
 
@@ -42,10 +43,10 @@ def factors_of(v: Vectors, operand: str) -> Factors:
     """Of a stage, as one of its pointers tells."""
     if v.pointees[operand] == WORDS:
         zero = ir.Constant(v.bits, [0] * v.lanes)
-        return Factors(2, 2, zero, v.dot_words, lambda x: v.builder.sitofp(x, v.type))
+        return Factors(2, 2, zero, v.dot_words, v.builder.add, lambda x: v.builder.sitofp(x, v.type))
     if are_pairs(v, operand):
-        return Factors(2, 2, v.constant(0.0), v.dot, lambda x: x)
-    return Factors(1, v.size, v.constant(0.0), v.fma, lambda x: x)
+        return Factors(2, 2, v.constant(0.0), v.dot, v.add, lambda x: x)
+    return Factors(1, v.size, v.constant(0.0), v.fma, v.add, lambda x: x)
 
 
 def powers_of_two(lanes: int) -> list[int]:
@@ -57,20 +58,20 @@ def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
     return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
 
 
-def scales_of(v: Vectors, rows: list[Value], D: Value, height: int) -> Value:
-    """The scales of some rows of 8-bit integers, each in `height` lanes, one row after the other."""
-    found, *others = (v.splat(narrow.load_scale(v, row, v.index(0), D, narrow.INT8)) for row in rows)
+def scales_of(v: Vectors, rows: list[Value], D: Value, stored: types.Type, height: int) -> Value:
+    """The scales of some quantised rows, each in `height` lanes, one row after the other."""
+    found, *others = (v.splat(narrow.load_scale(v, row, D, stored)) for row in rows)
     for i, x in enumerate(others, 1):
         found = v.shuffle(found, x, [lane if lane // height != i else v.lanes + lane for lane in range(v.lanes)])
     return found
 
 
-def widened(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
-    """A vector of the elements of a row from d on; of 8-bit integers without their scale."""
-    if BYTES[stored] > 1:
-        return narrow.load(v, row, v.mul_index(d, BYTES[stored]), stored)
-    integers = narrow.load_integers(v, row, d, stored)
-    return integers if stored == narrow.INT8 else v.mul(integers, v.splat(narrow.load_scale(v, row, d, D, stored)))
+def widened(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type, count: int = 1) -> list[Value]:
+    """So many vectors, a power of two, of the elements of a row of D from d on; of quantised ones without the scale."""
+    if BYTES[stored] == 1:
+        return narrow.load_integers(v, row, d, D, count * v.lanes, stored)
+    places = (v.mul_index(v.add_index(d, i * v.lanes), BYTES[stored]) for i in range(count))
+    return [narrow.load(v, row, at, stored) for at in places]
 
 
 def across(v: Vectors, x: Value, height: int, combine: Callable[[Value, Value], Value]) -> Value:
@@ -80,6 +81,11 @@ def across(v: Vectors, x: Value, height: int, combine: Callable[[Value, Value], 
         x = combine(x, v.shuffle(x, x, [lane ^ step for lane in range(v.lanes)]))
         step //= 2
     return x
+
+
+def _room(v: Vectors, held: str) -> int:
+    """The sum of as many steps fits, of which each is multiplied by one of the integers that are held."""
+    return (1 << 31) // narrow.LARGEST[v.pointees[held]]
 
 
 def _step(v: Vectors, top: Value, check: Value, most: Value) -> tuple[Value, Value]:
@@ -104,15 +110,14 @@ def _two_words(v: Vectors, steps: Value, low: Value, high: Value) -> Value:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def _round_queries(v, height, q, D, steps):
+def _round_queries(v, height, q, k, D, steps):
     """q (height, D), numbers, as words in place, if it is to hold those, and what a step is: of row i in each lane that
-    is i modulo `height`.
+    is i modulo `height`.  What they are to be multiplied by is as k.
     """
     if v.pointees["q"] != WORDS:
         return
     b, zero, size = v.builder, v.constant(0.0), 2 * v.lanes
-    # Sums of products with 8 bits, of which each lane has its share, are not to be larger than their type.
-    most = v.least(v.index(int(MOST)), b.sdiv(v.index(v.lanes << 24), v.add_index(D, 1)))
+    most = v.least(v.index(MOST), b.sdiv(v.index(_room(v, "k")), v.add_index(D, 1)))
     most = v.splat(b.sitofp(most, v.element))
 
     def row(r: Value) -> None:
@@ -182,7 +187,8 @@ def _round_weights(
 
     def scaled(j: Value, carried: list[Value]) -> list[Value]:
         numbers = [v.least(v.add_index(j, i), last) if i else j for i in range(keys)]
-        scales = scales_of(v, [row_at(v, value, offsets, number) for number in numbers], Dv, stride)
+        rows = [row_at(v, value, offsets, number) for number in numbers]
+        scales = scales_of(v, rows, Dv, v.pointees["value"], stride)
         at = v.mul_index(j, stride * v.size)
         x = v.load(p, at)
         # The scale of a masked key may be anything.
@@ -191,7 +197,8 @@ def _round_weights(
         return [v.maximum(v.absolute(x), carried[0]), v.fma(x, zero, carried[1])]
 
     top, check = v.loop(0, n, keys, [zero, zero], scaled)
-    steps, size = _step(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), v.constant(MOST))
+    most = v.constant(float(min(MOST, _room(v, "value") // MOST_KEYS)))
+    steps, size = _step(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), most)
     _two_keys(v, stride, p, n, partial(_two_words, v, steps))
     v.store(size, step)
 

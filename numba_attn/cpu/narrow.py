@@ -13,13 +13,15 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from numba_attn import storage
 from numba_attn.checks import is_bfloat16
-from numba_attn.cpu import target
+from numba_attn.cpu import fours, target
 from numba_attn.cpu.simd import BYTES, I8, I16, I32, PAIRS, Value, Vectors
 from numba_attn.storage import GROUP
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
 INT8, INT4 = types.int8, types.uint8
+LARGEST = {INT8: storage.LARGEST["int8"], INT4: storage.LARGEST["int4"]}
 # Kinds of element, by name: how Numba sees them in memory, and what they are computed in.
 STORED = {
     "?": types.boolean, "f": types.float32, "d": types.float64, "float16": FLOAT16, "bfloat16": BFLOAT16,
@@ -56,32 +58,20 @@ def bytes_of(mask: np.ndarray) -> np.ndarray:
     return mask.view(first_byte)["first"]
 
 
-def load_integers(v: Vectors, row: Value, d: Value, stored: types.Type) -> Value:
-    """Elements d, d + 1, ... of a quantised row, a vector of them, without their scale; d is a whole number of vectors.
-
-    Of float32 vectors: their lanes, at most 16, are of one half of a group.
-    """
-    b, words = v.builder, ir.VectorType(I32, v.lanes)
-    if stored == INT8:
-        x = b.load(v.at(row, d), align=1, typ=ir.VectorType(I8, v.lanes))
-        return b.sitofp(b.sext(x, words), v.type)
-    half = v.index(GROUP // 2)
-    group, inside = b.sdiv(d, v.index(GROUP)), b.srem(d, v.index(GROUP))
-    at = v.add_index(v.mul_index(group, GROUP // 2), b.srem(inside, half))
-    x = b.zext(b.load(v.at(row, at), align=1, typ=ir.VectorType(I8, v.lanes)), words)
-    shift = v.splat(b.trunc(v.mul_index(b.sdiv(inside, half), 4), I32))
-    x = b.and_(b.lshr(x, shift), _constant(words, 15))
-    return b.sitofp(b.sub(x, _constant(words, 8)), v.type)
+def load_integers(v: Vectors, row: Value, d: Value, D: Value, count: int, stored: types.Type) -> list[Value]:
+    """`count` elements of a quantised row of D from d on, a whole number of so many, as vectors, without its scale."""
+    if stored == INT4:
+        return fours.load_numbers(v, row, d, D, count)
+    b, places = v.builder, (v.add_index(d, first) for first in range(0, count, v.lanes))
+    integers = [b.load(v.at(row, at), align=1, typ=ir.VectorType(I8, v.lanes)) for at in places]
+    return [b.sitofp(b.sext(x, v.bits), v.type) for x in integers]
 
 
-def load_scale(v: Vectors, row: Value, d: Value, D: Value, stored: types.Type) -> Value:
-    """Of element d of a quantised row of D elements, of which the integers fill whole groups."""
-    b = v.builder
-    groups = b.sdiv(v.add_index(D, GROUP - 1), v.index(GROUP))
-    if stored == INT8:
-        return v.load_scalar(row, v.mul_index(groups, GROUP))
-    at = v.add_index(v.mul_index(groups, GROUP // 2), v.mul_index(b.sdiv(d, v.index(GROUP)), 4))
-    return v.load_scalar(row, at)
+def load_scale(v: Vectors, row: Value, D: Value, stored: types.Type) -> Value:
+    """Of a quantised row of D elements, of which the integers fill whole groups."""
+    if stored == INT4:
+        return v.load_scalar(row, fours.bytes_of(v, D))
+    return v.load_scalar(row, v.mul_index(v.wholes(D, GROUP), GROUP))
 
 
 def load(v: Vectors, pointer: Value, offset: int | Value, stored: types.Type, scalar: bool = False) -> Value:
@@ -97,16 +87,22 @@ def store(v: Vectors, value: Value, pointer: Value, offset: int | Value, stored:
     v.store(value if BYTES[stored] != 2 else shorten(v.builder, value, stored), pointer, offset)
 
 
-def load_words(v: Vectors, row: Value, d: Value, count: int, stored: types.Type) -> Value:
-    """`count` elements of 16 bits from d on, of a row of bfloat16 or of integers of 8 bits, which become such."""
-    b, words = v.builder, ir.VectorType(I16, count)
+def load_words(v: Vectors, row: Value, d: Value, D: Value, count: int, size: int, stored: types.Type) -> list[Value]:
+    """`count` elements of 16 bits of a row of D from d on, a whole number of so many, as vectors of `size`.
+
+    They are bfloat16, or integers of fewer bits, which become such.
+    """
+    if stored == INT4:
+        return fours.load_words(v, row, d, D, count, size)
+    b, words = v.builder, ir.VectorType(I16, size)
+    places = (v.add_index(d, first) for first in range(0, count, size))
     if stored == INT8:
-        return b.sext(b.load(v.at(row, d), align=1, typ=ir.VectorType(I8, count)), words)
-    return b.load(v.at(row, v.mul_index(d, 2)), align=1, typ=words)
+        return [b.sext(b.load(v.at(row, at), align=1, typ=ir.VectorType(I8, size)), words) for at in places]
+    return [b.load(v.at(row, v.mul_index(at, 2)), align=1, typ=words) for at in places]
 
 
 def load_side_by_side(
-    v: Vectors, low: Value, high: Value, d: Value, count: int, stored: types.Type, in_order: bool = True
+    v: Vectors, low: Value, high: Value, d: Value, D: Value, count: int, stored: types.Type, in_order: bool = True
 ) -> list[Value]:
     """Pairs of the elements of two such rows from d on: so many vectors of them, one or an even number.
 
@@ -114,8 +110,8 @@ def load_side_by_side(
     """
     b, vectors = v.builder, []
     size = v.lanes * min(2, count)
-    for w in range(0, count, 2):
-        x, y = (load_words(v, row, v.add_index(d, w * v.lanes), size, stored) for row in (low, high))
+    rows = (load_words(v, row, d, D, count * v.lanes, size, stored) for row in (low, high))
+    for x, y in zip(*rows, strict=True):
         order = [*range(size)] if in_order else _order_of_pairs(size)
         for first in range(0, size, v.lanes):
             lanes = [i + side for i in order[first : first + v.lanes] for side in (0, size)]

@@ -106,9 +106,11 @@ def _dequantise_rows(
         source = v.at(k, v.mul_index(i, k_row))
         to = v.at(out, v.mul_index(v.mul_index(i, columns), v.size))
 
+        scale = v.splat(narrow.load_scale(v, source, D, stored))
+
         def numbers(d: Value) -> Value:
-            scale = v.splat(narrow.load_scale(v, source, d, D, stored))
-            return v.mul(narrow.load_integers(v, source, d, stored), scale)
+            (integers,) = narrow.load_integers(v, source, d, D, v.lanes, stored)
+            return v.mul(integers, scale)
 
         def vector(d: Value, _: list[Value]) -> list[Value]:
             v.store(numbers(d), to, v.mul_index(d, v.size))
@@ -147,7 +149,7 @@ def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
             return []
 
         def vector_of_pairs(d: Value, _: list[Value]) -> list[Value]:
-            (x,) = narrow.load_side_by_side(v, first, second, d, 1, stored)
+            (x,) = narrow.load_side_by_side(v, first, second, d, Dv, 1, stored)
             v.store(v.builder.and_(x, kept), to, v.mul_index(d, v.size))
             return []
 

@@ -68,8 +68,8 @@ def as_element(context: Any, pointer: types.CPointer, array: types.Array) -> Any
 @intrinsic
 def as_factor(context: Any, pointer: types.CPointer, keys: types.Array, operands: types.Array) -> Any:
     """The pointer as one to what keys are multiplied by: operands of two numbers, if keys are such in memory."""
-    in_memory = {PAIRS: types.uint16, WORDS: types.int8}.get(operands.dtype)
-    kind = types.CPointer(operands.dtype) if keys.dtype == in_memory else pointer
+    in_memory = {PAIRS: [types.uint16], WORDS: [types.int8, types.uint8]}.get(operands.dtype, ())
+    kind = types.CPointer(operands.dtype) if keys.dtype in in_memory else pointer
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
         return builder.bitcast(values[0], context.get_value_type(signature.return_type))

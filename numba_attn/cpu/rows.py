@@ -124,11 +124,11 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
                 weights = [v.load_scalar(weight, r * v.size, I32 if at_once == 2 else None) for r in range(height)]
                 row = key_rows[0]
                 if at_once == 2:
-                    values = narrow.load_side_by_side(v, row, key_rows[1], column, width, stored, in_order=False)
+                    values = narrow.load_side_by_side(v, row, key_rows[1], column, Dv, width, stored, in_order=False)
                 else:
-                    values = [widened(v, row, v.add_index(column, w * v.lanes), Dv, stored) for w in range(width)]
-                    if stored == narrow.INT8:
-                        scale = narrow.load_scale(v, row, v.index(0), Dv, stored)
+                    values = widened(v, row, column, Dv, stored, width)
+                    if BYTES[stored] == 1:
+                        scale = narrow.load_scale(v, row, Dv, stored)
                         weights = [v.builder.fmul(x, scale) for x in weights]
                 weights = [v.splat(x) for x in weights]
                 acc = [multiply(values[w], weights[r], acc[r * width + w]) for r in range(height) for w in range(width)]
@@ -159,18 +159,17 @@ def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, step, o):
     def key(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
         of_key = row_at(v, value, offsets, j)
-        x, weight = widened(v, of_key, column, Dv, stored), v.splat(number)
+        (x,), weight = widened(v, of_key, column, Dv, stored), v.splat(number)
         is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
-        if stored == narrow.INT8:
-            weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, v.index(0), Dv, stored)))
-        # A scale may be what is not finite, and is in the weight then.
+        if BYTES[stored] == 1:  # a scale may be what is not finite
+            weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, Dv, stored)))
         x, weight = v.select(is_masked, zero, x), v.select(is_masked, zero, weight)
         return [v.fma(x, weight, acc[0])]
 
     def two_keys(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         weight = v.load_scalar(v.at(p, v.mul_index(v.half(j), p_row)), v.mul_index(row, v.size), I32)
         low, high = (row_at(v, value, offsets, v.least(v.add_index(j, i), v.add_index(n, -1))) for i in range(2))
-        (x,) = narrow.load_side_by_side(v, low, high, column, 1, stored)
+        (x,) = narrow.load_side_by_side(v, low, high, column, Dv, 1, stored)
         for half, negative_zero in ((0xFFFF, 0x8000), (0xFFFF0000, 0x80000000)):
             is_masked = b.icmp_unsigned("==", b.and_(weight, I32(half)), I32(negative_zero))
             x = b.and_(x, v.splat(b.select(is_masked, I32(0xFFFFFFFF ^ half), I32(0xFFFFFFFF))))

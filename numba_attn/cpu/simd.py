@@ -126,15 +126,19 @@ class Vectors:
     def largest(self) -> float:
         return float(np.finfo(np.float32 if self.size == 4 else np.float64).max)
 
+    def wholes(self, a: Value, size: int) -> Value:
+        """How many pieces of a size something is cut into, the last of which may be smaller."""
+        return self.builder.sdiv(self.add_index(a, size - 1), self.index(size))
+
     def least(self, a: Value, b: Value) -> Value:
         """The smaller of two integers."""
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
-    def splat(self, scalar: Value) -> Value:
-        one = self.builder.insert_element(
-            ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), scalar, ir.Constant(I32, 0)
-        )
-        return self.shuffle(one, one, [0] * self.lanes)
+    def splat(self, scalar: Value, lanes: int | None = None) -> Value:
+        lanes = lanes or self.lanes
+        undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+        one = self.builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+        return self.shuffle(one, one, [0] * lanes)
 
     # Memory ---------------------------------------------------------------------------------------------------------
 

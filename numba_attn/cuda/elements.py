@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from numba_attn.cuda.arguments import REALS
-from numba_attn.storage import GROUP
+from numba_attn.storage import BLOCKS, GROUP, MIDDLE, TOGETHER
 
 
 def device(cuda: Any) -> Callable[[Any], Any]:
@@ -83,9 +83,12 @@ def make_load_held(cuda: Any, held: str, real: type[np.floating]) -> Any:
         def load_int4(array, row, column, stride, size, words, floats, thread):
             group, place = column // GROUP, column % GROUP
             pair = np.int64(array[row + (group * half + place % half) * stride])
-            scales = (size + GROUP - 1) // GROUP * half
-            scale = scale_at(array, row + (scales + 4 * group) * stride, stride, words, floats, thread)
-            return real(np.float32((pair >> 4 if place >= half else pair & 15) - 8) * scale)
+            n = pair >> 4 if place >= half else pair & 15
+            codes = (size + GROUP - 1) // GROUP * half
+            code = np.int64(array[row + (codes + column // TOGETHER * BLOCKS + column % BLOCKS) * stride])
+            scales = codes + (size + TOGETHER - 1) // TOGETHER * BLOCKS
+            scale = scale_at(array, row + scales * stride, stride, words, floats, thread)
+            return real(np.float32((code >> 3) * (2 * n + (code & 7) - MIDDLE)) * scale)
 
         return load_int4
 
