@@ -349,10 +349,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from numba_attn.cpu import attention, cache, gradients, rotation
+    from numba_attn.cpu import attention, cache, gradients, quantization, rotation
 
     start = time.perf_counter()
-    names = attention.warmup() + rotation.warmup() + (gradients.warmup() if options.gradients else [])
+    names = (
+        attention.warmup()
+        + rotation.warmup()
+        + quantization.warmup()
+        + (gradients.warmup() if options.gradients else [])
+    )
     seconds = time.perf_counter() - start
     directory = cache.directory()
     where = None if directory is None else str(directory)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
-from numba_attn.storage import QUANTIZED, Storage, dequantize, quantize, row_bytes
+from numba_attn.storage import QUANTIZED, Storage, dequantize, row_bytes
 
 # Of keys and values, (Hkv, 1, D) and (Hkv, 1, Dv); see `numba_attn.storage`.
 ChannelScales = tuple[np.ndarray | None, np.ndarray | None]
@@ -431,8 +431,10 @@ def stored(tokens: Tokens, numbers: str | None, scales: ChannelScales) -> tuple[
 
 
 def quantized(x: np.ndarray, numbers: str, scales: np.ndarray | None) -> np.ndarray:
-    """Elements as rows of integers."""
-    return quantize(x if scales is None else x / scales, numbers)
+    """Elements (B, Hkv, n, columns) as rows of integers."""
+    from numba_attn.cpu import quantization
+
+    return quantization.run(x, numbers, scales)
 
 
 def restored(rows: np.ndarray, numbers: str, columns: int, scales: np.ndarray | None) -> np.ndarray:

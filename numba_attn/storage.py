@@ -42,6 +42,8 @@ def integer_bytes(numbers: str, D: int) -> int:
 def quantize(x: np.ndarray, numbers: str) -> np.ndarray:
     """Rows (..., D) of numbers as (..., row_bytes) of uint8, rounded to the nearest of what can be said.
 
+    This is the specification; caches use `cpu.quantization`, which is faster.
+
     A row of "int8" is off by half of 1/127 of its largest element at most.  Of "int4", each block has the k with the
     least squared error, and the c with which steps reach its largest and smallest element, or nearly.  What is not
     finite makes its row NaN.
@@ -66,21 +68,17 @@ def _integers_of_4_bits(x: np.ndarray) -> np.ndarray:
     columns = np.where(columns < D, columns, np.minimum(again, D))
     filled = np.concatenate([x, np.zeros((*rows, 1), np.float32)], axis=-1)[..., columns]
     blocks = filled.reshape(*rows, pieces, TOGETHER // BLOCKS, BLOCKS)
-    high, low = blocks.max(axis=-2, initial=0), blocks.min(axis=-2, initial=0)
-    # What c would be for each k: so that the largest n, 15, reaches up to the largest number, and 0 to the smallest.
-    shifts = np.arange(SHIFTS, dtype=np.float32)
-    needed = np.maximum(high[..., None] / (shifts + (30 - MIDDLE)), -low[..., None] / (MIDDLE - shifts))
-    scale = needed.min(axis=-1).max(axis=(-2, -1), initial=0)[..., None] / np.float32(COARSEST)
+    scale = _coarsest(blocks).min(axis=-1).max(axis=(-2, -1), initial=0)[..., None] / np.float32(COARSEST)
     scale = np.where(np.isfinite(x).all(axis=-1, keepdims=True), scale, np.float32(np.nan))
     divisor = _not_zero(scale)[..., None, None]
-    relative = np.where(np.isfinite(divisor), blocks / divisor, 0)
-    needed = np.rint(needed / divisor)
-    best = np.full(high.shape, np.inf, np.float32)
+    relative = np.where(np.isfinite(divisor), blocks / divisor, np.float32(0))
+    coarsest = np.rint(_coarsest(relative)).clip(1, COARSEST)
+    best = np.full(coarsest.shape[:-1], np.inf, np.float32)
     codes, found = np.zeros(best.shape, np.uint8), np.zeros(blocks.shape, np.uint8)
     for k in range(SHIFTS):
-        c = np.where(needed[..., k] > 1, needed[..., k], np.float32(1)).clip(max=COARSEST)
+        c = coarsest[..., k]
         steps = c[..., None, :]
-        n = np.rint((relative / steps + np.float32(MIDDLE - k)) / 2).clip(0, 15)
+        n = np.rint((relative * (1 / steps) + np.float32(MIDDLE - k)) / 2).clip(0, 15)
         error = np.square((2 * n + (k - MIDDLE)) * steps - relative).sum(axis=-2)
         better = error < best
         best = np.where(better, error, best)
@@ -91,12 +89,19 @@ def _integers_of_4_bits(x: np.ndarray) -> np.ndarray:
     return _packed(np.concatenate([pairs, codes.reshape(*rows, pieces * BLOCKS)], axis=-1), scale)
 
 
+def _coarsest(blocks: np.ndarray) -> np.ndarray:
+    """What c would be, for each k: the largest n, 15, is to reach up to the largest number, and 0 to the smallest."""
+    high, low = blocks.max(axis=-2, initial=0)[..., None], blocks.min(axis=-2, initial=0)[..., None]
+    shifts = np.arange(SHIFTS, dtype=np.float32)
+    return np.maximum(high * (1 / (shifts + (30 - MIDDLE))), -low * (1 / (MIDDLE - shifts)))
+
+
 def _not_zero(scale: np.ndarray) -> np.ndarray:
     return np.where(scale == 0, np.float32(1), scale)
 
 
 def _packed(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    scales = np.where(np.isfinite(scales), scales, np.float32(np.nan))
+    scales = np.where(np.isfinite(scales), scales, np.float32(np.nan)) + np.float32(0)  # never -0.0
     return np.concatenate([integers, np.ascontiguousarray(scales, np.float32).view(np.uint8)], axis=-1)
 
 

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "varlen": {"arrays", "dispatch", "problem"},
     "gradient_problem": {"checks", "problem"},
     "gradients": {"api", "arrays", "checks", "dispatch", "gradient_problem", "problem", "varlen"},
-    "kv_cache": {"checks", "storage"},
+    "kv_cache": {"checks", "cpu.quantization", "storage"},  # the second when tokens are quantised
     "paged_kv_cache": {"checks", "kv_cache", "storage"},
     # Rotary when it is asked for.
     "kv_attention": {"api", "arrays", "checks", "kv_cache", "paged_kv_cache", "problem", "rotary", "storage"},
@@ -74,7 +74,8 @@ MAY_IMPORT = {
     "_bench": {"api"},
     "cli": {
         *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),
-        *("cpu", "cpu.attention", "cpu.cache", "cpu.gradients", "cpu.plan", "cpu.rotation", "cpu.target"),
+        *("cpu", "cpu.attention", "cpu.cache", "cpu.gradients", "cpu.plan", "cpu.quantization"),
+        *("cpu.rotation", "cpu.target"),
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
@@ -97,6 +98,10 @@ MAY_IMPORT = {
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},
     "cpu.launch": {"cpu.jit", "cpu.pointers", "threads"},
+    "cpu.quantization": {
+        *("cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.simd"),
+        *("storage", "threads"),
+    },
     "cpu.rotation": {"cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pointers", "cpu.simd", "threads"},
     "cpu.tile_states": {"cpu.jit", "cpu.launch", "cpu.pointers", "cpu.user_functions", "block_mask", "threads"},
     "cpu.visible": {"cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pointers", "cpu.simd", "block_mask"},

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from tolerances import assert_accurate, same_bits
 
 from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache, scaled_dot_product_attention
+from numba_attn.cpu import quantization
 from numba_attn.problem import AUX_NAMES
 from numba_attn.storage import BLOCKS, LARGEST, QUANTIZED, TOGETHER, dequantize, quantize, row_bytes
 
@@ -63,6 +64,48 @@ def test_rows_are_near(numbers: str, D: int, rows: int, scale: float, seed: int)
             # With k = 3, steps are 1/15 of the largest each way from 0, and c is a whole number of scales.
             worst = np.abs(x[of_block]).max(axis=-1, initial=0) / 15 + 7.5 * scale[..., 0]
             assert (np.sqrt(np.square(error).mean(axis=-1)) <= worst * (1 + 1e-6)).all() if error.size else True
+
+
+@NUMBERS
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from(["float32", *SIXTEEN_BITS]),
+    shape=st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(0, 70), st.integers(0, 200)),
+    size=st.sampled_from([0.0, 1e-44, 1e-38, 1e-30, 1.0, 1e30, 3e38]),
+    channels=st.booleans(),
+    bad=st.sampled_from([1.0, -0.0, np.nan, np.inf]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_kernel_rounds_as_numpy_does(
+    numbers: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    size: float,
+    channels: bool,
+    bad: float,
+    transposed: bool,
+    seed: int,
+) -> None:
+    """Bit for bit, whatever the numbers, their type and where they lie."""
+    rng = np.random.default_rng(seed)
+    B, H, L, D = shape
+    with np.errstate(over="ignore"):
+        x = (np.clip(rng.standard_normal((B, L, H, D) if transposed else shape), -1, 1) * size).astype(dtype_of(dtype))
+    x = x.swapaxes(1, 2) if transposed else x
+    x[rng.random(x.shape) < 0.01] = bad
+    scales = rng.uniform(0.1, 10, (H, 1, D)).astype(np.float32) if channels else None
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.float32)
+        expected = quantize(wide if scales is None else wide / scales, numbers)
+    assert same_bits(quantization.run(x, numbers, scales), expected)
+
+
+@NUMBERS
+def test_many_rows_at_once(numbers: str) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 300, 100)).astype(np.float32)
+    assert x.size > quantization.SERIAL_SIZE
+    assert same_bits(quantization.run(x, numbers, None), quantize(x, numbers))
 
 
 @NUMBERS
