@@ -416,18 +416,19 @@ def test_info_text(capsys, monkeypatch):
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_warmup(tmp_path, capsys, monkeypatch, writable):
-    from numba_attn.cpu import attention, cache, rotation
+    from numba_attn.cpu import attention, cache, quantization, rotation
 
     monkeypatch.setattr(attention, "warmup", lambda: ["first kernel"])
     monkeypatch.setattr(rotation, "warmup", lambda: ["second kernel"])
+    monkeypatch.setattr(quantization, "warmup", lambda: ["third kernel"])
     monkeypatch.setattr(cache, "directory", lambda: tmp_path if writable else None)
     assert cli.main(["warmup"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("first kernel\nsecond kernel\n2 kernels")
+    assert out.startswith("first kernel\nsecond kernel\nthird kernel\n3 kernels")
     assert (str(tmp_path) if writable else "NUMBA_CACHE_DIR") in out
     assert cli.main(["warmup", "--json"]) == 0
     warmed = json.loads(capsys.readouterr().out)
-    assert warmed["kernels"] == ["first kernel", "second kernel"] and warmed["seconds"] >= 0
+    assert warmed["kernels"] == ["first kernel", "second kernel", "third kernel"] and warmed["seconds"] >= 0
     assert warmed["cache"] == (str(tmp_path) if writable else None)
 
 

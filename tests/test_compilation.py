@@ -368,7 +368,7 @@ def test_layouts_share_one_signature(warm: dict[str, Any]) -> None:
     few = set(narrow.COMPUTED.items())  # products of a few rows are those of elements
     kinds = {"work": many, "decode": few, "weigh": many | few}
     for name, signatures in before.items():
-        if not name.startswith(("attend", "classify", "differentiate", "turn")):
+        if not name.startswith(("attend", "classify", "convert", "differentiate", "turn")):
             plain = [signature for signature in signatures if not of_quantised(signature)]
             assert len(plain) == len(kinds[name.removesuffix("_together")]), name
     forms = [*STORAGE.values(), np.ascontiguousarray, lambda x: np.broadcast_to(x[..., :1, :], x.shape)]
