@@ -474,6 +474,7 @@ def _sixteen_bits(dtype: str) -> list[Case]:
         small(", one query", 2, 1, 77, 16),
         small(", one query, many keys", 4, 1, 1100, 36, Hkv=2, Dv=64),
         small(", few queries, many keys", 4, 3, 777, 64, Hkv=2, Dv=36),
+        small(", few queries, head size 80", 8, 2, 301, 80, Hkv=2, B=2, kv_lengths=[301, 77]),
         small(", one query, bool", 4, 1, 301, 64, Hkv=2, mask="bool"),
         small(", value size 1", 1, 20, 31, 8, Dv=1),
         small(", groups, causal", 4, 50, 50, 16, Hkv=2, is_causal=True),

@@ -124,7 +124,7 @@ MAY_IMPORT = {
     "cpu.decode": {
         *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
-        *("cpu.target", "block_mask", "storage"),
+        *("cpu.stored", "cpu.target", "block_mask", "storage"),
     },
     "cpu.call": {"cpu.blocks", "cpu.launch", "cpu.narrow", "cpu.score", "cpu.user_functions", "problem", "random"},
     "cpu.attention": {

@@ -65,6 +65,7 @@ from numba_attn.cpu.score import (
     select,
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
+from numba_attn.cpu.stored import is_quantized
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.storage import QUANTIZED
 
@@ -216,7 +217,8 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
     keys = as_element(element(memory, at.keys), arrays.k)
     values = as_element(element(memory, at.values), arrays.v)
-    k_in_place, v_in_place = is_read_in_place(k, D, wide), is_read_in_place(v, Dv, lanes)
+    k_in_place, v_in_place = is_read_in_place(k, D, lanes), is_read_in_place(v, Dv, lanes)
+    held = D if k_in_place and not is_quantized(k) else sizes.D  # elements of a row of K that may be read
     # Where the rows of K and V are, and where those of a tile are that have been copied.
     k_table, v_table, k_copies, v_copies = tables[0], tables[1], tables[2], tables[3]
     k_ahead = v_ahead = 0
@@ -267,7 +269,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             raising = np.bool_(rising >> i & 1 or is_settled(head, tile))
             vectors = tile.stop - tile.start
             while not done:
-                dots(height, k_base, k_at, k_ahead, n, sizes.D, queries, q_step, scores)
+                dots(height, k_base, k_at, k_ahead, n, held, sizes.D, queries, q_step, scores)
                 if stride != height:
                     rows.spread(n, height, scores)
                 unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)

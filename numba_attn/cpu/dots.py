@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from llvmlite import ir
+
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, row_at, scales_of, widened
@@ -27,19 +29,20 @@ UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each tak
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 
 
-def _dots(v, height, k, offsets, ahead, n, D, q, step, s):
-    """s (n, height) = k (n, D).q (height, D) for a height that is a power of two.
+def _dots(v, height, k, offsets, ahead, n, held, D, q, step, s):
+    """s (n, height) = k (n, held).q (height, D) for a height that is a power of two.
 
-    D is whole vectors of q, which is as `factors` says, of words in steps.  Whole vectors of s are written.  Rows
-    `ahead` of each row are asked for.
+    D is whole vectors of q, which is as `factors` says, of words in steps.  So many elements of k are held, whole
+    vectors of numbers; q is 0 beyond them.  Whole vectors of s are written.  Rows `ahead` of each row are asked for.
     """
-    arguments = k, offsets, ahead, n, D, q, step, s
+    arguments = k, offsets, ahead, n, held, D, q, step, s
     v.choose(height, {rows: partial(_dots_of, v, rows, *arguments) for rows in powers_of_two(v.lanes)})
 
 
 def _dots_of(
-    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, D: Value, q: Value, step: Value, s: Value
-) -> None:
+    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, held: Value, D: Value, q: Value,
+    step: Value, s: Value,
+) -> None:  # fmt: skip
     stored = v.pointees["k"]
     keys, at_once, last, factors = v.lanes // height, beside(height), v.add_index(n, -1), factors_of(v, "q")
 
@@ -52,7 +55,7 @@ def _dots_of(
         for first in range(0, keys, at_once):
             here = slice(first, first + at_once)
             later = [row_at(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
-            sums += _dots_beside(v, factors, rows[here], later, height, D, q)
+            sums += _dots_beside(v, factors, rows[here], later, height, held, D, q)
         scores = factors.as_numbers(_sums_across(v, sums, factors.add))
         if scales is not None:
             scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
@@ -63,7 +66,7 @@ def _dots_of(
 
 
 def _dots_beside(
-    v: Vectors, factors: Factors, rows: list[Value], later: list[Value], height: int, D: Value, q: Value
+    v: Vectors, factors: Factors, rows: list[Value], later: list[Value], height: int, held: Value, D: Value, q: Value
 ) -> list[Value]:
     """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
     stored, two, multiply = v.pointees["k"], factors.together == 2, factors.multiply
@@ -75,6 +78,14 @@ def _dots_beside(
             of_rows = [narrow.load_words(v, row, d, D, vectors * lanes, lanes, stored) for row in rows]
         else:
             of_rows = [widened(v, row, d, D, stored, vectors) for row in rows]
+        return add_products(d, of_rows, sums)
+
+    def half(d: Value, sums: list[Value]) -> list[Value]:
+        """A last vector of so many words as there are lanes, and zeros."""
+        words = (narrow.load_words(v, row, d, D, v.lanes, v.lanes, stored)[0] for row in rows)
+        return add_products(d, [[v.shuffle(x, ir.Constant(x.type, None), range(lanes))] for x in words], sums)
+
+    def add_products(d: Value, of_rows: list[list[Value]], sums: list[Value]) -> list[Value]:
         for w, keys in enumerate(zip(*of_rows, strict=True)):
             at = v.mul_index(v.add_index(d, w * lanes), factors.size)
             queries = [load(v.at(q, v.mul_index(q_row, r)), at) for r in range(height)]
@@ -96,10 +107,12 @@ def _dots_beside(
             sums = columns(here, sums, together)
         return sums
 
-    whole = v.whole_steps(v.index(0), D, at_once * lanes)
+    whole = v.whole_steps(v.index(0), held, at_once * lanes)
     sums = [factors.zero] * (len(rows) * height)
     sums = v.loop(0, whole, at_once * lanes, sums, partial(some, vectors=at_once), rolled=True)
-    return v.loop(whole, D, lanes, sums, partial(some, vectors=1), rolled=True)
+    end = v.whole_steps(whole, held, lanes)
+    sums = v.loop(whole, end, lanes, sums, partial(some, vectors=1), rolled=True)
+    return v.loop(end, held, lanes, sums, half, rolled=True) if two and BYTES[stored] == 2 else sums
 
 
 def _sums_across(v: Vectors, vectors: list[Value], add: Callable[[Value, Value], Value]) -> Value:
