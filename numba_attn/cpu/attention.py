@@ -53,17 +53,19 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows)
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
-    key_weights = problem.first_sequence().key_weight
+    key_weights = None if problem.key_weight is None else problem.first_sequence().key_weight
     steps: list[Step] = []
     for some_numbers, kernels in ((few, decode), (many, prefill)):
         if not len(some_numbers):
             continue
-        some = call._replace(sequences=call.sequences._replace(numbers=some_numbers))
-        of_kernels = kinds
+        some, of_kernels = call, kinds
+        if len(some_numbers) < B:
+            some = call._replace(sequences=call.sequences._replace(numbers=some_numbers))
         if kernels is decode:
             # Products of keys as they are in memory: reading them is what takes time.
             of_kernels = kind, decode.operand(kind, problem.bfloat16_products, held), held
-            some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
+            if of_kernels != kinds:
+                some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
             decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
         else:
@@ -99,10 +101,11 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
     def runs(**anew: np.ndarray) -> list[tuple[Run, Any, list[Any]]]:
         return [(cut(sequences._replace(**anew)), mask, others) for cut, sequences, mask, others in kept]
 
-    same_runs = functools.cache(runs)  # not made before they are wanted: many a call has no other like it
+    same_runs: list[Any] | None = None  # not made before they are wanted: many a call has no other like it
     as_given = _as_kernels_take(problem.result.ndim, layout, dtype)
 
     def repeat(query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any) -> np.ndarray | None:
+        nonlocal same_runs
         if threads.count() != threads_used:
             return None
         if cached or lengths is not None or type(offset) is np.ndarray:
@@ -111,7 +114,7 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
                 anew["pages"] = key.pages
             to_do = runs(**anew)
         else:
-            to_do = same_runs()
+            to_do = same_runs = same_runs or runs()
         result = np.empty(shape, dtype)
         q, out = as_given(query), as_given(result)
         if cached:

@@ -25,7 +25,7 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
     """
     dtype = statistics_dtype(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind_of(problem.query.dtype)
-    first, offsets = problem.first_sequence(), _offsets(problem)
+    first, offsets = problem.first_sequence(), _offsets(problem, sizes.B)
     lse = first.lse
     if problem.key_weight is not None and lse is None:
         offsets = offsets.copy()
@@ -58,8 +58,10 @@ def held_of(x: np.ndarray, held: str) -> np.ndarray:
     return x.view(np.int8) if held == "int8" else bits_of(x)
 
 
-def _offsets(problem: Problem) -> np.ndarray:
+def _offsets(problem: Problem, B: int) -> np.ndarray:
     """(B, 9) int64: where in each array the sequences start, in bytes; see `score.Sequences`."""
+    if B == 1:
+        return _ONLY_ONE
     results = problem.lse, problem.max_score, problem.entropy, problem.key_weight
     if problem.packed is not None:
         rows, keys = problem.packed.query_starts[:-1], problem.packed.key_starts[:-1]
@@ -127,6 +129,7 @@ def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]
     return Functions(codes, *captured), passes
 
 
+_ONLY_ONE = np.zeros((1, 9), np.int64)
 _NO_FUNCTIONS = Functions(np.zeros(4, np.intp), *[np.zeros(1, np.int64)] * 4)
 _NO_MASK = np.empty((0, 0, 0), np.uint8)
 _NO_PAGES = np.zeros((1, 1), np.int64)

@@ -25,7 +25,7 @@ SLICE_SECONDS = 0.5
 
 @functools.lru_cache(maxsize=64)
 def batch_offsets(batch: tuple[int, ...], *strides: tuple[int, ...]) -> np.ndarray:
-    """(B, arrays) int64: how many bytes after the first sequence of each array the others start."""
+    """(B, arrays) int64, read-only: how many bytes after the first sequence of each array the others start."""
     offsets = np.zeros((1, len(strides)), np.int64)
     for axis, length in enumerate(batch):
         steps = np.array([s[axis] for s in strides])
