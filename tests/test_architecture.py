@@ -138,7 +138,8 @@ MAY_IMPORT = {
     },
     "cpu.backward": {
         *("cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.score_gradients", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+        *("cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target", "cpu.visible"),
+        "block_mask",
     },
     "cpu.bias_gradient": {
         *("cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.results", "cpu.score"),

@@ -24,7 +24,7 @@ from numba_attn.cpu import gradient_tiles, launch, pack, target
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST
-from numba_attn.cpu.pointers import address, align_stack, fetch_add, get, moved, put
+from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, get, holds_pairs, moved, put
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
@@ -32,10 +32,12 @@ from numba_attn.cpu.score_gradients import (
     gradient_types,
     load_keys,
     load_lse,
+    load_operands,
     load_values,
     padded,
     score_gradients,
 )
+from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.stored import in_place
 from numba_attn.cpu.visible import Matrix, visible
 
@@ -49,7 +51,7 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 Memory = namedtuple(
     "Memory",
     "scores bias keep growth derivative zero one low high lse delta starts stops spoilt "
-    "qt gt ot q g dq p ds k clean v size",
+    "qt gt ot above q g dq p ds k clean pairs v size",
 )
 
 KEYS, MOST_BLOCKS = 96, 8  # of a tile, and of a group
@@ -69,7 +71,7 @@ def memory_map(sizes, blocks):
     lane_vectors = 5 * tile
     per_group = lane_vectors + 4 * block
     rows = per_group + 2 * group + (2 * blocks + group + lanes - 1) // lanes * lanes
-    products = rows + group * (sizes.D + sizes.Dv) + block * sizes.Dv
+    products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
     tiles_ = products + group * (2 * D + Dv)
     copies = tiles_ + 2 * keys * group
     return Memory(
@@ -90,6 +92,7 @@ def memory_map(sizes, blocks):
         qt=rows,
         gt=rows + group * sizes.D,
         ot=rows + group * (sizes.D + sizes.Dv),
+        above=rows + group * (sizes.D + sizes.Dv) + block * sizes.Dv,
         q=products,
         g=products + group * D,
         dq=products + group * (D + Dv),
@@ -97,8 +100,9 @@ def memory_map(sizes, blocks):
         ds=tiles_ + keys * group,
         k=copies,
         clean=copies + keys * D,
-        v=copies + 2 * keys * D,
-        size=copies + keys * (2 * D + Dv),
+        pairs=copies + 2 * keys * D,
+        v=copies + 3 * keys * D,
+        size=copies + keys * (3 * D + Dv),
     )
 
 
@@ -109,25 +113,29 @@ def memory_map(sizes, blocks):
 def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at):
     """Put what is needed of the rows [first, end) in memory, and write their delta.
 
-    Rows of queries and of gradients from above are there twice: as they are, transposed, and with 0 in place of what is
-    not finite, where a product with a masked key must not spread that; `spoilt` rows of gradients are 0 altogether.
+    Rows of queries and of gradients from above are there twice: as they are, transposed, as operands of products, and
+    with 0 in place of what is not finite, where a product with a masked key must not spread that; `spoilt` rows of
+    gradients are 0 altogether.
     """
     D, Dv, block, lanes = sizes.D, sizes.Dv, sizes.block, sizes.lanes
     columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
     h, of_forward, offsets = head.h, sequences.offsets[head.b], gradients.offsets[head.b]
     q, g, out = head.q, matrix(gradients.grad_out, offsets[0], h), matrix(arrays.out, of_forward[4], h)
     lse, grad_lse = column_of(arrays.lse, of_forward[5], h), column_of(gradients.grad_lse, offsets[1], h)
-    delta = column_of(gradients.delta, offsets[2], h)
-    ot = element(memory, at.ot)
+    delta, nothing, operands = column_of(gradients.delta, offsets[2], h), memory.dtype.type(0), arrays.operands
+    ot, pairs = element(memory, at.ot), holds_pairs(address(operands))
     for i in range((end - first + block - 1) // block):
         row = first + i * block
         rows = min(block, end - row)
         width = (rows + lanes - 1) // lanes
-        qt, gt = element(memory, at.qt + i * block * D), element(memory, at.gt + i * block * Dv)
+        qt, gt = operands_of(i, operands, sizes, memory, at)
+        above = element(memory, at.above) if pairs else element(memory, at.gt + i * block * Dv)
         pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, qt)
-        pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
+        pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, above)
+        if pairs:
+            pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
         pack.transpose(width, moved(out.data, row * out.row), out.row, out.step, rows, Dv, ot)
-        gradient_tiles.column_dots(width, ot, gt, Dv, element(memory, at.delta + i * block))
+        gradient_tiles.column_dots(width, ot, above, Dv, element(memory, at.delta + i * block))
         load_lse(lse, row, rows, lanes, memory, at.lse + i * block)
         for lane in range(rows):
             if grad_lse.wanted:
@@ -143,19 +151,27 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
         spoilt = gradient_tiles.drop_infinite(line, value_columns // lanes)
         memory[at.spoilt + r] = 1 if spoilt else 0
         if spoilt:
-            pack.fill_lanes(line, memory.dtype.type(0), value_columns // lanes)
-    pack.fill_lanes(element(memory, at.dq), memory.dtype.type(0), rows * columns // lanes)
+            pack.fill_lanes(line, nothing, value_columns // lanes)
+    pack.fill_lanes(element(memory, at.dq), nothing, rows * columns // lanes)
 
 
 @device
-def differentiate_group(head, first, end, low, sums_k, sums_v, blocks, sizes, settings, memory, at):
+def operands_of(i, operands, sizes, memory, at):
+    """Where row block i of the queries, and of the gradients from above, is as operands of products."""
+    qt, gt = element(memory, at.qt + i * sizes.block * sizes.D), element(memory, at.gt + i * sizes.block * sizes.Dv)
+    return as_element(qt, operands), as_element(gt, operands)
+
+
+@device
+def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operands, sizes, settings, memory, at):
     """Stream the keys past the rows [first, end), which `load_group` has put in memory.
 
-    Leaves their gradients there, and adds those of keys and values to the sums, of the keys from `low` on.
+    Leaves their gradients there, and adds those of keys and values to the sums, of the keys from `low` on; g are the
+    gradients from above.
     """
     D, Dv, keys, block, lanes = sizes.D, sizes.Dv, sizes.keys, sizes.block, sizes.lanes
     columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
-    k, v = in_place(head.k, memory), in_place(head.v, memory)
+    k, v, pairs = in_place(head.k, memory), in_place(head.v, memory), holds_pairs(address(operands))
     p, ds, p_row = element(memory, at.p), element(memory, at.ds), blocks * block * itemsize
     count = (end - first + block - 1) // block
     group_low, group_high, _, _ = visible(first, end, head.position)
@@ -163,7 +179,8 @@ def differentiate_group(head, first, end, low, sums_k, sums_v, blocks, sizes, se
         tile = number * keys
         tile_low, tile_high = max(tile, group_low), min(tile + keys, group_high)
         n_tile, loaded = tile_high - tile_low, False
-        k_tile = k_rows = v_tile = Matrix(p, 0, 0)
+        k_rows = Matrix(p, 0, 0)
+        k_tile = v_tile = Matrix(as_element(p, operands), 0, 0)
         for i in range(count):
             row = first + i * block
             rows = min(block, end - row)
@@ -174,15 +191,21 @@ def differentiate_group(head, first, end, low, sums_k, sums_v, blocks, sizes, se
                 start = stop = 0
             else:
                 if not loaded:
-                    k_tile, k_rows = load_keys(k, tile_low, n_tile, sizes, memory, at)
-                    v_tile = load_values(v, tile_low, n_tile, sizes, memory, at)
+                    k_plain, k_rows = load_keys(k, tile_low, n_tile, sizes, memory, at)
+                    k_tile = load_operands(k, k_plain, tile_low, n_tile, D, operands, memory, at.pairs)
+                    if pairs:
+                        v_tile = load_operands(v, k_plain, tile_low, n_tile, Dv, operands, memory, at.v)
+                    else:
+                        v_plain = load_values(v, tile_low, n_tile, sizes, memory, at)
+                        v_tile = Matrix(as_element(v_plain.data, operands), v_plain.row, v_plain.step)
                     loaded = True
                 at_tile = start * p_row + i * block * itemsize
+                qt, gt = operands_of(i, operands, sizes, memory, at)
                 score_gradients(
                     head, settings, here, row, rows, sizes, True,
                     Matrix(moved(k_tile.data, start * k_tile.row), k_tile.row, k_tile.step),
                     Matrix(moved(v_tile.data, start * v_tile.row), v_tile.row, v_tile.step),
-                    element(memory, at.qt + i * block * D), element(memory, at.gt + i * block * Dv),
+                    qt, gt,
                     element(memory, at.lse + i * block), element(memory, at.delta + i * block),
                     moved(p, at_tile), moved(ds, at_tile), p_row, memory, at,
                 )  # fmt: skip
@@ -200,7 +223,7 @@ def differentiate_group(head, first, end, low, sums_k, sums_v, blocks, sizes, se
         if not loaded:
             continue
         add_to_sums(
-            end - first, count, n_tile, moved(sums_k, (tile_low - low) * columns * itemsize),
+            g, first, end - first, count, n_tile, moved(sums_k, (tile_low - low) * columns * itemsize),
             moved(sums_v, (tile_low - low) * value_columns * itemsize), p_row, sizes, memory, at,
         )  # fmt: skip
 
@@ -216,8 +239,11 @@ def row_blocks_of(key, stop, count, memory, at):
 
 
 @device
-def add_to_sums(rows, count, n, sums_k, sums_v, p_row, sizes, memory, at):
-    """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of rows, in `count` row blocks."""
+def add_to_sums(g, start, rows, count, n, sums_k, sums_v, p_row, sizes, memory, at):
+    """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of rows, in `count` row blocks.
+
+    g are the gradients from above, of which the group has those from `start` on.
+    """
     block, lanes, itemsize = sizes.block, sizes.lanes, memory.itemsize
     columns, value_columns = padded(sizes.D, lanes), padded(sizes.Dv, lanes)
     key = 0
@@ -242,22 +268,21 @@ def add_to_sums(rows, count, n, sums_k, sums_v, p_row, sizes, memory, at):
         key = stop
     for r in range(rows):
         if memory[at.spoilt + r] != 0:
-            add_spoilt(r, rows, sums_v, p_row, sizes, memory, at)
+            add_spoilt(g, start + r, r, sums_v, p_row, sizes, memory, at)
 
 
 @device
-def add_spoilt(r, rows, sums_v, p_row, sizes, memory, at):
-    """sums_v += the part of a row whose gradient is not finite, of the keys that it attends to."""
-    block, lanes, Dv, itemsize = sizes.block, sizes.lanes, sizes.Dv, memory.itemsize
-    i, lane = r // block, r % block
-    across = padded(min(block, rows - i * block), lanes)
+def add_spoilt(g, row, r, sums_v, p_row, sizes, memory, at):
+    """sums_v += the part of a row whose gradient is not finite, of the keys that it attends to: the r-th of a group."""
+    lanes, Dv, itemsize, i = sizes.lanes, sizes.Dv, memory.itemsize, r // sizes.block
+    pack.copy_rows(moved(g.data, row * g.row), g.row, g.step, 1, Dv, Dv, element(memory, at.above))
     for key in range(int(memory[at.starts + i]), int(memory[at.stops + i])):
         weight = memory[at.p + key * (p_row // itemsize) + r]
         if weight == 0 and math.copysign(1.0, weight) < 0:
             continue
         for d in range(Dv):
             to = (key * padded(Dv, lanes) + d) * itemsize
-            put(sums_v, to, get(sums_v, to) + weight * memory[at.gt + i * block * Dv + d * across + lane])
+            put(sums_v, to, get(sums_v, to) + weight * memory[at.above + d])
 
 
 # The kernel -----------------------------------------------------------------------------------------------------------
@@ -285,7 +310,10 @@ def do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes,
         end = min(first + rows, valid)
         head = head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES)
         load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
-        differentiate_group(head, first, end, low, sums_k, sums_v, cut.blocks, sizes, settings, memory, at)
+        g = matrix(gradients.grad_out, gradients.offsets[b, 0], h)
+        differentiate_group(
+            head, g, first, end, low, sums_k, sums_v, cut.blocks, arrays.operands, sizes, settings, memory, at
+        )
         dq = matrix(gradients.query, gradients.offsets[b, 3], h)
         for r in range(end - first):
             line = element(memory, at.dq + r * columns)
@@ -352,6 +380,11 @@ def differentiate_together(code, memory, counters, gradients, tables, arrays, se
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
+
+
+def operand(kind: str) -> types.Type:
+    """What the products with keys and values are made of; the others, of what has been computed, are of numbers."""
+    return PAIRS if kind == "bfloat16" and target.BFLOAT16 == "dot" else COMPUTED[kind]
 
 
 def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], workers: int, operations: float) -> None:

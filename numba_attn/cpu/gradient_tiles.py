@@ -16,15 +16,15 @@ from numba import types
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import Value, Vectors, emits
-from numba_attn.cpu.tiles import product
+from numba_attn.cpu.tiles import are_pairs, product
 
 
 def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, lse, p, p_row):
     """p = exp2(scale * k.qt - lse), without the scores ever being stored."""
-    factor, zero = v.splat(scale), v.constant(0.0)
+    factor, zero, pairs = v.splat(scale), v.constant(0.0), are_pairs(v, "k")
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width)
+        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         for w in range(width):
             base = v.sub(zero, v.load(lse, w * v.bytes))
             for first in range(0, height, AT_ONCE):
@@ -67,10 +67,10 @@ def _weights(v, width, s, n, scale, bias, bias_row, lse, p, p_row):
 
 def _score_gradients(v, width, value, value_row, value_step, n, Dv, gt, scale, delta, p, ds, p_row):
     """ds = p * (value.gt - delta) * scale, 0 where masked."""
-    factor = v.splat(scale)
+    factor, pairs = v.splat(scale), are_pairs(v, "value")
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(value, v.mul_index(i, value_row)), value_row, value_step, gt, Dv, height, width)
+        acc = product(v, v.at(value, v.mul_index(i, value_row)), value_row, value_step, gt, Dv, height, width, pairs)
         for r in range(height):
             at = v.mul_index(v.add_index(i, r), p_row)
             for w in range(width):

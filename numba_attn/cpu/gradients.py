@@ -11,7 +11,7 @@ import numpy as np
 from numba_attn import threads
 from numba_attn.cpu import backward as first_pass
 from numba_attn.cpu import bias_gradient, launch
-from numba_attn.cpu.call import call_of, nothing
+from numba_attn.cpu.call import call_of, nothing, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.score_gradients import GradientArrays
 from numba_attn.gradient_problem import GradientProblem
@@ -25,17 +25,18 @@ def backward(gradient: GradientProblem) -> None:
     if B * Hq * Lq == 0:
         return
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
-    kinds = kind, COMPUTED[kind]
-    call, alive = call_of(problem, sizes, kinds[1])
+    call, alive = call_of(problem, sizes, first_pass.operand(kind))
     # Of rows of padding, whose lse is nothing but their sink, this is all there is.
     above = gradient.grad_lse
     delta = np.zeros(problem.query.shape[:-1], dtype) if above is None else np.negative(above, order="C")
     arrays = arrays_of(gradient, delta)
     operations = launch.rows_times_keys(call.sequences) * Hq * (3 * D + 2 * Dv)
     workers = threads.count() if operations > launch.SERIAL_WORK else 1
-    first_pass.run(call, arrays, kinds, workers, operations)
+    first_pass.run(call, arrays, (kind, first_pass.operand(kind)), workers, operations)
     if gradient.mask is not None or gradient.slopes is not None:
         mask, places = mask_of(gradient, B)
+        call = call._replace(arrays=call.arrays._replace(operands=operands_of(COMPUTED[kind])))
+        kinds = kind, COMPUTED[kind]
         bias_gradient.run(call, arrays, mask, places, gradient.slopes, kinds, workers, operations)
     if gradient.sinks is not None:
         gradient.sinks[...] = of_sinks(gradient, delta)
@@ -87,8 +88,8 @@ def warmup(kinds: Iterable[str] = tuple(COMPUTED)) -> list[str]:
     """Compile every kernel for kinds of element, or load it from the cache; returns their names."""
     names = []
     for kind in kinds:
-        for module in (first_pass, bias_gradient):
+        for module, operand in ((first_pass, first_pass.operand(kind)), (bias_gradient, COMPUTED[kind])):
             for entry in (module.serial, module.parallel):
-                entry(kind, COMPUTED[kind])
+                entry(kind, operand)
             names.append(f"{module.__name__}, {kind}")
     return names
