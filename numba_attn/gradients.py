@@ -107,7 +107,8 @@ def scaled_dot_product_attention_vjp(*args: Any, score_mod_grad: Any = None, **o
     -----
     Probabilities are computed again from the lse, one tile at a time: beside the results, memory grows with the
     lengths, not with their product.  Rows that attend to nothing, and what is masked, have gradients of 0.  The same
-    bits come out for any number of threads.
+    bits come out for any number of threads.  For bfloat16 arrays, probabilities and gradients of scores are rounded to
+    bfloat16 for their products where the processor does these faster.
 
     Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness" (2022), appendix B.2.
 

@@ -483,6 +483,7 @@ def _sixteen_bits(dtype: str) -> list[Case]:
         small(", mask beyond its range", 2, 40, 50, 16, mask="additive float32 lowest"),
         small(", mask beyond float32", 2, 40, 50, 16, mask="additive float64 lowest"),
         small(", float64 mask", 2, 40, 50, 16, mask="additive float64"),
+        small(", window of odd places", 2, 151, 133, 16, window=(13, 4)),
         small(", bool, lengths", 2, 40, 50, 16, B=2, mask="bool", kv_lengths=[50, 9], query_lengths=[40, 0]),
         small(", large scores", 1, 40, 90, 16, scale=30.0),
         small(", softcap, alibi, sinks", 2, 40, 50, 16, options=capped),

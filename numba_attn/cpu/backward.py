@@ -42,8 +42,8 @@ from numba_attn.cpu.stored import in_place
 from numba_attn.cpu.visible import Matrix, visible
 
 # tasks (n, 8): sequence, key-value head, the first and the end of its groups of rows, the first row of its sums, the
-# keys [low, high) they are of, and which head of all that is.  heads (n, 2): the first task and the end.  finished
-# (n, 8): how many parts of each head are, in the first column.
+# keys [low, high) they are of, of which the first may be there for its pair only, and which head of all that is.  heads
+# (n, 2): the first task and the end.  finished (n, 8): how many parts of each head are, in the first column.
 Tables = namedtuple("Tables", "tasks heads finished")
 # How the problem is cut: keys of a key tile, query rows of a row block, row blocks of a group, lanes of a vector.
 Cut = namedtuple("Cut", "keys block blocks lanes")
@@ -152,6 +152,9 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
         memory[at.spoilt + r] = 1 if spoilt else 0
         if spoilt:
             pack.fill_lanes(line, nothing, value_columns // lanes)
+    if pairs:
+        pack.pair_rows(q_rows, columns * itemsize, itemsize, rows, columns, as_element(q_rows, operands))
+        pack.pair_rows(g_rows, value_columns * itemsize, itemsize, rows, value_columns, as_element(g_rows, operands))
     pack.fill_lanes(element(memory, at.dq), nothing, rows * columns // lanes)
 
 
@@ -178,6 +181,8 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
     for number in range(group_low // keys, (group_high + keys - 1) // keys):
         tile = number * keys
         tile_low, tile_high = max(tile, group_low), min(tile + keys, group_high)
+        if pairs:
+            tile_low -= (tile_low - tile) % 2
         n_tile, loaded = tile_high - tile_low, False
         k_rows = Matrix(p, 0, 0)
         k_tile = v_tile = Matrix(as_element(p, operands), 0, 0)
@@ -185,7 +190,7 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
             row = first + i * block
             rows = min(block, end - row)
             width = (rows + lanes - 1) // lanes
-            here = select(head, settings, row, rows, 1, tile, tile + keys, False, sizes, memory, at)
+            here = select(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
             start, stop = here.start - tile_low, here.stop - tile_low
             if here.kept == EMPTY:
                 start = stop = 0
@@ -195,6 +200,8 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                     k_tile = load_operands(k, k_plain, tile_low, n_tile, D, operands, memory, at.pairs)
                     if pairs:
                         v_tile = load_operands(v, k_plain, tile_low, n_tile, Dv, operands, memory, at.v)
+                        paired = as_element(k_rows.data, operands)
+                        pack.pair_rows(k_rows.data, k_rows.row, itemsize, n_tile, columns, paired)
                     else:
                         v_plain = load_values(v, tile_low, n_tile, sizes, memory, at)
                         v_tile = Matrix(as_element(v_plain.data, operands), v_plain.row, v_plain.step)
@@ -209,9 +216,13 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                     element(memory, at.lse + i * block), element(memory, at.delta + i * block),
                     moved(p, at_tile), moved(ds, at_tile), p_row, memory, at,
                 )  # fmt: skip
+                weights, from_key, first_key = moved(ds, at_tile), p_row, start
+                if pairs:
+                    weights, from_key, first_key = element(memory, at.scores), width * lanes * itemsize, start // 2
+                    gradient_tiles.pair_keys(width, stop - start, moved(ds, at_tile), p_row, weights)
                 gradient_tiles.add_product(
-                    moved(ds, at_tile), itemsize, p_row, rows, stop - start,
-                    moved(k_rows.data, start * k_rows.row), k_rows.row, columns // lanes,
+                    as_element(weights, operands), itemsize, from_key, rows, stop - start,
+                    as_element(moved(k_rows.data, first_key * k_rows.row), operands), k_rows.row, columns // lanes,
                     element(memory, at.dq + i * block * columns), columns * itemsize,
                 )  # fmt: skip
             memory[at.starts + i], memory[at.stops + i] = start, stop
@@ -223,7 +234,7 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
         if not loaded:
             continue
         add_to_sums(
-            g, first, end - first, count, n_tile, moved(sums_k, (tile_low - low) * columns * itemsize),
+            g, first, end - first, count, n_tile, operands, moved(sums_k, (tile_low - low) * columns * itemsize),
             moved(sums_v, (tile_low - low) * value_columns * itemsize), p_row, sizes, memory, at,
         )  # fmt: skip
 
@@ -239,13 +250,21 @@ def row_blocks_of(key, stop, count, memory, at):
 
 
 @device
-def add_to_sums(g, start, rows, count, n, sums_k, sums_v, p_row, sizes, memory, at):
+def add_to_sums(g, start, rows, count, n, operands, sums_k, sums_v, p_row, sizes, memory, at):
     """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of rows, in `count` row blocks.
 
     g are the gradients from above, of which the group has those from `start` on.
     """
-    block, lanes, itemsize = sizes.block, sizes.lanes, memory.itemsize
+    block, lanes, itemsize, pairs = sizes.block, sizes.lanes, memory.itemsize, holds_pairs(address(operands))
     columns, value_columns = padded(sizes.D, lanes), padded(sizes.Dv, lanes)
+    for r in range(rows):
+        if memory[at.spoilt + r] != 0:
+            add_spoilt(g, start + r, r, sums_v, p_row, sizes, memory, at)
+    p, ds, size, together = element(memory, at.p), element(memory, at.ds), itemsize, 1
+    if pairs:
+        size, together = 2, 2
+        gradient_tiles.pair_lanes(n, rows, p, p_row)
+        gradient_tiles.pair_lanes(n, rows, ds, p_row)
     key = 0
     while key < n:
         first, end = row_blocks_of(key, min(key + RUN, n), count, memory, at)
@@ -254,21 +273,20 @@ def add_to_sums(g, start, rows, count, n, sums_k, sums_v, p_row, sizes, memory, 
             stop = min(stop + RUN, n)
         if first < end:
             row = first * block
-            n_rows, from_tile = min(end * block, rows) - row, key * p_row + row * itemsize
+            n_rows, from_tile = min(end * block, rows) - row, key * p_row + row * size
+            g_rows = element(memory, at.g + row // together * value_columns)
+            q_rows = element(memory, at.q + row // together * columns)
             gradient_tiles.add_product(
-                moved(element(memory, at.p), from_tile), p_row, itemsize, stop - key, n_rows,
-                element(memory, at.g + row * value_columns), value_columns * itemsize, value_columns // lanes,
+                as_element(moved(p, from_tile), operands), p_row, itemsize, stop - key, n_rows,
+                as_element(g_rows, operands), value_columns * itemsize, value_columns // lanes,
                 moved(sums_v, key * value_columns * itemsize), value_columns * itemsize,
             )  # fmt: skip
             gradient_tiles.add_product(
-                moved(element(memory, at.ds), from_tile), p_row, itemsize, stop - key, n_rows,
-                element(memory, at.q + row * columns), columns * itemsize, columns // lanes,
+                as_element(moved(ds, from_tile), operands), p_row, itemsize, stop - key, n_rows,
+                as_element(q_rows, operands), columns * itemsize, columns // lanes,
                 moved(sums_k, key * columns * itemsize), columns * itemsize,
             )  # fmt: skip
         key = stop
-    for r in range(rows):
-        if memory[at.spoilt + r] != 0:
-            add_spoilt(g, start + r, r, sums_v, p_row, sizes, memory, at)
 
 
 @device
@@ -383,7 +401,7 @@ def differentiate_together(code, memory, counters, gradients, tables, arrays, se
 
 
 def operand(kind: str) -> types.Type:
-    """What the products with keys and values are made of; the others, of what has been computed, are of numbers."""
+    """What products are made of."""
     return PAIRS if kind == "bfloat16" and target.BFLOAT16 == "dot" else COMPUTED[kind]
 
 
@@ -443,7 +461,7 @@ def parts_of(position: tuple[int, int, int], group: int, left: int, right: int, 
         start, stop = first % per_head * rows, min(Lq, (end - 1) % per_head * rows + rows)
         if first // per_head != (end - 1) // per_head:
             start, stop = 0, Lq  # of several heads
-        low, high = max(0, start + offset - left), min(Lk, stop + offset + right)
+        low, high = max(0, start + offset - left - 1), min(Lk, stop + offset + right)
         task[2:4] = first, end
         task[5:7] = (low, high) if low < high else (0, 0)
     return table

@@ -5,7 +5,8 @@ As in the forward pass, queries are the lanes of every vector.  With P the proba
     P = exp2(scale * S + bias - lse),   dS = P (keep * dP - delta) * growth * scale,   S = K Q^T,   dP = V dO^T
 
 What P and dS are then multiplied with, rows of dO, Q and K, has head elements for lanes: the tiles of a whole group of
-row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.
+row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.  Where
+products are those of pairs of bfloat16 numbers, both are rounded to such first.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from numba import types
 
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import Value, Vectors, emits
-from numba_attn.cpu.tiles import are_pairs, product
+from numba_attn.cpu.simd import I16, Value, Vectors, emits
+from numba_attn.cpu.tiles import are_pairs, paired, product
 
 
 def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, lse, p, p_row):
@@ -127,15 +128,56 @@ def _multiply(v, width, n, by, x):
     for_vectors(v, v.mul_index(width, n), lambda at: v.store(v.mul(v.load(x, at), v.load(by, at)), x, at))
 
 
+def _pair_keys(v, width, n, x, x_row, to):
+    """to (half of n, block) = rows of x (n, block), `x_row` bytes apart, two and two, as pairs of bfloat16."""
+    row = v.mul_index(width, v.bytes)
+
+    def vector(here: Value) -> None:
+        def keys(j: Value, height: int) -> None:
+            rows = [v.load(v.at(x, v.mul_index(v.add_index(j, r), x_row)), here) for r in range(height)]
+            (both,) = paired(v, rows)
+            v.store(both, v.at(to, v.mul_index(v.half(j), row)), here)
+
+        for_rows(v, n, (2, 1), keys)
+
+    for_vectors(v, width, vector)
+
+
+def _pair_lanes(v, n, lanes, x, x_row):
+    """So many lanes of n rows of x, `x_row` bytes apart, as bfloat16 in place, so that two neighbours are a pair.
+
+    The neighbour of a last one is what its vector has there: of a row without a number, which is as the last one is,
+    with probabilities of 0.
+    """
+    b, short = v.builder, ir.VectorType(I16, v.lanes)
+    half, shift = (ir.Constant(v.bits, [c] * v.lanes) for c in (0x8000, 16))
+
+    def row(j: Value) -> None:
+        line = v.at(x, v.mul_index(j, x_row))
+
+        def vector(i: Value, _: list[Value]) -> list[Value]:
+            bits = b.bitcast(v.load(line, v.mul_index(i, v.size)), v.bits)
+            v.store(b.trunc(b.lshr(b.add(bits, half), shift), short), line, v.mul_index(i, 2))
+            return []
+
+        v.loop(0, lanes, v.lanes, [], vector)
+
+    v.each(n, row)
+
+
 def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row):
-    """to (rows, vectors) += a (rows, count) . b (count, vectors), a read element by element."""
+    """to (rows, vectors) += a (rows, count) . b (count, vectors), a read element by element.
+
+    Of pairs, an element of a, and a row of b, are two of `count`.
+    """
+    pairs = are_pairs(v, "b")
 
     def columns(first: Value, width: int) -> None:
         here = v.mul_index(first, v.bytes)
 
         def tile(i: Value, height: int) -> None:
             start = v.at(a, v.mul_index(i, a_row))
-            acc = product(v, start, a_row, a_step, v.at(b, here), count, height, width, b_row=b_row)
+            acc = product(v, start, a_row, a_step, v.at(b, here), count, height, width, pairs, b_row)
             for r in range(height):
                 line = v.at(to, v.add_index(v.mul_index(v.add_index(i, r), to_row), here))
                 for w in range(width):
@@ -217,6 +259,8 @@ score_gradients = emits(for_width(_score_gradients))
 differentiate = emits(_differentiate)
 cap_growth = emits(_cap_growth)
 multiply = emits(_multiply)
+pair_keys = emits(_pair_keys)
+pair_lanes = emits(_pair_lanes)
 add_product = emits(_add_product)
 column_dots = emits(_column_dots)
 drop_infinite = emits(_drop_infinite, returns=types.boolean)
