@@ -172,10 +172,19 @@ def gradients(cases: Sequence[Result]) -> list[str]:
     found = [case for case in cases if "median" in case["peers"].get("ours backward", {})]
     if not found:
         return []
+    head = ["", "forward and backward, ms", "PyTorch / ours", "backward, ms", "GFLOP/s", "of peak", "PyTorch / ours"]
+    rows: list[Row] = []
+    for dtype in dict.fromkeys(case["dtype"] for case in found):
+        rows += _gradients_of([case for case in found if case["dtype"] == dtype])
+    lines = [f"* {line}" for case in tagged(cases, "table") for line in comparisons(case)]
+    return ["### Gradients, layers, diagnosis", table(head, rows), "\n".join(lines)]
+
+
+def _gradients_of(cases: Sequence[Result]) -> list[Row]:
     ours, theirs = ({n: f"{peer} {n}" for n in ("gradient", "backward")} for peer in (OURS, "torch"))
     rows: list[Row] = []
     faster: dict[str, list[float]] = {"gradient": [], "backward": []}
-    for case in found:
+    for case in cases:
         row = [case["name"]]
         for name, values in faster.items():
             mine = case["peers"][ours[name]]
@@ -190,9 +199,7 @@ def gradients(cases: Sequence[Result]) -> list[str]:
     for name, summarise in (("*geometric mean*", geometric_mean), ("*least*", min)):
         both = [times(summarise(values)) if values else NONE for values in faster.values()]
         rows.append([name, "", both[0], "", "", "", both[1]])
-    head = ["", "forward and backward, ms", "PyTorch / ours", "backward, ms", "GFLOP/s", "of peak", "PyTorch / ours"]
-    lines = [f"* {line}" for case in tagged(cases, "table") for line in comparisons(case)]
-    return ["### Gradients, layers, diagnosis", table(head, rows), "\n".join(lines)]
+    return rows
 
 
 def decoding(cases: Sequence[Result]) -> list[str]:

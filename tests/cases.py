@@ -212,6 +212,14 @@ def _forms(L: int, D: int) -> tuple[str, ...]:
     return ("diagnose",) if (L, D) == (8192, 64) else ()
 
 
+def _narrow(dtype: str, H: int, L: int, D: int, options: dict[str, Any]) -> Case:
+    name, forms = (
+        f"{dtype}, {H} x {L}, D {D}{', causal' * bool(options)}",
+        _forms(L, D) if dtype == "bfloat16" and H == 8 else (),
+    )
+    return _perf(name, H, L, D, tags="narrow", dtype=dtype, options=options, forms=forms)
+
+
 CACHES = "float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"  # forms of one
 
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
@@ -248,7 +256,7 @@ PERF = [
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),
     *(
-        _perf(f"{dtype}, {H} x {L}, D {D}{', causal' if causal else ''}", H, L, D, tags="narrow", dtype=dtype, **causal)
+        _narrow(dtype, H, L, D, options)
         for dtype, D, sizes in [
             ("bfloat16", 64, [(8, 512), (8, 2048), (12, 128), (2, 8192)]),
             ("bfloat16", 128, [(8, 2048)]),
@@ -256,7 +264,7 @@ PERF = [
         ]
         if dtype in SIXTEEN_BITS
         for H, L in sizes
-        for causal in ({}, *([{"options": CAUSAL}] if L == 2048 else []))
+        for options in ({}, *([CAUSAL] if L == 2048 else []))
     ),
     *(
         _perf(f"{name}, 8 x 2048, D 64", 8, 2048, 64, options=options, tags="variant")
