@@ -101,6 +101,17 @@ def take(counters, worker, helped, tasks):
     return -1, helped
 
 
+@device
+def take_rows(counters, worker, helped, shape, rows):
+    """The sequence, the head and the first row of the next task, of so many rows of an array (B, H, L, ...), -1 if
+    there is none; and how many others the worker has helped.
+    """
+    B, H, L, _ = shape
+    per_head = (L + rows - 1) // rows
+    task, helped = take(counters, worker, helped, B * H * per_head)
+    return task // per_head // H, task // per_head % H, task % per_head * rows, helped
+
+
 def slices(workers: int, tasks: int, operations: float) -> Iterable[np.ndarray]:
     """Counters for one call of a kernel after the other, until all of its tasks are done, of so many multiply-adds.
 

@@ -149,14 +149,11 @@ def convert(memory, worker, counters, x, scales, out, again):
 
     Rows are filled up with their elements again, or with zeros.
     """
-    B, H, L, D = x.shape
-    per_head, columns = (L + ROWS - 1) // ROWS, memory.size
-    tasks, helped = B * H * per_head, 0
+    (_, _, L, D), columns, helped = x.shape, memory.size, 0
     while True:
-        task, helped = launch.take(counters, worker, helped, tasks)
-        if task < 0:
+        b, h, first, helped = launch.take_rows(counters, worker, helped, x.shape, ROWS)
+        if b < 0:
             break
-        b, h, first = task // per_head // H, task // per_head % H, task % per_head * ROWS
         for i in range(first, min(first + ROWS, L)):
             here = moved(address(x), b * x.strides[0] + h * x.strides[1] + i * x.strides[2])
             pack.copy_rows(here, 0, x.strides[3], 1, D, columns, address(memory))

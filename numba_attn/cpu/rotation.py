@@ -98,16 +98,13 @@ def rotate_rows(x, cos, sin, out, b, h, first, end, offset, interleaved):
 @kernel
 def turn(memory, worker, counters, x, cos, sin, out, offsets, interleaved):
     """Do tasks until there are none: some rows of one head each."""
-    B, H, L, _ = x.shape
-    per_head = (L + ROWS - 1) // ROWS
-    tasks, helped = B * H * per_head, 0
+    helped = 0
     while True:
-        task, helped = launch.take(counters, worker, helped, tasks)
-        if task < 0:
+        b, h, first, helped = launch.take_rows(counters, worker, helped, x.shape, ROWS)
+        if b < 0:
             break
-        b, h, first = task // per_head // H, task // per_head % H, task % per_head * ROWS
         offset = offsets[b if offsets.shape[0] > 1 else 0]
-        rotate_rows(x, cos, sin, out, b, h, first, min(first + ROWS, L), offset, interleaved)
+        rotate_rows(x, cos, sin, out, b, h, first, min(first + ROWS, x.shape[2]), offset, interleaved)
 
 
 turn_through_pointer = through_pointer(turn.py_func)
