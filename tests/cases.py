@@ -213,10 +213,8 @@ def _forms(L: int, D: int) -> tuple[str, ...]:
 
 
 def _narrow(dtype: str, H: int, L: int, D: int, options: dict[str, Any]) -> Case:
-    name, forms = (
-        f"{dtype}, {H} x {L}, D {D}{', causal' * bool(options)}",
-        _forms(L, D) if dtype == "bfloat16" and H == 8 else (),
-    )
+    name = f"{dtype}, {H} x {L}, D {D}{', causal' * bool(options)}"
+    forms = _forms(L, D) if dtype == "bfloat16" and H == 8 else ()
     return _perf(name, H, L, D, tags="narrow", dtype=dtype, options=options, forms=forms)
 
 

@@ -29,10 +29,11 @@ from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
     GradientArrays,
+    as_operands,
     gradient_types,
     load_keys,
     load_lse,
-    load_operands,
+    load_pairs,
     load_values,
     padded,
     score_gradients,
@@ -197,14 +198,14 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
             else:
                 if not loaded:
                     k_plain, k_rows = load_keys(k, tile_low, n_tile, sizes, memory, at)
-                    k_tile = load_operands(k, k_plain, tile_low, n_tile, D, operands, memory, at.pairs)
                     if pairs:
-                        v_tile = load_operands(v, k_plain, tile_low, n_tile, Dv, operands, memory, at.v)
+                        k_tile = load_pairs(k, tile_low, n_tile, D, operands, memory, at.pairs)
+                        v_tile = load_pairs(v, tile_low, n_tile, Dv, operands, memory, at.v)
                         paired = as_element(k_rows.data, operands)
                         pack.pair_rows(k_rows.data, k_rows.row, itemsize, n_tile, columns, paired)
                     else:
                         v_plain = load_values(v, tile_low, n_tile, sizes, memory, at)
-                        v_tile = Matrix(as_element(v_plain.data, operands), v_plain.row, v_plain.step)
+                        k_tile, v_tile = as_operands(k_plain, operands), as_operands(v_plain, operands)
                     loaded = True
                 at_tile = start * p_row + i * block * itemsize
                 qt, gt = operands_of(i, operands, sizes, memory, at)

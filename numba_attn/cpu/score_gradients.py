@@ -11,9 +11,20 @@ from numba_attn.cpu import dropout, gradient_tiles, pack, tiles, user_functions
 from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.pointers import address, as_element, holds_pairs, moved
+from numba_attn.cpu.pointers import as_element, moved
 from numba_attn.cpu.results import read
-from numba_attn.cpu.score import DERIVATIVE, SCORE, cap, columns_of, copies_keys, element, is_narrow, is_plain, settle
+from numba_attn.cpu.score import (
+    DERIVATIVE,
+    SCORE,
+    cap,
+    columns_of,
+    copies_keys,
+    element,
+    is_narrow,
+    is_plain,
+    keys_of,
+    settle,
+)
 from numba_attn.cpu.visible import Matrix
 
 # The arrays of a gradient, (heads, rows, columns) of the first sequence, and where the others start, (B, 6) in bytes:
@@ -59,16 +70,18 @@ def load_keys(k, first, n, sizes, memory, at):
 
 
 @device
-def load_operands(x, plain, first, n, D, operands, memory, at):
-    """Rows [first, first + n) of keys or values as operands of products: `plain` ones, or pairs, in place or copied."""
-    if not holds_pairs(address(operands)):
-        return Matrix(as_element(plain.data, operands), plain.row, plain.step)
-    data, copied = moved(x.data, first * x.row), as_element(element(memory, at), operands)
-    if not copies_keys(x, D, operands):
-        return Matrix(as_element(data, operands), x.row, operands.itemsize)
-    columns = columns_of(D, operands)
-    pack.copy_rows(data, x.row, x.step, n, D, columns, copied)
-    return Matrix(copied, columns * 2, operands.itemsize)
+def load_pairs(x, first, n, D, operands, memory, at):
+    """Rows [first, first + n) of keys or values as operands that are pairs, in place or copied."""
+    copied = as_element(element(memory, at), operands)
+    if copies_keys(x, D, operands):
+        pack.copy_rows(moved(x.data, first * x.row), x.row, x.step, n, D, columns_of(D, operands), copied)
+    return keys_of(x, first, first, copied, D, operands)
+
+
+@device
+def as_operands(numbers, operands):
+    """A matrix of numbers as that of operands, where these are numbers."""
+    return Matrix(as_element(numbers.data, operands), numbers.row, numbers.step)
 
 
 @device
