@@ -116,10 +116,11 @@ MAY_IMPORT = {
     "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
     "cpu.rows": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
+    "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
     "cpu.forward": {
-        *("cpu.amx", "cpu.dropout", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.tiles"),
-        *("cpu.visible", "block_mask"),
+        *("cpu.amx", "cpu.dropout", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
+        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
+        *("cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
         *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack"),

@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from cases import PERF, SMALL
+from cases import PERF, SIXTEEN_BITS, SMALL, dtype_of
 
 from numba_attn import repeats, scaled_dot_product_attention, threads
 from numba_attn.cpu import attention, decode, forward, key_weight, score
@@ -68,6 +68,42 @@ def test_row_blocks_change_no_bit(options: str, monkeypatch: pytest.MonkeyPatch)
             attention, "plan", lambda *s, n=blocks: (p := plan(*s))._replace(blocks=n, tasks=-(-s[1] // (p.block * n)))
         )
         assert np.array_equal(attend(0, rows), whole)
+
+
+@pytest.mark.parametrize("aux", [(), ("entropy",)], ids=["lse", "entropy"])
+@pytest.mark.parametrize(("Lq", "Lk"), [(130, 130), (70, 300), (300, 70), (37, 97)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", *SIXTEEN_BITS])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": True, "query_offset": "bottom_right"},
+        {"is_causal": True, "query_offset": 23, "window": (31, 0)},
+        {"window": (60, 3), "query_offset": -11},
+        {"window": (150, 70), "query_offset": 40},
+        {"kv_lengths": np.array([41, 70]), "window": (None, 9)},
+    ],
+    ids=str,
+)
+def test_edges_change_no_bit(options: dict[str, Any], dtype: str, Lq: int, Lk: int, aux: tuple[str, ...]) -> None:
+    """Vectors of queries are left out of the products where intervals of keys end: the same as a mask that says so."""
+    rng = np.random.default_rng(3)
+    query, key, value = (
+        rng.standard_normal((2, 2, L, D)).astype(dtype_of(dtype)) for L, D in ((Lq, 48), (Lk, 48), (Lk, 32))
+    )
+    offset = options.get("query_offset", 0)
+    position = np.arange(Lq)[:, None] + (Lk - Lq if offset == "bottom_right" else offset)
+    left, right = options.get("window", (None, None))
+    right = 0 if options.get("is_causal") else right
+    keys, lengths = np.arange(Lk), options.get("kv_lengths", np.array([Lk, Lk]))
+    allowed = keys < lengths[:, None, None, None]
+    allowed = allowed & ((keys <= position + right) if right is not None else True)
+    allowed = allowed & ((keys >= position - left) if left is not None else True)
+    found, found_aux = scaled_dot_product_attention(query, key, value, return_aux=("lse", *aux), **options)
+    expected, expected_aux = scaled_dot_product_attention(query, key, value, allowed, return_aux=("lse", *aux))
+    assert np.array_equal(found, expected)
+    for name in ("lse", *aux):
+        assert np.array_equal(getattr(found_aux, name), getattr(expected_aux, name))
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.03, 0.1, 1.0])

@@ -186,10 +186,10 @@ def packed(tile, stride, lanes, memory, at):
         return tile
     vectors = (n * stride + lanes - 1) // lanes
     if tile.row == 0 and n * stride == vectors * lanes:
-        return Tile(0, vectors, tile.added, tile.row, tile.kept)
+        return Tile(0, vectors, tile.added, tile.row, tile.kept, False)
     bias = element(memory, at.bias)
     rows.gather(n, stride, tile.added, tile.row, bias)
-    return Tile(0, vectors, bias, lanes * memory.itemsize, tile.kept)
+    return Tile(0, vectors, bias, lanes * memory.itemsize, tile.kept, False)
 
 
 @device

@@ -19,7 +19,7 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY, FULL
-from numba_attn.cpu import amx, dropout, launch, pack, softmax, tiles
+from numba_attn.cpu import amx, dropout, edges, launch, pack, softmax, tiles
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST, Plan
@@ -57,7 +57,7 @@ from numba_attn.cpu.visible import Matrix, visible
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
     "Memory",
-    "scores bias keys values clean rows_k rows_v zero top sums moments correction low high state qt_rows ot_rows "
+    "scores bias keys values clean rows_k rows_v zero top sums moments correction low high cuts state qt_rows ot_rows "
     "state_size",
 )
 # The state of a row block, in memory: what it is made of, and what has come of it so far.
@@ -67,7 +67,7 @@ State = namedtuple("State", "qt ot reference total moment best")
 # that is not worth it.
 Cut = namedtuple("Cut", "keys short block blocks lanes columns")
 
-LANE_VECTORS = 7  # zero, top, sums, moments, correction, low, high: one value a lane
+LANE_VECTORS = 8  # zero, top, sums, moments, correction, low, high: one value a lane; and cuts
 STATE_VECTORS = 4  # reference, total, moment, best
 STEEP = 4.0  # rise of scores over a tile, by ALiBi, with which its references are moved first
 MOST_NOTES = 1 << 20  # on what a mask leaves of tiles, in each worker's memory
@@ -104,6 +104,7 @@ def memory_map(sizes):
         correction=lanes + 4 * block,
         low=lanes + 5 * block,
         high=lanes + 6 * block,
+        cuts=lanes + 7 * block,
         state=lanes + LANE_VECTORS * block,
         qt_rows=qt_rows,
         ot_rows=ot_rows,
@@ -199,6 +200,8 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                 start, n = tile_low, 0
             width = (rows + lanes - 1) // lanes
             state = state_of(memory, at, sizes, operands, i)
+            parted = here.edged and not (pairs and ON_TILES)
+            edges.cut(here, width, not parted, sizes, memory, at)
 
             if n > 0 and not packed:
                 if is_gathered(head.k):
@@ -234,12 +237,21 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                 )  # fmt: skip
             if at_once:
                 to = moved(out.data, row * out.row)
+                low, high = element(memory, at.low), element(memory, at.high)
+                if not parted:
+                    pack.fill_lanes(low, nothing, width)
+                    pack.fill_lanes(high, memory.dtype.type(n), width)
                 if write_products(
-                    width, rows, v_tile.data, v_tile.row, Dv, n, scores, state.total, settings.gain, top, to, out.row
-                ):
+                    width, rows, v_tile.data, v_tile.row, Dv, low, high, scores,
+                    state.total, settings.gain, top, to, out.row,
+                ):  # fmt: skip
                     finite = False
             elif careful:
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
+            elif parted:
+                tiles.accumulate_parts(
+                    width, v_tile.data, v_tile.row, v_tile.step, Dv, scores, state.ot, element(memory, at.cuts)
+                )
             else:
                 tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
     return finite
@@ -279,10 +291,7 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
         # What is settled cannot be done again.
         raising = raising or is_settled(head, here)
     if fusing and not full:
-        done = fused = tiles.biased_probabilities(
-            width, k_tile.data, k_tile.row, k_tile.step, n, D, state.qt, settings.scale_2, here.added, here.row,
-            state.reference, state.best, state.total, sums, top, scores,
-        )  # fmt: skip
+        done = fused = edges.exponentiate(k_tile, here, width, settings.scale_2, state, scores, sizes, memory, at)
     if fusing and not done:
         raising = True
         rising |= (head.slope == 0) << i

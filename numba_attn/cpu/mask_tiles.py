@@ -114,26 +114,33 @@ def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, first,
     _for_kind(kind, of_kind, v)
 
 
-def _mask_outside(v, width, bias, source, source_row, n, low, high):
+def _mask_outside(v, width, bias, source, source_row, n, low, high, every_low, every_high):
     """bias = source (rows `source_row` bytes apart), but -inf where the key is not in the query's [low, high).
 
-    Keys count from the first of the tile; low and high hold a whole number a query.
+    Keys count from the first of the tile; low and high hold a whole number a query.  Keys in [every_low, every_high)
+    are in every query's.
     """
     row = v.mul_index(width, v.bytes)
-    lowest = v.constant(-INFINITY)
+    lowest, nothing = v.constant(-INFINITY), v.index(0)
+    inner = v.most(nothing, v.least(every_low, n))
+    outer = v.most(inner, v.least(every_high, n))
 
     def vector(here: Value) -> None:
         first, end = v.load(low, here), v.load(high, here)
 
-        def keys(j: Value, height: int, number: list[Value]) -> list[Value]:
-            for r in range(height):
-                x = v.load(v.at(source, v.mul_index(v.add_index(j, r), source_row)), here)
-                key = v.add(number[0], v.constant(float(r)))
-                inside = v.builder.and_(v.builder.not_(v.less(key, first)), v.less(key, end))
-                v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
-            return [v.add(number[0], v.constant(float(height)))]
+        def masked(j: Value, number: list[Value]) -> list[Value]:
+            x, key = v.load(v.at(source, v.mul_index(j, source_row)), here), number[0]
+            inside = v.builder.and_(v.builder.not_(v.less(key, first)), v.less(key, end))
+            v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(j, row)), here)
+            return [v.add(key, v.constant(1.0))]
 
-        for_keys(v, n, [v.constant(0.0)], keys)
+        def copied(j: Value, _: list[Value]) -> list[Value]:
+            v.store(v.load(v.at(source, v.mul_index(j, source_row)), here), v.at(bias, v.mul_index(j, row)), here)
+            return []
+
+        v.loop(0, inner, 1, [v.constant(0.0)], masked)
+        v.loop(inner, outer, 1, [], copied)
+        v.loop(outer, n, 1, [v.splat(v.builder.sitofp(outer, v.element))], masked)
 
     for_vectors(v, width, vector)
 

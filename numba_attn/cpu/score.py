@@ -29,8 +29,9 @@ Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functi
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
 NO_NOTES = Notes(-1, 0)
-# Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), and whether that is anything.
-Tile = namedtuple("Tile", "start stop added row kept")
+# Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), whether that is anything, and
+# whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted from the start.
+Tile = namedtuple("Tile", "start stop added row kept edged")
 
 # The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows), or
 # empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
@@ -127,7 +128,7 @@ def slope(head, tile, row, rows, sizes, memory, at):
     width, bias = (rows + sizes.lanes - 1) // sizes.lanes, element(memory, at.bias)
     distance = row + head.position.offset - tile.start
     mask_tiles.add_alibi(width, bias, tile.added, tile.row, tile.stop - tile.start, head.slope, distance)
-    return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL)
+    return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL, tile.edged)
 
 
 @device
@@ -135,7 +136,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
     """What `select` does, but for ALiBi."""
     lanes, position = sizes.lanes, head.position
     bias, added, added_row = element(memory, at.bias), element(memory, at.zero), 0
-    nothing = Tile(start, start, added, added_row, EMPTY)
+    nothing = Tile(start, start, added, added_row, EMPTY, False)
     some_low, some_high, every_low, every_high = visible(row, row + rows, position)
     origin, start, stop = start, max(start, some_low), min(stop, some_high)
     if start >= stop:
@@ -159,13 +160,16 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
             return nothing
         if kept == PARTIAL:
             added, added_row = bias, row_bytes
-    if start < every_low or stop > every_high:
+    edged = start < every_low or stop > every_high
+    if edged:
         for lane in range(width * lanes):
             p = row + min(lane, rows * heads - 1) % rows + position.offset
             memory[at.low + lane] = max(p - position.left, start) - start
             memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
         low, high = element(memory, at.low), element(memory, at.high)
-        mask_tiles.mask_outside(width, bias, added, added_row, stop - start, low, high)
+        mask_tiles.mask_outside(
+            width, bias, added, added_row, stop - start, low, high, every_low - start, every_high - start
+        )
         added, added_row, kept = bias, row_bytes, PARTIAL
     functions = head.functions
     across = width * lanes
@@ -181,7 +185,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
             stop - start, across, rows, head.b, head.h, row, start,
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
-    return Tile(start, stop, added, added_row, kept)
+    return Tile(start, stop, added, added_row, kept, edged)
 
 
 @device

@@ -7,7 +7,7 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import for_rows
-from numba_attn.cpu.simd import BYTES, I1, Value, emits
+from numba_attn.cpu.simd import BYTES, I1, I64, Value, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs, product
@@ -18,8 +18,10 @@ WHOLE = (
 )  # fmt: skip
 
 
-def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, factors, out, out_row):
+def _write_products(v, width, rows, value, value_row, Dv, low, high, p, total, gain, factors, out, out_row):
     """out (rows, Dv) = p.T @ value (n, Dv) * gain / total, of a tile p (n, width vectors) with all keys of the rows.
+
+    A row attends to none but the keys [low, high), for which each lane has a whole number that no later row's is below.
 
     These are the bits of `tiles.accumulate` and `pack.write_rows`, but nothing is transposed, and rows that fill no
     vector take no longer than they must.  Rows of the value and of the result are contiguous, and Dv is whole vectors.
@@ -42,7 +44,11 @@ def _write_products(v, width, rows, value, value_row, Dv, n, p, total, gain, fac
 
         def some(i: Value, height: int) -> None:
             at = v.mul_index(i, v.size)
-            acc = product(v, v.at(p, at), v.index(v.size), row, values, n, height, vectors, b_row=value_row)
+            start = v.builder.fptosi(v.load_scalar(low, at), I64)
+            stop = v.builder.fptosi(v.load_scalar(high, v.add_index(at, (height - 1) * v.size)), I64)
+            weights = v.at(v.at(p, at), v.mul_index(start, row))
+            first_value, n = v.at(values, v.mul_index(start, value_row)), v.builder.sub(stop, start)
+            acc = product(v, weights, v.index(v.size), row, first_value, n, height, vectors, b_row=value_row)
             check = v.load(factors, row)
             for r in range(height):
                 weight = v.splat(v.load_scalar(factors, v.add_index(at, r * v.size)))

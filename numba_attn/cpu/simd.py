@@ -134,6 +134,10 @@ class Vectors:
         """The smaller of two integers."""
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
+    def most(self, a: Value, b: Value) -> Value:
+        """The larger of two integers."""
+        return self.builder.select(self.builder.icmp_signed(">", a, b), a, b)
+
     def splat(self, scalar: Value, lanes: int | None = None) -> Value:
         lanes = lanes or self.lanes
         undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 from llvmlite import ir
 from numba import types
@@ -20,7 +21,7 @@ from numba import types
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import I1, I32, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.softmax import accept, times_log
 
 # Steps of a product at once, in the largest register tiles: that saves operations that are not multiply-adds, which
@@ -41,8 +42,9 @@ def product(
     width: int,
     pairs: bool = False,
     b_row: Value | None = None,
+    acc: list[Value] | None = None,
 ) -> list[Value]:
-    """acc[i, :] = sum over k < count of a[i, k] * b[k, :], with all of acc in registers.
+    """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc, which is 0 if None, in registers.
 
     a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), its rows `b_row` bytes
     apart, contiguous if None.  Of `pairs` of bfloat16 numbers, an element holds two, and `count` numbers make half as
@@ -72,7 +74,7 @@ def product(
         beyond = v.mul_index(a_step, at_once)
         return [v.at(b, v.mul_index(b_row, at_once)), *(v.at(p, beyond) for p in starts), *acc]
 
-    carried = [b, *starts, *[v.constant(0.0)] * (height * width)]
+    carried = [b, *starts, *(acc or [v.constant(0.0)] * (height * width))]
     start = v.index(0)
     if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs:
         # The next elements of contiguous rows are at constant distances, which cost no register.
@@ -152,10 +154,12 @@ def _plain_exponents(v: Vectors, scale: Value) -> Callable[..., Exponents]:
     return exponents
 
 
-def _biased_probabilities(
-    v, width, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, best, total, sums, top, p
-):  # fmt: skip
-    """The same for exponents of scale * k.qt + bias - reference: p = -0.0 where the bias is -inf."""
+def _biased_probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, sums, top, p):
+    """The same for exponents of scale * k.qt + bias - reference, of a part of a tile: p = -0.0 where the bias is -inf.
+
+    Rows of qt and p are `row` bytes apart, as some vectors of the block may not be in it.  The part is added to sums
+    and top, which `softmax.take_in` then looks at.
+    """
     factor, lowest = v.splat(scale), v.constant(-INFINITY)
 
     def exponents(products: list[Value], base: Value, at: list[tuple[Value, Value]]) -> Exponents:
@@ -163,7 +167,7 @@ def _biased_probabilities(
         xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
         return xs, [v.equal(e, lowest) for e in extra]
 
-    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+    _exponentials_of_part(v, width, row, k, k_row, k_step, n, D, qt, exponents, reference, sums, top, p)
 
 
 def _sloped_probabilities(
@@ -221,17 +225,41 @@ def _exponentials(
     It gets the reference, and the number of the key and the vector's place in a row of each product.  With a `moment`
     it and what is added to it by this tile are as in `exponentiate`.
     """
-    row, pairs = width * v.bytes, are_pairs(v, "k")
-    on_tiles = pairs and target.BFLOAT16 == "amx"
-    # Pairs of keys are side by side in p.
-    heights = [AT_ONCE, 2, 1] if on_tiles else [*HEIGHTS[width][:-1], 2, 1] if pairs else HEIGHTS[width]
-    if on_tiles:
-        amx.product(v, k, k_row, qt, width, n, D, p, adding=False)
     for w in range(width):
         v.store(v.constant(-INFINITY), top, w * v.bytes)
         v.store(v.constant(0.0), sums, w * v.bytes)
         if moment is not None:
             v.store(v.constant(0.0), moment[1], w * v.bytes)
+    row, moments = v.index(width * v.bytes), None if moment is None else moment[1]
+    _exponentials_of_part(v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments)
+    added = [(total, sums), *([] if moment is None else [moment])]
+    return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
+
+
+def _exponentials_of_part(
+    v: Vectors,
+    width: int,
+    row: Value,
+    k: Value,
+    k_row: Value,
+    k_step: Value,
+    n: Value,
+    D: Value,
+    qt: Value,
+    exponents_of: Callable[[list[Value], Value, list[tuple[Value, Value]]], Exponents],
+    reference: Value,
+    sums: Value,
+    top: Value,
+    p: Value,
+    moments: Value | None = None,
+) -> None:
+    """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes."""
+    pairs = are_pairs(v, "k")
+    on_tiles = pairs and target.BFLOAT16 == "amx"
+    # Pairs of keys are side by side in p.
+    heights = [AT_ONCE, 2, 1] if on_tiles else [*HEIGHTS[width][:-1], 2, 1] if pairs else HEIGHTS[width]
+    if on_tiles:
+        amx.product(v, k, k_row, qt, width, n, D, p, adding=False)
 
     def tile(i: Value, height: int) -> None:
         if on_tiles:
@@ -240,12 +268,12 @@ def _exponentials(
             if height == HEIGHTS[width][0] and not pairs:
                 # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
-            acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
-        p_i = v.at(p, v.mul_index(i, row // 2 if pairs else row))
+            acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
+        p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
         for w in range(width):
             base = v.load(reference, w * v.bytes)
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
-            weighted = None if moment is None else v.load(moment[1], w * v.bytes)
+            weighted = None if moments is None else v.load(moments, w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 rows = range(first, min(first + AT_ONCE, height))
                 at = [(v.add_index(i, r), v.index(w * v.bytes)) for r in rows]
@@ -263,15 +291,13 @@ def _exponentials(
                 if pairs:
                     powers = paired(v, powers)
                 for r, power in enumerate(powers, first // 2 if pairs else first):
-                    v.store(power, p_i, r * row + w * v.bytes)
+                    v.store(power, v.at(p_i, v.mul_index(row, r)), w * v.bytes)
             v.store(highest, top, w * v.bytes)
             v.store(total_p, sums, w * v.bytes)
-            if moment is not None:
-                v.store(weighted, moment[1], w * v.bytes)
+            if moments is not None:
+                v.store(weighted, moments, w * v.bytes)
 
     for_rows(v, n, heights, tile)
-    added = [(total, sums), *([] if moment is None else [moment])]
-    return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
 
 
 def paired(v: Vectors, rows: list[Value], pair: Callable[[Value, Value], Value] | None = None) -> list[Value]:
@@ -318,6 +344,54 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot):
             v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
 
     for_rows(v, Dv, HEIGHTS[width], tile)
+
+
+def _accumulate_parts(v, width, value, value_row, value_step, Dv, p, ot, cuts):
+    """The same bits for a tile of which some vectors are masked in some parts, see `edges`, and left out there."""
+    row, pairs = width * v.bytes, are_pairs(v, "value")
+    bounds = [v.builder.fptosi(v.load_scalar(cuts, i * v.size), I64) for i in range(2 * width)]
+    if pairs and target.BFLOAT16 == "amx":
+        _accumulate(v, width, value, value_row, value_step, Dv, bounds[-1], p, ot)
+        return
+
+    def tile(i: Value, height: int) -> None:
+        o, values = v.at(ot, v.mul_index(i, row)), v.at(value, v.mul_index(i, value_step))
+        acc = [v.constant(0.0)] * (height * width)
+        # What does not fill the largest register tiles is not worth the code.
+        whole = [(v.index(0), bounds[-1], 0, width)]
+        parts = parts_between(bounds) if height == HEIGHTS[width][0] else whole
+        for start, stop, first, end in parts:
+            n, number = v.builder.sub(stop, start), v.half(start) if pairs else start
+            inside = [r * width + w for r in range(height) for w in range(first, end)]
+            of_part = product(
+                v, v.at(values, v.mul_index(number, value_row)), value_step, value_row,
+                v.at(v.at(p, v.mul_index(number, row)), first * v.bytes), n, height, end - first, pairs, v.index(row),
+                [acc[x] for x in inside],
+            )  # fmt: skip
+            for x, total in zip(inside, of_part, strict=True):
+                acc[x] = total
+        for x in range(height * width):
+            v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
+
+    for_rows(v, Dv, HEIGHTS[width], tile)
+
+
+def parts_between(bounds: list[Value]) -> list[tuple[Value, Value, int, int]]:
+    """The keys [start, stop) of each part of a tile, see `edges`, and the vectors [first, end) that are in it."""
+    width = len(bounds) // 2
+    ranges = [(0, w) for w in range(1, width)] + [(w, width) for w in range(width)]
+    return [(*keys, *vectors) for keys, vectors in zip(pairwise(bounds), ranges, strict=True)]
+
+
+def _mask_vectors(v, width, row, p, n, k):
+    """p = -0.0 in `width` vectors of n rows, `row` bytes apart, of keys k."""
+    pairs = are_pairs(v, "k")
+    masked = ir.Constant(v.bits, [0x80008000] * v.lanes) if pairs else v.constant(-0.0)
+
+    def line(j: Value) -> None:
+        for_vectors(v, width, lambda here: v.store(masked, v.at(p, v.mul_index(j, row)), here))
+
+    v.each(v.half(n) if pairs else n, line)
 
 
 def _mask_rest(v: Vectors, width: int, n: Value, p: Value) -> None:
@@ -377,9 +451,11 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, 
 scores = emits(for_width(_scores))
 probabilities = emits(for_width(_probabilities), returns=types.boolean)
 weighted_probabilities = emits(for_width(_weighted_probabilities, [WIDEST]), returns=types.boolean)
-biased_probabilities = emits(for_width(_biased_probabilities), returns=types.boolean)
+biased_probabilities = emits(for_width(_biased_probabilities))
 sloped_probabilities = emits(for_width(_sloped_probabilities, [WIDEST]), returns=types.boolean)
 capped_probabilities = emits(for_width(_capped_probabilities, [WIDEST]), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
+accumulate_parts = emits(for_width(_accumulate_parts))
+mask_vectors = emits(_mask_vectors)
 accumulate_carefully = emits(_accumulate_carefully)
