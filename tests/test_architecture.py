@@ -134,17 +134,17 @@ MAY_IMPORT = {
     },
     "cpu.gradient_tiles": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.tiles"},
     "cpu.score_gradients": {
-        *("cpu.blocks", "cpu.dropout", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
+        *("cpu.blocks", "cpu.dropout", "cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack"),
+        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
     },
     "cpu.backward": {
-        *("cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target", "cpu.visible"),
-        "block_mask",
+        *("cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
+        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target"),
+        *("cpu.visible", "block_mask"),
     },
     "cpu.bias_gradient": {
-        *("cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.results", "cpu.score"),
-        *("cpu.score_gradients", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+        *("cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
+        *("cpu.results", "cpu.score", "cpu.score_gradients", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
     },
     "cpu.gradients": {
         *("cpu.backward", "cpu.bias_gradient", "cpu.call", "cpu.launch", "cpu.narrow", "cpu.score_gradients"),

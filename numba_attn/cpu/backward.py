@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import gradient_tiles, launch, pack, target
+from numba_attn.cpu import edges, gradient_tiles, launch, pack, target
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST
@@ -51,7 +51,7 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
     "Memory",
-    "scores bias keep growth derivative zero one low high lse delta starts stops spoilt "
+    "scores bias keep growth derivative zero one low high cuts lse delta starts stops spoilt "
     "qt gt ot above q g dq p ds k clean pairs v size",
 )
 
@@ -59,7 +59,7 @@ KEYS, MOST_BLOCKS = 96, 8  # of a tile, and of a group
 # Bytes of the second-level cache for a group of rows: the larger, the fewer times all sums pass through that cache.
 # Processors with AVX-512 have a megabyte of it or more.
 GROUP = 1024 * (480 if target.ISA == "avx512" else 128)
-RUN = 16  # keys of a tile whose row blocks are looked for together
+RUN = 24  # keys of a tile whose vectors of queries are looked for together
 PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PARTS
 MOST_PARTS = 16
 
@@ -70,8 +70,9 @@ def memory_map(sizes, blocks):
     D, Dv = (sizes.D + lanes - 1) // lanes * lanes, (sizes.Dv + lanes - 1) // lanes * lanes
     group, tile = blocks * block, keys * block
     lane_vectors = 5 * tile
-    per_group = lane_vectors + 4 * block
-    rows = per_group + 2 * group + (2 * blocks + group + lanes - 1) // lanes * lanes
+    per_group = lane_vectors + 5 * block
+    # Starts and stops are those of vectors.
+    rows = per_group + 2 * group + (2 * group // lanes + group + lanes - 1) // lanes * lanes
     products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
     tiles_ = products + group * (2 * D + Dv)
     copies = tiles_ + 2 * keys * group
@@ -85,11 +86,12 @@ def memory_map(sizes, blocks):
         one=lane_vectors + block,
         low=lane_vectors + 2 * block,
         high=lane_vectors + 3 * block,
+        cuts=lane_vectors + 4 * block,
         lse=per_group,
         delta=per_group + group,
         starts=per_group + 2 * group,
-        stops=per_group + 2 * group + blocks,
-        spoilt=per_group + 2 * group + 2 * blocks,
+        stops=per_group + 2 * group + group // lanes,
+        spoilt=per_group + 2 * group + 2 * (group // lanes),
         qt=rows,
         gt=rows + group * sizes.D,
         ot=rows + group * (sizes.D + sizes.Dv),
@@ -195,6 +197,7 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
             start, stop = here.start - tile_low, here.stop - tile_low
             if here.kept == EMPTY:
                 start = stop = 0
+                edges.cut(here, width, True, sizes, memory, at)
             else:
                 if not loaded:
                     k_plain, k_rows = load_keys(k, tile_low, n_tile, sizes, memory, at)
@@ -221,28 +224,46 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                 if pairs:
                     weights, from_key, first_key = element(memory, at.scores), width * lanes * itemsize, start // 2
                     gradient_tiles.pair_keys(width, stop - start, moved(ds, at_tile), p_row, weights)
-                gradient_tiles.add_product(
-                    as_element(weights, operands), itemsize, from_key, rows, stop - start,
-                    as_element(moved(k_rows.data, first_key * k_rows.row), operands), k_rows.row, columns // lanes,
-                    element(memory, at.dq + i * block * columns), columns * itemsize,
-                )  # fmt: skip
-            memory[at.starts + i], memory[at.stops + i] = start, stop
-            for key in range(n_tile):
-                if not start <= key < stop:
-                    to = key * p_row + i * block * itemsize
-                    pack.fill_lanes(moved(p, to), memory.dtype.type(-0.0), width)
-                    pack.fill_lanes(moved(ds, to), memory.dtype.type(0), width)
+                of_tile = Matrix(moved(k_rows.data, first_key * k_rows.row), k_rows.row, k_rows.step)
+                # All vectors of queries together, or each with the keys that it attends to.
+                for w in range(width if here.edged else 1):
+                    last = w + 1 if here.edged else width
+                    add_to_queries(weights, from_key, of_tile, i, rows, w, last, width, operands, sizes, memory, at)
+            for w in range(width):
+                of_vector, number = edges.keys_of_vectors(w, w + 1, width, memory, at), i * (block // lanes) + w
+                memory[at.starts + number] = start + of_vector.start
+                memory[at.stops + number] = start + of_vector.start + of_vector.n
+            for low_key, high_key in ((0, start), (stop, n_tile)):
+                to, n = low_key * p_row + i * block * itemsize, high_key - low_key
+                gradient_tiles.fill(width, moved(p, to), p_row, n, memory.dtype.type(-0.0))
+                gradient_tiles.fill(width, moved(ds, to), p_row, n, memory.dtype.type(0))
         if not loaded:
             continue
         add_to_sums(
-            g, first, end - first, count, n_tile, operands, moved(sums_k, (tile_low - low) * columns * itemsize),
+            g, first, end - first, n_tile, operands, moved(sums_k, (tile_low - low) * columns * itemsize),
             moved(sums_v, (tile_low - low) * value_columns * itemsize), p_row, sizes, memory, at,
         )  # fmt: skip
 
 
 @device
-def row_blocks_of(key, stop, count, memory, at):
-    """The first and the end of the row blocks that attend to any of the keys [key, stop) of a tile."""
+def add_to_queries(weights, from_key, k, i, rows, first, end, width, operands, sizes, memory, at):
+    """dQ += dS K, of the vectors [first, end) of row block i, which has so many rows, and the keys k of a tile.
+
+    The weights, dS, of these keys are `from_key` bytes apart; of pairs, two keys are one.
+    """
+    lanes, itemsize, columns = sizes.lanes, memory.itemsize, padded(sizes.D, sizes.lanes)
+    part, row = edges.keys_of_vectors(first, end, width, memory, at), first * lanes
+    key = part.start // 2 if holds_pairs(address(operands)) else part.start
+    gradient_tiles.add_product(
+        as_element(moved(weights, key * from_key + row * itemsize), operands), itemsize, from_key,
+        min(rows, end * lanes) - row, part.n, as_element(moved(k.data, key * k.row), operands), k.row,
+        columns // lanes, element(memory, at.dq + (i * sizes.block + row) * columns), columns * itemsize,
+    )  # fmt: skip
+
+
+@device
+def vectors_of(key, stop, count, memory, at):
+    """The first and the end of `count` vectors of queries that attend to any of the keys [key, stop) of a tile."""
     first, end = count, 0
     for i in range(count):
         if memory[at.starts + i] < stop and memory[at.stops + i] > key:
@@ -251,13 +272,14 @@ def row_blocks_of(key, stop, count, memory, at):
 
 
 @device
-def add_to_sums(g, start, rows, count, n, operands, sums_k, sums_v, p_row, sizes, memory, at):
-    """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of rows, in `count` row blocks.
+def add_to_sums(g, start, rows, n, operands, sums_k, sums_v, p_row, sizes, memory, at):
+    """sums_v += P^T dO and sums_k += dS^T Q, of a tile of n keys and a group of so many rows.
 
     g are the gradients from above, of which the group has those from `start` on.
     """
-    block, lanes, itemsize, pairs = sizes.block, sizes.lanes, memory.itemsize, holds_pairs(address(operands))
+    lanes, itemsize, pairs = sizes.lanes, memory.itemsize, holds_pairs(address(operands))
     columns, value_columns = padded(sizes.D, lanes), padded(sizes.Dv, lanes)
+    count = padded(rows, lanes) // lanes
     for r in range(rows):
         if memory[at.spoilt + r] != 0:
             add_spoilt(g, start + r, r, sums_v, p_row, sizes, memory, at)
@@ -268,13 +290,13 @@ def add_to_sums(g, start, rows, count, n, operands, sums_k, sums_v, p_row, sizes
         gradient_tiles.pair_lanes(n, rows, ds, p_row)
     key = 0
     while key < n:
-        first, end = row_blocks_of(key, min(key + RUN, n), count, memory, at)
+        first, end = vectors_of(key, min(key + RUN, n), count, memory, at)
         stop = min(key + RUN, n)
-        while stop < n and (first, end) == row_blocks_of(stop, min(stop + RUN, n), count, memory, at):
+        while stop < n and (first, end) == vectors_of(stop, min(stop + RUN, n), count, memory, at):
             stop = min(stop + RUN, n)
         if first < end:
-            row = first * block
-            n_rows, from_tile = min(end * block, rows) - row, key * p_row + row * size
+            row = first * lanes
+            n_rows, from_tile = min(end * lanes, rows) - row, key * p_row + row * size
             g_rows = element(memory, at.g + row // together * value_columns)
             q_rows = element(memory, at.q + row // together * columns)
             gradient_tiles.add_product(
@@ -293,9 +315,9 @@ def add_to_sums(g, start, rows, count, n, operands, sums_k, sums_v, p_row, sizes
 @device
 def add_spoilt(g, row, r, sums_v, p_row, sizes, memory, at):
     """sums_v += the part of a row whose gradient is not finite, of the keys that it attends to: the r-th of a group."""
-    lanes, Dv, itemsize, i = sizes.lanes, sizes.Dv, memory.itemsize, r // sizes.block
+    lanes, Dv, itemsize, number = sizes.lanes, sizes.Dv, memory.itemsize, r // sizes.lanes
     pack.copy_rows(moved(g.data, row * g.row), g.row, g.step, 1, Dv, Dv, element(memory, at.above))
-    for key in range(int(memory[at.starts + i]), int(memory[at.stops + i])):
+    for key in range(int(memory[at.starts + number]), int(memory[at.stops + number])):
         weight = memory[at.p + key * (p_row // itemsize) + r]
         if weight == 0 and math.copysign(1.0, weight) < 0:
             continue

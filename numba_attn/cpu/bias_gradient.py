@@ -46,7 +46,7 @@ Part = namedtuple("Part", "number place low_row high_row low_key high_key")
 Cut = namedtuple("Cut", "keys block lanes heads part_rows part_keys parts")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
-    "Memory", "scores bias keep growth derivative p ds zero one low high lse delta qt gt k clean v size"
+    "Memory", "scores bias keep growth derivative p ds zero one low high lse delta cuts qt gt k clean v size"
 )
 
 KEYS = 128  # of a key tile
@@ -59,7 +59,7 @@ def memory_map(sizes):
     D, Dv = (sizes.D + lanes - 1) // lanes * lanes, (sizes.Dv + lanes - 1) // lanes * lanes
     tile = keys * block
     vectors = 7 * tile
-    rows = vectors + 6 * block
+    rows = vectors + 7 * block
     copies = rows + block * (sizes.D + sizes.Dv)
     return Memory(
         scores=0,
@@ -75,6 +75,7 @@ def memory_map(sizes):
         high=vectors + 3 * block,
         lse=vectors + 4 * block,
         delta=vectors + 5 * block,
+        cuts=vectors + 6 * block,
         qt=rows,
         gt=rows + block * sizes.D,
         k=copies,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
+from typing import Any
 
 from numba_attn.cpu.plan import HEIGHTS
 from numba_attn.cpu.simd import Value, Vectors
@@ -38,8 +39,8 @@ def for_width(
     """`build(v, width, ...)` for the one of the register tile's widths, of `widths`, that a block has at run time."""
 
     @wraps(build)
-    def chosen(v: Vectors, width: Value, *values: Value) -> Value | None:
-        return v.choose(width, {w: partial(build, v, w, *values) for w in widths})
+    def chosen(v: Vectors, width: Value, *values: Value, **fixed: Any) -> Value | None:
+        return v.choose(width, {w: partial(build, v, w, *values, **fixed) for w in widths})
 
     return chosen
 

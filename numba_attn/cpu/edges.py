@@ -8,12 +8,16 @@ out are probabilities of -0.0, which change no bit of any sum.
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 from numba_attn.cpu import pack, softmax, tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import holds_pairs, moved
 from numba_attn.cpu.score import element
 
 STRIDE = 8  # keys by which parts are cut, so that they fill register tiles
+# A part: its keys [start, start + n) of the tile, and its vectors [first, end) of the block.
+Part = namedtuple("Part", "start n first end")
 
 
 @device
@@ -31,6 +35,20 @@ def cut(tile, width, whole, sizes, memory, at):
 
 
 @device
+def part_of(number, width, memory, at):
+    start = int(memory[at.cuts + number])
+    n = int(memory[at.cuts + number + 1]) - start
+    return Part(start, n, max(0, number - width + 1), min(number + 1, width))
+
+
+@device
+def keys_of_vectors(first, end, width, memory, at):
+    """Those vectors, of `width`, and the keys that any of them attends to, as a part."""
+    start = int(memory[at.cuts + first])
+    return Part(start, int(memory[at.cuts + width + end - 1]) - start, first, end)
+
+
+@device
 def exponentiate(k, tile, width, scale, state, scores, sizes, memory, at):
     """Exponentiate scores where they are made, of a tile with something added to them, part by part.
 
@@ -41,9 +59,8 @@ def exponentiate(k, tile, width, scale, state, scores, sizes, memory, at):
     sums, top, moments = element(memory, at.sums), element(memory, at.top), element(memory, at.moments)
     pack.fill_lanes(top, memory.dtype.type(-float("inf")), width)
     pack.fill_lanes(sums, memory.dtype.type(0), width)
-    for part in range(2 * width - 1):
-        start, stop = int(memory[at.cuts + part]), int(memory[at.cuts + part + 1])
-        n, first, end = stop - start, max(0, part - width + 1), min(part + 1, width)
+    for number in range(2 * width - 1):
+        start, n, first, end = part_of(number, width, memory, at)
         if n == 0:
             continue
         here, p = first * vector, moved(scores, (start // 2 if pairs else start) * row)

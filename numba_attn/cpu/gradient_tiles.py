@@ -11,6 +11,8 @@ products are those of pairs of bfloat16 numbers, both are rounded to such first.
 
 from __future__ import annotations
 
+from functools import partial
+
 from llvmlite import ir
 from numba import types
 
@@ -20,19 +22,27 @@ from numba_attn.cpu.simd import I16, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, paired, product
 
 
-def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, lse, p, p_row):
-    """p = exp2(scale * k.qt - lse), without the scores ever being stored."""
+def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, lse, p, p_row, *, biased):
+    """p = exp2(scale * k.qt + bias - lse), -0.0 where masked, without the scores ever being stored.
+
+    Rows of qt are `row` bytes apart.  If not `biased` there is no bias.
+    """
     factor, zero, pairs = v.splat(scale), v.constant(0.0), are_pairs(v, "k")
+    lowest, masked = v.constant(-INFINITY), v.constant(-0.0)
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
+        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
         for w in range(width):
-            base = v.sub(zero, v.load(lse, w * v.bytes))
+            base = v.load(lse, w * v.bytes)
             for first in range(0, height, AT_ONCE):
-                rows = range(first, min(first + AT_ONCE, height))
-                exponents = [v.fma(acc[r * width + w], factor, base) for r in rows]
-                for r, power in zip(rows, v.exp2(*(_at_most_zero(v, x) for x in exponents)), strict=True):
-                    v.store(power, v.at(p, v.mul_index(v.add_index(i, r), p_row)), w * v.bytes)
+                numbers = [v.add_index(i, r) for r in range(first, min(first + AT_ONCE, height))]
+                products = [acc[r * width + w] for r in range(first, min(first + AT_ONCE, height))]
+                extra = [v.load(v.at(bias, v.mul_index(j, bias_row)), w * v.bytes) if biased else zero for j in numbers]
+                exponents = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
+                powers = v.exp2(*(_at_most_zero(v, x) for x in exponents))
+                for j, e, power in zip(numbers, extra, powers, strict=True):
+                    kept = v.select(v.equal(e, lowest), masked, power) if biased else power
+                    v.store(kept, v.at(p, v.mul_index(j, p_row)), w * v.bytes)
 
     for_rows(v, n, HEIGHTS[width], tile)
 
@@ -66,12 +76,13 @@ def _weights(v, width, s, n, scale, bias, bias_row, lse, p, p_row):
     for_vectors(v, width, vector)
 
 
-def _score_gradients(v, width, value, value_row, value_step, n, Dv, gt, scale, delta, p, ds, p_row):
-    """ds = p * (value.gt - delta) * scale, 0 where masked."""
+def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, scale, delta, p, ds, p_row):
+    """ds = p * (value.gt - delta) * scale, 0 where masked; rows of gt are `row` bytes apart."""
     factor, pairs = v.splat(scale), are_pairs(v, "value")
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(value, v.mul_index(i, value_row)), value_row, value_step, gt, Dv, height, width, pairs)
+        values = v.at(value, v.mul_index(i, value_row))
+        acc = product(v, values, value_row, value_step, gt, Dv, height, width, pairs, row)
         for r in range(height):
             at = v.mul_index(v.add_index(i, r), p_row)
             for w in range(width):
@@ -126,6 +137,12 @@ def _cap_growth(v, width, s, n, softcap, growth):
 def _multiply(v, width, n, by, x):
     """x *= by, tiles of a block."""
     for_vectors(v, v.mul_index(width, n), lambda at: v.store(v.mul(v.load(x, at), v.load(by, at)), x, at))
+
+
+def _fill(v, width, x, x_row, n, value):
+    """x = value, in `width` vectors of n rows that are `x_row` bytes apart."""
+    filling = v.splat(value)
+    v.each(n, lambda j: for_vectors(v, width, lambda here: v.store(filling, v.at(x, v.mul_index(j, x_row)), here)))
 
 
 def _pair_keys(v, width, n, x, x_row, to):
@@ -253,12 +270,14 @@ def _copy(v, x, vectors, to):
     for_vectors(v, vectors, lambda at: v.store(v.load(x, at), to, at))
 
 
-probabilities = emits(for_width(_probabilities))
+probabilities = emits(partial(for_width(_probabilities), biased=False))
+biased_probabilities = emits(partial(for_width(_probabilities), biased=True))
 weights = emits(_weights)
 score_gradients = emits(for_width(_score_gradients))
 differentiate = emits(_differentiate)
 cap_growth = emits(_cap_growth)
 multiply = emits(_multiply)
+fill = emits(_fill)
 pair_keys = emits(_pair_keys)
 pair_lanes = emits(_pair_lanes)
 add_product = emits(_add_product)

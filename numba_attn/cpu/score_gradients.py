@@ -7,7 +7,7 @@ from collections import namedtuple
 from numba import types
 
 from numba_attn.block_mask import FULL
-from numba_attn.cpu import dropout, gradient_tiles, pack, tiles, user_functions
+from numba_attn.cpu import dropout, edges, gradient_tiles, pack, tiles, user_functions
 from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
@@ -104,6 +104,36 @@ def load_lse(lse, row, rows, lanes, memory, at):
 
 
 @device
+def probabilities_of_parts(k, qt, tile, width, scale, lse, p, p_row, sizes, memory, at):
+    """Write the probabilities of a tile with something added to its scores, part by part, see `edges`."""
+    vector, masked = sizes.lanes * memory.itemsize, memory.dtype.type(-0.0)
+    for number in range(2 * width - 1):
+        start, n, first, end = edges.part_of(number, width, memory, at)
+        here, of_part = first * vector, moved(p, start * p_row)
+        gradient_tiles.biased_probabilities(
+            end - first, width * vector, moved(k.data, start * k.row), k.row, k.step, n, sizes.D, moved(qt, here),
+            scale, moved(tile.added, start * tile.row + here), tile.row, moved(lse, here), moved(of_part, here), p_row,
+        )  # fmt: skip
+        gradient_tiles.fill(first, of_part, p_row, n, masked)
+        gradient_tiles.fill(width - end, moved(of_part, end * vector), p_row, n, masked)
+
+
+@device
+def gradients_of_parts(value, gt, width, scale, delta, p, ds, p_row, sizes, memory, at):
+    """Write the gradients of the scores of a tile, part by part."""
+    vector, nothing = sizes.lanes * memory.itemsize, memory.dtype.type(0)
+    for number in range(2 * width - 1):
+        start, n, first, end = edges.part_of(number, width, memory, at)
+        here, there = first * vector, start * p_row
+        gradient_tiles.score_gradients(
+            end - first, width * vector, moved(value.data, start * value.row), value.row, value.step, n, sizes.Dv,
+            moved(gt, here), scale, moved(delta, here), moved(p, there + here), moved(ds, there + here), p_row,
+        )  # fmt: skip
+        gradient_tiles.fill(first, moved(ds, there), p_row, n, nothing)
+        gradient_tiles.fill(width - end, moved(ds, there + end * vector), p_row, n, nothing)
+
+
+@device
 def score_gradients(
     head, settings, tile, row, rows, sizes, of_products, k, value, qt, gt, lse, delta, p, ds, p_row, memory, at
 ):  # fmt: skip
@@ -111,6 +141,7 @@ def score_gradients(
 
     They are those of the products of queries and keys or, if not `of_products`, of scores before score_mod.  Rows of k
     and value, and of p and ds, `p_row` bytes apart, are those of the tile; qt, gt, lse and delta are the row block's.
+    Cuts of the tile are left in memory, see `edges`.
     """
     n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
     block_row = width * sizes.lanes * memory.itemsize
@@ -118,8 +149,14 @@ def score_gradients(
     functions, factor = head.functions, settings.scale if of_products else one
     is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
+    edges.cut(tile, width, not tile.edged, sizes, memory, at)
     if settings.softcap == 0 and is_plain(head) and tile.kept == FULL:
-        gradient_tiles.probabilities(width, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, lse, p, p_row)
+        gradient_tiles.probabilities(
+            width, block_row, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, tile.added, tile.row, lse,
+            p, p_row,
+        )  # fmt: skip
+    elif settings.softcap == 0 and is_plain(head):
+        probabilities_of_parts(k, qt, tile, width, settings.scale_2, lse, p, p_row, sizes, memory, at)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
         natural = cap(settings, tile, width, scores, memory)
@@ -144,9 +181,7 @@ def score_gradients(
             growth, growth_row = derivative, block_row
         gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, lse, p, p_row)
     if settings.threshold == 0 and growth_row == 0:
-        gradient_tiles.score_gradients(
-            width, value.data, value.row, value.step, n, sizes.Dv, gt, factor, delta, p, ds, p_row
-        )
+        gradients_of_parts(value, gt, width, factor, delta, p, ds, p_row, sizes, memory, at)
         return
     keep, keep_row = element(memory, at.one), 0
     if settings.threshold != 0:
