@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import launch, pack
+from numba_attn.cpu import gradient_tiles, launch, pack
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import WIDEST
@@ -46,7 +46,7 @@ Part = namedtuple("Part", "number place low_row high_row low_key high_key")
 Cut = namedtuple("Cut", "keys block lanes heads part_rows part_keys parts")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
-    "Memory", "scores bias keep growth derivative p ds zero one low high lse delta cuts qt gt k clean v size"
+    "Memory", "scores bias keep growth derivative p ds zero one low high lse delta cuts sums qt gt k clean v size"
 )
 
 KEYS = 128  # of a key tile
@@ -59,7 +59,7 @@ def memory_map(sizes):
     D, Dv = (sizes.D + lanes - 1) // lanes * lanes, (sizes.Dv + lanes - 1) // lanes * lanes
     tile = keys * block
     vectors = 7 * tile
-    rows = vectors + 7 * block
+    rows = vectors + 8 * block
     copies = rows + block * (sizes.D + sizes.Dv)
     return Memory(
         scores=0,
@@ -76,6 +76,7 @@ def memory_map(sizes):
         lse=vectors + 4 * block,
         delta=vectors + 5 * block,
         cuts=vectors + 6 * block,
+        sums=vectors + 7 * block,
         qt=rows,
         gt=rows + block * sizes.D,
         k=copies,
@@ -100,21 +101,25 @@ def load_block(head, arrays, sequences, gradients, row, rows, sizes, memory, at)
 
 
 @device
-def add_to_mask(mask, place, head, tile, row, rows, across, ds, itemsize):
-    """Add the gradients of a tile's scores, rows of `across` lanes, to the mask's at their place."""
-    here = matrix_of(mask, place, head)
-    for key in range(tile.stop - tile.start):
-        at = (tile.start + key) * here.step
-        total = get(ds, 0) * 0
+def add_to_mask(mask, place, head, tile, row, rows, across, ds, sums, itemsize):
+    """Add the gradients of a tile's scores, rows of `across` lanes, to the mask's at their place.
+
+    `sums` is memory for one of these rows.
+    """
+    here, n, width = matrix_of(mask, place, head), tile.stop - tile.start, across * itemsize // VECTOR_BYTES
+    to = moved(here.data, row * here.row + tile.start * here.step)
+    if here.row != 0 and here.step != 0:
+        gradient_tiles.add_transposed(width, ds, rows, n, to, here.row)
+    elif here.step == 0:
+        gradient_tiles.sum_keys(width, ds, n, sums)
         for lane in range(rows):
-            x = get(ds, (key * across + lane) * itemsize)
-            if here.row == 0:
-                total += x
-            else:
-                to = at + (row + lane) * here.row
-                put(here.data, to, get(here.data, to) + x)
-        if here.row == 0:
-            put(here.data, at, get(here.data, at) + total)
+            at = lane * here.row
+            put(to, at, get(to, at) + get(sums, lane * itemsize))
+    else:
+        for key in range(n):
+            at = key * here.step
+            for lane in range(rows):
+                put(to, at, get(to, at) + get(ds, (key * across + lane) * itemsize))
 
 
 @device
@@ -129,13 +134,12 @@ def matrix_of(mask, place, head):
 
 
 @device
-def sum_of_distances(tile, position, row, rows, across, ds, itemsize):
-    """The sum of a tile's gradients, each times how far its query is from its key."""
-    total = 0.0
-    for key in range(tile.stop - tile.start):
-        for lane in range(rows):
-            distance = abs(row + lane + position.offset - tile.start - key)
-            total += get(ds, (key * across + lane) * itemsize) * distance
+def sum_of_distances(tile, position, row, rows, across, ds, sums, itemsize):
+    """The sum of a tile's gradients, each times how far its query is from its key; `sums` is memory for one row."""
+    distance, total = row + position.offset - tile.start, 0.0
+    gradient_tiles.sum_distances(across * itemsize // VECTOR_BYTES, ds, tile.stop - tile.start, distance, sums)
+    for lane in range(rows):
+        total += get(sums, lane * itemsize)
     return total
 
 
@@ -144,7 +148,7 @@ def add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, me
     """Add a head's part of the gradients of what is added to scores."""
     keys, block, lanes, itemsize = sizes.keys, sizes.block, sizes.lanes, memory.itemsize
     k, v = in_place(head.k, memory), in_place(head.v, memory)
-    p, ds = element(memory, at.p), element(memory, at.ds)
+    p, ds, sums = element(memory, at.p), element(memory, at.ds), element(memory, at.sums)
     for number in range((part.high_row - part.low_row + block - 1) // block):
         row = part.low_row + number * block
         rows = min(block, part.high_row - row)
@@ -168,9 +172,9 @@ def add_head(bias, part, head, gradients, arrays, sequences, settings, sizes, me
                 memory, at,
             )  # fmt: skip
             if bias.mask.size:
-                add_to_mask(bias.mask, part.place, head.h, here, row, rows, across, ds, itemsize)
+                add_to_mask(bias.mask, part.place, head.h, here, row, rows, across, ds, sums, itemsize)
             if bias.slopes.size:
-                total = sum_of_distances(here, head.position, row, rows, across, ds, itemsize)
+                total = sum_of_distances(here, head.position, row, rows, across, ds, sums, itemsize)
                 bias.slopes[part.number, head.b, head.h] -= total
 
 

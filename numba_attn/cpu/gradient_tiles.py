@@ -219,6 +219,69 @@ def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row
         start = stop
 
 
+def _add_transposed(v, width, x, rows, n, to, to_row):
+    """to (rows, n) += x.T, a tile of a block; rows of `to` are contiguous, `to_row` bytes apart."""
+    row, whole = v.mul_index(width, v.bytes), v.whole_steps(v.index(0), n, v.lanes)
+
+    def squares(w: Value) -> None:
+        here, first = v.at(x, v.mul_index(w, v.bytes)), v.mul_index(w, v.lanes)
+
+        def square(j: Value, _: list[Value]) -> list[Value]:
+            keys = [v.load(here, v.mul_index(v.add_index(j, r), row)) for r in range(v.lanes)]
+            for i, line in enumerate(v.transpose(keys)):
+                lane = v.add_index(first, i)
+                at = v.at(to, v.add_index(v.mul_index(lane, to_row), v.mul_index(j, v.size)))
+                with v.builder.if_then(v.builder.icmp_signed("<", lane, rows)):
+                    v.store(v.add(v.load(at), line), at)
+            return []
+
+        v.loop(0, whole, v.lanes, [], square)
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        def lane(i: Value) -> None:
+            at = v.at(to, v.add_index(v.mul_index(i, to_row), v.mul_index(j, v.size)))
+            here = v.at(x, v.add_index(v.mul_index(j, row), v.mul_index(i, v.size)))
+            v.store(v.add(v.load_scalar(at), v.load_scalar(here)), at)
+
+        v.each(rows, lane)
+        return []
+
+    v.each(width, squares)
+    v.loop(whole, n, 1, [], key)
+
+
+def _sum_keys(v, width, x, n, to):
+    """to = the sums of a tile of a block over its n keys, one a query."""
+    row = v.mul_index(width, v.bytes)
+
+    def vector(here: Value) -> None:
+        def key(j: Value, total: list[Value]) -> list[Value]:
+            return [v.add(total[0], v.load(v.at(x, v.mul_index(j, row)), here))]
+
+        v.store(v.loop(0, n, 1, [v.constant(0.0)], key)[0], to, here)
+
+    for_vectors(v, width, vector)
+
+
+def _sum_distances(v, width, x, n, first, to):
+    """to = the sums of x * |distance| over n keys, one a query; query lane 0 is `first` keys after key 0."""
+    row = v.mul_index(width, v.bytes)
+    lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
+
+    def vector(w: Value) -> None:
+        here = v.mul_index(w, v.bytes)
+        start = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
+
+        def key(j: Value, carried: list[Value]) -> list[Value]:
+            distance, total = carried
+            total = v.fma(v.load(v.at(x, v.mul_index(j, row)), here), v.absolute(distance), total)
+            return [v.sub(distance, v.constant(1.0)), total]
+
+        v.store(v.loop(0, n, 1, [v.add(start, lanes), v.constant(0.0)], key)[1], to, here)
+
+    v.each(width, vector)
+
+
 def _column_dots(v, width, a, b, n, to):
     """to = the column sums of a * b, two tiles (n, block); where a is 0, so is the product."""
     row, zero = v.mul_index(width, v.bytes), v.constant(0.0)
@@ -281,6 +344,9 @@ fill = emits(_fill)
 pair_keys = emits(_pair_keys)
 pair_lanes = emits(_pair_lanes)
 add_product = emits(_add_product)
+add_transposed = emits(_add_transposed)
+sum_keys = emits(_sum_keys)
+sum_distances = emits(_sum_distances)
 column_dots = emits(_column_dots)
 drop_infinite = emits(_drop_infinite, returns=types.boolean)
 is_finite = emits(_is_finite, returns=types.boolean)
