@@ -108,7 +108,7 @@ def upstream(case: Case) -> np.ndarray:
 
 
 def _gradient(case: Case) -> Prepared:
-    """The output, and the gradients of query, key and value."""
+    """The output, and the gradients of query, key and value, and of a mask."""
     arrays, grad_out = case.arrays(), upstream(case)
 
     def call() -> Any:

@@ -168,14 +168,19 @@ def section(results: Result) -> str:
 
 
 def gradients(cases: Sequence[Result]) -> list[str]:
-    """Forward and backward passes together, and backward alone, which does five products to the forward's two."""
+    """Forward and backward passes together, and backward alone, which does five products to the forward's two.
+
+    Those with a mask, whose gradient is wanted too, come last.
+    """
     found = [case for case in cases if "median" in case["peers"].get("ours backward", {})]
     if not found:
         return []
     head = ["", "forward and backward, ms", "PyTorch / ours", "backward, ms", "GFLOP/s", "of peak", "PyTorch / ours"]
     rows: list[Row] = []
+    masked = untagged(found)
     for dtype in dict.fromkeys(case["dtype"] for case in found):
-        rows += _gradients_of([case for case in found if case["dtype"] == dtype])
+        rows += _gradients_of([case for case in found if case["dtype"] == dtype and case not in masked])
+    rows += _gradients_of(masked)
     lines = [f"* {line}" for case in tagged(cases, "table") for line in comparisons(case)]
     return ["### Gradients, layers, diagnosis", table(head, rows), "\n".join(lines)]
 
@@ -196,7 +201,7 @@ def _gradients_of(cases: Sequence[Result]) -> list[Row]:
             row.append(times(None if other is None else other / mine["median"]))
             values += [] if other is None else [other / mine["median"]]
         rows.append(row)
-    for name, summarise in (("*geometric mean*", geometric_mean), ("*least*", min)):
+    for name, summarise in (("*geometric mean*", geometric_mean), ("*least*", min)) if len(cases) > 1 else ():
         both = [times(summarise(values)) if values else NONE for values in faster.values()]
         rows.append([name, "", both[0], "", "", "", both[1]])
     return rows

@@ -110,11 +110,13 @@ class FlexAttention(Torch):
 
 
 def _gradient(case: Case, alone: bool) -> Prepared:
-    """The output and the gradients of query, key and value, or these alone."""
+    """The output and the gradients of query, key and value, and of a mask, or these alone."""
     import torch
 
     attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=only_causal(case))
-    operands, grad_out = [tensor(x).requires_grad_() for x in case.arrays()], tensor(upstream(case))
+    masks = [] if only_causal(case) or (mask := explicit_mask(case)) is None else [mask]
+    operands = [tensor(x).requires_grad_() for x in (*case.arrays(), *masks)]
+    grad_out = tensor(upstream(case))
 
     @torch.enable_grad()
     def forward() -> Any:

@@ -249,7 +249,7 @@ PERF = [
     _perf("full lengths, 4 of 8 x 1024", 8, 1024, 64, B=4, options={"kv_lengths": np.array([1024] * 4)}),
     _perf("bool all true, 8 x 2048", 8, 2048, 64, "bool all true"),
     _perf("bool half empty, 8 x 2048", 8, 2048, 64, "bool half empty"),
-    _perf("additive, 8 x 2048", 8, 2048, 64, "additive"),
+    _perf("additive, 8 x 2048", 8, 2048, 64, "additive", forms=("gradient", "backward")),
     Case("grouped 8/2 x 2048, D 64", 8, 2048, 2048, 64, Hkv=2, tags=_PERF),
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),

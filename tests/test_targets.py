@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cases import SIXTEEN_BITS
 
+from numba_attn.cpu import target
+
 # A smoke test of every kind of stage, in the types named as arguments: full and ragged tiles, masks of each kind, odd
 # strides, poison, and what changes scores, probabilities and results; sums over rows, a kernel of their own, in the
 # first of the types.
@@ -69,6 +71,12 @@ for part in (forward.attend, forward.exponentiate_tile, decode.attend):
     assert not [kinds for kinds in part.overloads if any(isinstance(kind, Literal) for kind in kinds)], part
 """
 
+
+def force(name: str, form: str, own: str, elsewhere: Path) -> dict[str, str]:
+    """The environment of a process that is to use a form of kernels: compiled `elsewhere`, if it is not one's own."""
+    return {name: form, **({} if form == own else {"NUMBA_CACHE_DIR": str(elsewhere)})}
+
+
 X86 = platform.machine() in ("x86_64", "AMD64")
 DTYPES = ["float32", "float64", *SIXTEEN_BITS]
 
@@ -113,7 +121,7 @@ def test_instruction_set_of_this_processor(python: Callable[..., str]) -> None:
 @pytest.mark.parametrize("dtypes", [["float32"], pytest.param(DTYPES[1:], marks=pytest.mark.slow)])
 def test_wide_vectors_on_any_processor(python: Callable[..., str], tmp_path: Path, dtypes: list[str]) -> None:
     """The AVX-512 form is right, if slow, without AVX-512."""
-    printed = python(SMOKE, *dtypes, NUMBA_ATTN_ISA="avx512", NUMBA_CACHE_DIR=str(tmp_path))
+    printed = python(SMOKE, *dtypes, **force("NUMBA_ATTN_ISA", "avx512", target.ISA, tmp_path))
     assert printed.split()[:2] == ["avx512", "64"]
 
 
@@ -276,7 +284,7 @@ def test_products_of_bfloat16(python: Callable[..., str], tmp_path: Path, produc
     pytest.importorskip("ml_dtypes")
     if {"widened": False, "dot": not has("avx512_bf16"), "amx": not has("amx_bf16")}[products]:
         pytest.skip(f"this processor has no {products}")
-    environment = {"NUMBA_ATTN_BFLOAT16": products, "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = force("NUMBA_ATTN_BFLOAT16", products, target.BFLOAT16, tmp_path)
     name, error = python(BFLOAT16, **environment).split()
     assert name == products
     assert float(error) < 0.04
