@@ -248,12 +248,9 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                     finite = False
             elif careful:
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
-            elif parted:
-                tiles.accumulate_parts(
-                    width, v_tile.data, v_tile.row, v_tile.step, Dv, scores, state.ot, element(memory, at.cuts)
-                )
             else:
-                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot)
+                cuts = element(memory, at.cuts)
+                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts)
     return finite
 
 

@@ -256,8 +256,10 @@ def _exponentials_of_part(
     """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes."""
     pairs = are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
-    # Pairs of keys are side by side in p.
-    heights = [AT_ONCE, 2, 1] if on_tiles else [*HEIGHTS[width][:-1], 2, 1] if pairs else HEIGHTS[width]
+    # Exponentials are most of the code: the widest register tiles have one height, what is left are single keys.
+    heights = list(HEIGHTS[width]) if width < WIDEST else [HEIGHTS[width][0], 1]
+    if pairs:  # pairs of keys are side by side in p
+        heights = [*([AT_ONCE] if on_tiles else heights[:-1]), 2, 1]
     if on_tiles:
         amx.product(v, k, k_row, qt, width, n, D, p, adding=False)
 
@@ -329,44 +331,26 @@ def pair_rows(
     for_vectors(v, width, vector)
 
 
-def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot):
-    """ot += value.T @ p."""
+def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
+    """ot += value.T @ p, where some vectors may be masked in some parts of the tile, see `edges`, and are left out."""
     row, pairs = width * v.bytes, are_pairs(v, "value")
     if pairs and target.BFLOAT16 == "amx":
-        _mask_rest(v, width, n, p)
-        amx.product(v, value, value_step, p, width, Dv, n, ot, adding=True)
+        _accumulate_on_tiles(v, width, value, value_step, Dv, n, p, ot)
         return
-
-    def tile(i: Value, height: int) -> None:
-        o = v.at(ot, v.mul_index(i, row))
-        acc = product(v, v.at(value, v.mul_index(i, value_step)), value_step, value_row, p, n, height, width, pairs)
-        for x in range(height * width):
-            v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
-
-    for_rows(v, Dv, HEIGHTS[width], tile)
-
-
-def _accumulate_parts(v, width, value, value_row, value_step, Dv, p, ot, cuts):
-    """The same bits for a tile of which some vectors are masked in some parts, see `edges`, and left out there."""
-    row, pairs = width * v.bytes, are_pairs(v, "value")
     bounds = [v.builder.fptosi(v.load_scalar(cuts, i * v.size), I64) for i in range(2 * width)]
-    if pairs and target.BFLOAT16 == "amx":
-        _accumulate(v, width, value, value_row, value_step, Dv, bounds[-1], p, ot)
-        return
 
     def tile(i: Value, height: int) -> None:
         o, values = v.at(ot, v.mul_index(i, row)), v.at(value, v.mul_index(i, value_step))
         acc = [v.constant(0.0)] * (height * width)
-        # What does not fill the largest register tiles is not worth the code.
-        whole = [(v.index(0), bounds[-1], 0, width)]
-        parts = parts_between(bounds) if height == HEIGHTS[width][0] else whole
+        # Parts of what does not fill the largest register tiles are not worth the code.
+        parts = parts_between(bounds) if height == HEIGHTS[width][0] else [(v.index(0), n, 0, width)]
         for start, stop, first, end in parts:
-            n, number = v.builder.sub(stop, start), v.half(start) if pairs else start
+            number = v.half(start) if pairs else start
             inside = [r * width + w for r in range(height) for w in range(first, end)]
             of_part = product(
                 v, v.at(values, v.mul_index(number, value_row)), value_step, value_row,
-                v.at(v.at(p, v.mul_index(number, row)), first * v.bytes), n, height, end - first, pairs, v.index(row),
-                [acc[x] for x in inside],
+                v.at(v.at(p, v.mul_index(number, row)), first * v.bytes), v.builder.sub(stop, start), height,
+                end - first, pairs, v.index(row), [acc[x] for x in inside],
             )  # fmt: skip
             for x, total in zip(inside, of_part, strict=True):
                 acc[x] = total
@@ -394,6 +378,14 @@ def _mask_vectors(v, width, row, p, n, k):
     v.each(v.half(n) if pairs else n, line)
 
 
+def _accumulate_on_tiles(
+    v: Vectors, width: int, value: Value, value_step: Value, Dv: Value, n: Value, p: Value, ot: Value
+) -> None:
+    """The same by tile registers."""
+    _mask_rest(v, width, n, p)
+    amx.product(v, value, value_step, p, width, Dv, n, ot, adding=True)
+
+
 def _mask_rest(v: Vectors, width: int, n: Value, p: Value) -> None:
     """Pairs of p after those of n keys, to the end of a tile register's: masked, -0.0."""
     row, masked = width * v.bytes, ir.Constant(v.bits, [0x80008000] * v.lanes)
@@ -416,7 +408,7 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, 
     if pairs and target.BFLOAT16 == "amx":
         amx.add_what_is_not_finite(v, width, value, value_step, Dv, n, p, ot)
         amx.copy_what_is_finite(v, value, value_step, Dv, n, clean)
-        v.choose(width, {w: partial(_accumulate, v, w, clean, value_row, value_step, Dv, n, p, ot) for w in HEIGHTS})
+        v.choose(width, {w: partial(_accumulate_on_tiles, v, w, clean, value_step, Dv, n, p, ot) for w in HEIGHTS})
         return
     b = v.builder
 
@@ -456,6 +448,5 @@ sloped_probabilities = emits(for_width(_sloped_probabilities, [WIDEST]), returns
 capped_probabilities = emits(for_width(_capped_probabilities, [WIDEST]), returns=types.boolean)
 pair_up = emits(_pair_up)
 accumulate = emits(for_width(_accumulate))
-accumulate_parts = emits(for_width(_accumulate_parts))
 mask_vectors = emits(_mask_vectors)
 accumulate_carefully = emits(_accumulate_carefully)
