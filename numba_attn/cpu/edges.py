@@ -36,6 +36,7 @@ def cut(tile, width, whole, sizes, memory, at):
 
 @device
 def part_of(number, width, memory, at):
+    """The part of that number."""
     start = int(memory[at.cuts + number])
     n = int(memory[at.cuts + number + 1]) - start
     return Part(start, n, max(0, number - width + 1), min(number + 1, width))

@@ -150,34 +150,22 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
     results are not a part of the state but written.  Returns whether these are finite.
     """
     D, Dv, keys, block, lanes = sizes
-    q, k, v = head.q, in_place(head.k, memory), in_place(head.v, memory)
-    at = memory_map(sizes)
+    k, v, at = in_place(head.k, memory), in_place(head.v, memory), memory_map(sizes)
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
     values = as_element(element(memory, at.values), operands)
     clean = as_element(element(memory, at.clean), operands)
-    pairs, copying = holds_pairs(address(operands)), copies_keys(k, D, operands)
+    pairs = holds_pairs(address(operands))
     packing = not at_once and (end - first >= PACKED_ROWS or is_narrow(v) or pairs)
-    top = element(memory, at.top)
-    nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
+    top, nothing = element(memory, at.top), memory.dtype.type(0)
     plain = is_plain(head) and not (pairs and settings.threshold != 0)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
     for i in range(blocks):
         row = first + i * block
-        rows = min(block, end - row)
-        width = (rows + lanes - 1) // lanes
         state = state_of(memory, at, sizes, operands, i)
-        if pairs:
-            pack.fill_lanes(state.qt, nothing, columns_of(D, operands) // 2 * width)
-        pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, state.qt)
-        if not at_once:
-            pack.fill_lanes(state.ot, nothing, Dv * width)
-        pack.fill_lanes(state.reference, nothing, width)
-        pack.fill_lanes(state.total, nothing, width)
-        pack.fill_lanes(state.moment, nothing, width)
-        pack.fill_lanes(state.best, lowest, width)
+        start_block(head.q, row, min(block, end - row), state, operands, sizes, memory, at_once)
 
     finite = True
     # Bit i: scores of block i have been out of their reference's range.  A literal would have all compiled twice.
@@ -188,7 +176,7 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
         if pairs:
             tile_low -= (tile_low - tile) % 2
-        vectors, packed = (tile_high - tile_low + 31) // 32 * 32 // lanes, False
+        loaded = False
         for i in range(blocks):
             row = first + i * block
             rows = min(block, end - row)
@@ -203,34 +191,11 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
             parted = here.edged and not (pairs and ON_TILES)
             edges.cut(here, width, not parted, sizes, memory, at)
 
-            if n > 0 and not packed:
-                if is_gathered(head.k):
-                    n_rows = tile_high - tile_low
-                    k = gather(head.k, tile_low, n_rows, D, memory, element(memory, at.rows_k))
-                    v = gather(head.v, tile_low, n_rows, Dv, memory, element(memory, at.rows_v))
-                if copying:
-                    k_low = moved(k.data, tile_low * k.row)
-                    pack.copy_rows(k_low, k.row, k.step, tile_high - tile_low, D, columns_of(D, operands), copied)
-                v_low = moved(v.data, tile_low * v.row)
-                if pairs and ON_TILES:
-                    columns = as_bfloat16(values)
-                    pack.transpose(vectors, v_low, v.row, v.step, tile_high - tile_low, Dv, columns)
-                elif pairs:
-                    pack.pair_rows(v_low, v.row, v.step, tile_high - tile_low, Dv, values)
-                elif packing:
-                    pack.transpose(vectors, v_low, v.row, v.step, tile_high - tile_low, Dv, values)
-                packed = True
+            if n > 0 and not loaded:
+                k, v = load_tile(head, k, v, tile_low, tile_high, packing, operands, sizes, memory, at)
+                loaded = True
             k_tile = keys_of(k, start, tile_low, copied, D, operands)
-            v_tile = Matrix(as_element(moved(v.data, start * v.row), operands), v.row, v.step)
-            if pairs and ON_TILES:
-                v_tile = Matrix(moved(values, (start - tile_low) * 2), 2, vectors * lanes * 2)
-            elif pairs:
-                size = operands.itemsize
-                v_tile = Matrix(moved(values, (start - tile_low) // 2 * Dv * size), Dv * size, size)
-            elif packing:
-                size = operands.itemsize
-                v_tile = Matrix(moved(values, (start - tile_low) * size), size, vectors * lanes * size)
-
+            v_tile = values_of(v, start, tile_low, tile_high, packing, values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(
                     head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
@@ -252,6 +217,69 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                 cuts = element(memory, at.cuts)
                 tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts)
     return finite
+
+
+@device
+def start_block(q, row, rows, state, operands, sizes, memory, at_once):
+    """Give a row block its state before the first tile."""
+    nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
+    width = (rows + sizes.lanes - 1) // sizes.lanes
+    if holds_pairs(address(operands)):
+        pack.fill_lanes(state.qt, nothing, columns_of(sizes.D, operands) // 2 * width)
+    pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, state.qt)
+    if not at_once:
+        pack.fill_lanes(state.ot, nothing, sizes.Dv * width)
+    pack.fill_lanes(state.reference, nothing, width)
+    pack.fill_lanes(state.total, nothing, width)
+    pack.fill_lanes(state.moment, nothing, width)
+    pack.fill_lanes(state.best, lowest, width)
+
+
+@device
+def load_tile(head, k, v, low, high, packing, operands, sizes, memory, at):
+    """Copy what is not read in place of the keys and values [low, high), of a tile; the matrices that are read then.
+
+    Values are transposed for products where that is worth the `packing`, and those of bfloat16 for all products.
+    """
+    D, Dv, n, pairs = sizes.D, sizes.Dv, high - low, holds_pairs(address(operands))
+    values = as_element(element(memory, at.values), operands)
+    if is_gathered(head.k):
+        k = gather(head.k, low, n, D, memory, element(memory, at.rows_k))
+        v = gather(head.v, low, n, Dv, memory, element(memory, at.rows_v))
+    if copies_keys(k, D, operands):
+        copied = as_element(element(memory, at.keys), operands)
+        pack.copy_rows(moved(k.data, low * k.row), k.row, k.step, n, D, columns_of(D, operands), copied)
+    v_low, vectors = moved(v.data, low * v.row), vectors_of_values(n, sizes)
+    if pairs and ON_TILES:
+        pack.transpose(vectors, v_low, v.row, v.step, n, Dv, as_bfloat16(values))
+    elif pairs:
+        pack.pair_rows(v_low, v.row, v.step, n, Dv, values)
+    elif packing:
+        pack.transpose(vectors, v_low, v.row, v.step, n, Dv, values)
+    return k, v
+
+
+@device
+def values_of(v, start, low, high, packing, values, operands, sizes):
+    """The values from `start` on: in place, or where `load_tile` has put those of a tile [low, high)."""
+    pairs, size, row = (
+        holds_pairs(address(operands)),
+        operands.itemsize,
+        vectors_of_values(high - low, sizes) * sizes.lanes,
+    )
+    if pairs and ON_TILES:
+        return Matrix(moved(values, (start - low) * 2), 2, row * 2)
+    if pairs:
+        return Matrix(moved(values, (start - low) // 2 * sizes.Dv * size), sizes.Dv * size, size)
+    if packing:
+        return Matrix(moved(values, (start - low) * size), size, row * size)
+    return Matrix(as_element(moved(v.data, start * v.row), operands), v.row, v.step)
+
+
+@device
+def vectors_of_values(n, sizes):
+    """In a column of n transposed values."""
+    return (n + 31) // 32 * 32 // sizes.lanes
 
 
 @device
