@@ -113,7 +113,7 @@ MAY_IMPORT = {
         *("cpu.amx", "cpu.blocks", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
         *("cpu.results", "cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "block_mask"),
     },
-    "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles"},
+    "cpu.factors": {"cpu.narrow", "cpu.plan", "cpu.simd", "cpu.tiles"},
     "cpu.rows": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
@@ -123,7 +123,7 @@ MAY_IMPORT = {
         *("cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
-        *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack"),
+        *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
         *("cpu.stored", "cpu.target", "block_mask", "storage"),
     },

@@ -24,6 +24,7 @@ from numba_attn.cpu.dots import dots
 from numba_attn.cpu.factors import round_queries, weights_of
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
+from numba_attn.cpu.plan import DECODED_KEYS
 from numba_attn.cpu.pointers import (
     address,
     align_stack,
@@ -69,7 +70,6 @@ from numba_attn.cpu.stored import is_quantized
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.storage import QUANTIZED
 
-KEYS = 8 * VECTOR_BYTES  # of a tile
 # Keys of a task, of sequences up to a length; twice and four times as many of longer ones.
 SPLIT, LONG = 512, 4096
 MOST_SPLIT = 4 * SPLIT
@@ -136,12 +136,12 @@ def splits_between(first, end, keys):
 @device
 def memory_map(D, Dv, lanes, blocks, height):
     """For head sizes of whole vectors, as keys and values are read."""
-    lane_vectors = (KEYS + lanes) * lanes
-    first = lane_vectors + (KEYS + 1) * lanes
+    lane_vectors = (DECODED_KEYS + lanes) * lanes
+    first = lane_vectors + (DECODED_KEYS + 1) * lanes
     queries = first + 14 * lanes
     steps = queries + blocks * height * D
     keys = steps + blocks * lanes
-    values = keys + KEYS * D
+    values = keys + DECODED_KEYS * D
     return Memory(
         scores=0,
         bias=lane_vectors,
@@ -160,7 +160,7 @@ def memory_map(D, Dv, lanes, blocks, height):
         steps=steps,
         keys=keys,
         values=values,
-        size=values + KEYS * Dv,
+        size=values + DECODED_KEYS * Dv,
     )
 
 
@@ -203,7 +203,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
     height = power_of_two(cut.heads * Lq)
     wide = factors_of_vector(arrays, lanes)
-    sizes = Sizes(padded(D, wide), padded(Dv, lanes), KEYS, lanes, lanes)
+    sizes = Sizes(padded(D, wide), padded(Dv, lanes), DECODED_KEYS, lanes, lanes)
     at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
     moments, correction, step = element(memory, at.moments), element(memory, at.correction), element(memory, at.step)
@@ -226,19 +226,19 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         if k_in_place:
             k_ahead = keys_ahead(k, sizes.D, height)
         else:
-            list_copies(KEYS, sizes.D * arrays.k.itemsize, k_copies)
+            list_copies(DECODED_KEYS, sizes.D * arrays.k.itemsize, k_copies)
         if v_in_place:
             v_ahead = values_ahead(v, sizes.Dv, height)
         else:
-            list_copies(KEYS, sizes.Dv * arrays.v.itemsize, v_copies)
+            list_copies(DECODED_KEYS, sizes.Dv * arrays.v.itemsize, v_copies)
         list_rows(k, low, high - low + k_ahead, kv_length, k_table)
         list_rows(v, low, high - low + v_ahead, kv_length, v_table)
     weighted = arrays.entropy.size > 0
     # Of the tiles of scores, see `rows`: functions and dropout tell the lanes of a vector apart.
     stride = lanes if functions.codes[SCORE] != 0 or settings.threshold != 0 else height
     rising = 0  # bit i: scores of block i have been out of their reference's range
-    for start in range(low, high, KEYS):
-        stop, copied = min(start + KEYS, high), False
+    for start in range(low, high, DECODED_KEYS):
+        stop, copied = min(start + DECODED_KEYS, high), False
         for i in range(cut.blocks):
             first = shared * group + i * cut.heads
             heads = min(cut.heads, (shared + 1) * group - first)

@@ -20,11 +20,11 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
+from numba_attn.cpu.plan import DECODED_KEYS
 from numba_attn.cpu.simd import BYTES, I16, I64, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 
 MOST = 32767  # steps of the largest
-MOST_KEYS = 512  # of a tile
 LEAST_STEP = 1e-38  # for what is next to nothing
 
 
@@ -197,7 +197,7 @@ def _round_weights(
         return [v.maximum(v.absolute(x), carried[0]), v.fma(x, zero, carried[1])]
 
     top, check = v.loop(0, n, keys, [zero, zero], scaled)
-    most = v.constant(float(min(MOST, _room(v, "value") // MOST_KEYS)))
+    most = v.constant(float(min(MOST, _room(v, "value") // DECODED_KEYS)))
     steps, size = _step(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), most)
     _two_keys(v, stride, p, n, partial(_two_words, v, steps))
     v.store(size, step)
