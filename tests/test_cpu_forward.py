@@ -204,6 +204,7 @@ def test_masked_tiles_are_not_read() -> None:
 
 # Heads, Lq, Lk, D, Dv, bytes of an element.
 SHAPES = [(1, 1, 1, 1, 1, 4), (8, 2048, 2048, 64, 64, 4), (768, 17, 17, 64, 64, 4), (1, 64, 0, 4096, 64, 8)]
+SHAPES += [(8, Lq, 512, 64, 64, 4) for Lq in (512, 240, 230, 1000)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 64])

@@ -62,7 +62,14 @@ def plan(
     rows = -(-Lq // block)
     fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
     mean_rows = Lq if mean_rows is None else mean_rows
-    blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, _within(fit, 1, MOST_BLOCKS))
+    most = _within(fit, 1, MOST_BLOCKS)
+    blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, most)
+    # One task less, of somewhat more row blocks, rather than a last one of few; and none much shorter than the others.
+    tasks = -(-rows // blocks)
+    longer = -(-rows // max(tasks - 1, 1))
+    if longer <= most and heads * -(-rows // max(longer, 1)) >= 8 * workers:
+        tasks -= 1
+    blocks = max(1, -(-rows // max(tasks, 1)))
     return Plan(keys, short_keys(Dv, itemsize), block, blocks, -(-rows // blocks))
 
 
