@@ -203,23 +203,8 @@ def _capped_probabilities(
 
 
 def _exponentials(
-    v: Vectors,
-    width: int,
-    k: Value,
-    k_row: Value,
-    k_step: Value,
-    n: Value,
-    D: Value,
-    qt: Value,
-    exponents_of: Callable[[list[Value], Value, list[tuple[Value, Value]]], Exponents],
-    reference: Value,
-    best: Value,
-    total: Value,
-    sums: Value,
-    top: Value,
-    p: Value,
-    moment: tuple[Value, Value] | None = None,
-) -> Value:
+    v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None
+):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
     It gets the reference, and the number of the key and the vector's place in a row of each product.  With a `moment`
@@ -237,22 +222,8 @@ def _exponentials(
 
 
 def _exponentials_of_part(
-    v: Vectors,
-    width: int,
-    row: Value,
-    k: Value,
-    k_row: Value,
-    k_step: Value,
-    n: Value,
-    D: Value,
-    qt: Value,
-    exponents_of: Callable[[list[Value], Value, list[tuple[Value, Value]]], Exponents],
-    reference: Value,
-    sums: Value,
-    top: Value,
-    p: Value,
-    moments: Value | None = None,
-) -> None:
+    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None
+):  # fmt: skip
     """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes."""
     pairs = are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
