@@ -50,6 +50,11 @@ def for_vectors(v: Vectors, width: Value, body: Callable[[Value], object]) -> No
     v.each(width, lambda w: body(v.mul_index(w, v.bytes)))
 
 
+def fill_rows(v: Vectors, width: Value, x: Value, x_row: Value, n: Value, filling: Value) -> None:
+    """`filling`, a vector, to `width` vectors of n rows that are `x_row` bytes apart."""
+    v.each(n, lambda j: for_vectors(v, width, lambda here: v.store(filling, v.at(x, v.mul_index(j, x_row)), here)))
+
+
 def for_keys(
     v: Vectors, n: Value, start: Sequence[Value], body: Callable[[Value, int, list[Value]], list[Value]]
 ) -> list[Value]:

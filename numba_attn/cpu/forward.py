@@ -262,11 +262,8 @@ def load_tile(head, k, v, low, high, packing, operands, sizes, memory, at):
 @device
 def values_of(v, start, low, high, packing, values, operands, sizes):
     """The values from `start` on: in place, or where `load_tile` has put those of a tile [low, high)."""
-    pairs, size, row = (
-        holds_pairs(address(operands)),
-        operands.itemsize,
-        vectors_of_values(high - low, sizes) * sizes.lanes,
-    )
+    pairs, size = holds_pairs(address(operands)), operands.itemsize
+    row = vectors_of_values(high - low, sizes) * sizes.lanes
     if pairs and ON_TILES:
         return Matrix(moved(values, (start - low) * 2), 2, row * 2)
     if pairs:

@@ -16,7 +16,7 @@ from functools import partial
 from llvmlite import ir
 from numba import types
 
-from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors, for_width
+from numba_attn.cpu.blocks import AT_ONCE, INFINITY, fill_rows, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I16, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, paired, product
@@ -141,8 +141,7 @@ def _multiply(v, width, n, by, x):
 
 def _fill(v, width, x, x_row, n, value):
     """x = value, in `width` vectors of n rows that are `x_row` bytes apart."""
-    filling = v.splat(value)
-    v.each(n, lambda j: for_vectors(v, width, lambda here: v.store(filling, v.at(x, v.mul_index(j, x_row)), here)))
+    fill_rows(v, width, x, x_row, n, v.splat(value))
 
 
 def _pair_keys(v, width, n, x, x_row, to):

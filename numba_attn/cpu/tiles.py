@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import amx, target
-from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, for_rows, for_vectors, for_width
+from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, fill_rows, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.softmax import accept, times_log
@@ -342,11 +342,7 @@ def _mask_vectors(v, width, row, p, n, k):
     """p = -0.0 in `width` vectors of n rows, `row` bytes apart, of keys k."""
     pairs = are_pairs(v, "k")
     masked = ir.Constant(v.bits, [0x80008000] * v.lanes) if pairs else v.constant(-0.0)
-
-    def line(j: Value) -> None:
-        for_vectors(v, width, lambda here: v.store(masked, v.at(p, v.mul_index(j, row)), here))
-
-    v.each(v.half(n) if pairs else n, line)
+    fill_rows(v, width, p, row, v.half(n) if pairs else n, masked)
 
 
 def _accumulate_on_tiles(
