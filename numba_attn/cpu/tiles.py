@@ -309,24 +309,38 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
         _accumulate_on_tiles(v, width, value, value_step, Dv, n, p, ot)
         return
     bounds = [v.builder.fptosi(v.load_scalar(cuts, i * v.size), I64) for i in range(2 * width)]
+    first, last = bounds[width - 1], bounds[width]
+    is_whole = v.builder.icmp_signed("==", v.builder.sub(last, first), n)
 
     def tile(i: Value, height: int) -> None:
         o, values = v.at(ot, v.mul_index(i, row)), v.at(value, v.mul_index(i, value_step))
-        acc = [v.constant(0.0)] * (height * width)
+
+        def add(acc: list[Value]) -> None:
+            for x in range(height * width):
+                v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
+
+        def whole() -> None:
+            add(product(v, values, value_step, value_row, p, n, height, width, pairs))
+
+        def in_parts() -> None:
+            acc = [v.constant(0.0)] * (height * width)
+            for start, stop, first, end in parts_between(bounds):
+                number = v.half(start) if pairs else start
+                inside = [r * width + w for r in range(height) for w in range(first, end)]
+                of_part = product(
+                    v, v.at(values, v.mul_index(number, value_row)), value_step, value_row,
+                    v.at(v.at(p, v.mul_index(number, row)), first * v.bytes), v.builder.sub(stop, start), height,
+                    end - first, pairs, v.index(row), [acc[x] for x in inside],
+                )  # fmt: skip
+                for x, total in zip(inside, of_part, strict=True):
+                    acc[x] = total
+            add(acc)
+
         # Parts of what does not fill the largest register tiles are not worth the code.
-        parts = parts_between(bounds) if height == HEIGHTS[width][0] else [(v.index(0), n, 0, width)]
-        for start, stop, first, end in parts:
-            number = v.half(start) if pairs else start
-            inside = [r * width + w for r in range(height) for w in range(first, end)]
-            of_part = product(
-                v, v.at(values, v.mul_index(number, value_row)), value_step, value_row,
-                v.at(v.at(p, v.mul_index(number, row)), first * v.bytes), v.builder.sub(stop, start), height,
-                end - first, pairs, v.index(row), [acc[x] for x in inside],
-            )  # fmt: skip
-            for x, total in zip(inside, of_part, strict=True):
-                acc[x] = total
-        for x in range(height * width):
-            v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
+        if height == HEIGHTS[width][0] and width > 1:
+            v.choose(v.builder.zext(is_whole, I64), {1: whole, 0: in_parts})
+        else:
+            whole()
 
     for_rows(v, Dv, HEIGHTS[width], tile)
 
