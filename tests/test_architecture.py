@@ -137,18 +137,18 @@ MAY_IMPORT = {
         *("cpu.blocks", "cpu.dropout", "cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.results", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
     },
-    "cpu.backward": {
-        *("cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
-        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd", "cpu.stored", "cpu.target"),
-        *("cpu.visible", "block_mask"),
-    },
+    "cpu.gradient_tasks": {"cpu.plan", "cpu.score", "cpu.target"},
     "cpu.bias_gradient": {
-        *("cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.score_gradients", "cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+        *("cpu.gradient_tasks", "cpu.gradient_tiles", "cpu.jit", "cpu.pointers", "cpu.score", "cpu.visible"),
+    },
+    "cpu.backward": {
+        *("cpu.bias_gradient", "cpu.edges", "cpu.gradient_tasks", "cpu.gradient_tiles", "cpu.jit", "cpu.launch"),
+        *("cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd"),
+        *("cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
     },
     "cpu.gradients": {
-        *("cpu.backward", "cpu.bias_gradient", "cpu.call", "cpu.launch", "cpu.narrow", "cpu.score_gradients"),
-        *("gradient_problem", "problem", "threads"),
+        *("cpu.backward", "cpu.bias_gradient", "cpu.call", "cpu.gradient_tasks", "cpu.launch", "cpu.narrow"),
+        *("cpu.score_gradients", "gradient_problem", "problem", "threads"),
     },
     "cpu.inside": {
         *("cpu.blocks", "cpu.decode", "cpu.forward", "cpu.jit", "cpu.narrow", "cpu.plan", "cpu.score", "cpu.target"),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
-from gradient_contract import GradientContract
+from types import SimpleNamespace
 
-from numba_attn.cpu import backward, bias_gradient
+import numpy as np
+import pytest
+from gradient_contract import GradientContract, assert_accurate_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import same_bits
+
+import numba_attn
+from numba_attn.cpu import gradient_tasks, gradients
 
 CUTS = [
     "planned",
@@ -14,21 +21,87 @@ CUTS = [
 ]
 
 
-@pytest.fixture(params=CUTS, scope="class", autouse=True)
+@pytest.fixture(params=CUTS, scope="class")
 def tiles(request: pytest.FixtureRequest) -> object:
     """Cut every problem of a test class one way."""
     if request.param == "planned":
         yield
         return
-    keys, blocks, rows = (7, 1, 1) if request.param.startswith("7") else (16, 2, 30)
-    cut_of = backward.cut_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward, "cut_of", lambda *sizes: cut_of(*sizes)._replace(keys=keys, blocks=blocks))
-        patch.setattr(backward, "PART_ROWS", rows)
-        patch.setattr(bias_gradient, "PART", rows)
-        patch.setattr(bias_gradient, "KEYS", keys)
+        cut(patch, *((7, 1, 1) if request.param.startswith("7") else (16, 2, 30)))
         yield
 
 
+def cut(patch: pytest.MonkeyPatch, keys: int, blocks: int, rows: int) -> None:
+    """Make tiles of so many keys, groups of so many row blocks and parts of so many rows."""
+    cut_of = gradient_tasks.cut_of
+    patch.setattr(gradients, "cut_of", lambda *sizes: cut_of(*sizes)._replace(keys=keys, blocks=blocks))
+    patch.setattr(gradient_tasks, "PART_ROWS", rows)
+    patch.setattr(gradient_tasks, "CHAIN_ROWS", rows)
+
+
+@pytest.mark.usefixtures("tiles")
 class TestCpu(GradientContract):
     backend = "cpu"
+
+
+@pytest.mark.parametrize(
+    "shape", ["bhij", "1hij", "b1ij", "11ij", "bh1j", "1h1j", "b11j", "111j", "bhi1", "11i1", "1111"]
+)
+@pytest.mark.parametrize("small", [False, True], ids=["planned", "small"])
+def test_masks_of_any_sharing(shape: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of different lengths and grouped heads share a mask, whose gradient each of their tasks adds to."""
+    if small:
+        cut(monkeypatch, 32, 1, 10)
+    B, Hq, Hkv, Lq, Lk, D = 3, 4, 2, 70, 90, 8
+    rng, sizes = np.random.default_rng(8), {"b": B, "h": Hq, "i": Lq, "j": Lk, "1": 1}
+    query, key, value, grad_out = (
+        rng.standard_normal((B, H, L, D), dtype=np.float32) for H, L in ((Hq, Lq), (Hkv, Lk), (Hkv, Lk), (Hq, Lq))
+    )
+    mask = rng.standard_normal([sizes[axis] for axis in shape], dtype=np.float32)
+    options = {
+        "attn_mask": mask, "enable_gqa": True, "softcap": 3.0, "alibi_slopes": rng.random(Hq),
+        "query_lengths": [70, 33, 52], "kv_lengths": [61, 90, 4], "window": (20, 9),
+    }  # fmt: skip
+    _, vjp = numba_attn.scaled_dot_product_attention_vjp(query, key, value, **options)
+    got, above = vjp(grad_out), (grad_out, None)
+    assert_accurate_gradients(got, (query, key, value), above, options)
+    with numba_attn.threads.limit(1):
+        assert same_bits(vjp(grad_out), got)
+    assert same_bits(vjp(grad_out, wanted=("query",)).key, got.key)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (8, 8)]),
+    by_heads=st.booleans(),
+    by_places=st.booleans(),
+)
+def test_chains_own_what_they_add_to(
+    lengths: list[int], heads: tuple[int, int], by_heads: bool, by_places: bool
+) -> None:
+    """Tasks that use the same row of a mask are in one chain, in order of sequences; all rows are in one."""
+    (Hq, Hkv), B, Lq = heads, len(lengths), max(lengths)
+    places = np.arange(B) if by_places else np.zeros(B, np.int64)
+    shape = int(places[-1]) + 1, Hq if by_heads else 1, Lq, 5
+    call = SimpleNamespace(
+        arrays=SimpleNamespace(q=np.empty((Hq, Lq, 4)), k=np.empty((Hkv, 5, 4))),
+        sequences=SimpleNamespace(intervals=np.array([[0, n, 5] for n in lengths])),
+        settings=SimpleNamespace(Lq=Lq, left=Lq, right=5),
+    )
+    added = gradient_tasks.added_of(shape, places)
+    tables = gradient_tasks.tables_of(call, gradient_tasks.cut_of(64, 64, 4), added, in_chains=True)
+    order = tables.order[:, 0].tolist()
+    assert sorted(order) == list(range(len(tables.tasks)))
+    assert np.array_equal(np.concatenate([np.arange(*chain) for chain in tables.chains] or [[]]), np.arange(len(order)))
+    owner = np.full((*shape[:2], Lq), -1)
+    used = np.zeros((B, Hkv, Lq), int)
+    for number, (first, end) in enumerate(tables.chains):
+        chain = order[first:end]
+        assert chain == sorted(chain)
+        for b, shared, _, _, _, _, _, _, low, high in tables.tasks[chain]:
+            of_mask = owner[places[b], shared * (Hq // Hkv) if by_heads else 0, low:high]
+            assert np.isin(of_mask, [-1, number]).all()
+            of_mask[:] = number
+            used[b, shared, low:high] += 1
+    assert (used == (np.arange(Lq) < np.array(lengths)[:, None])[:, None]).all()

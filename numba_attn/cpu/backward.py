@@ -4,8 +4,8 @@
 
 A task is a part of the query rows of all heads that share a key-value head: a group of row blocks after the other, it
 streams the keys past each.  What it adds to the gradients of keys and values it adds to sums of its own, in the order
-of its rows; who finishes the last part of a head adds up the parts, in order.  How rows are cut into parts follows from
-the lengths of a sequence alone.  So every sum has one order, whoever does what.
+of its rows; who finishes the last part of a head adds up the parts, in order.  So every sum has one order, whoever does
+what.  Products are of scores without their scale, which the finished sums are multiplied by.
 
 Dao et al. (2022), appendix B; the five products in one pass are those of Dao, "FlashAttention-2" (2023).
 """
@@ -21,9 +21,10 @@ from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import edges, gradient_tiles, launch, pack, target
+from numba_attn.cpu.bias_gradient import Bias, add_tile, bias_types
+from numba_attn.cpu.gradient_tasks import Cut, Tables, rows_of_sums
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, get, holds_pairs, moved, put
 from numba_attn.cpu.results import column_of, read, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
@@ -42,26 +43,14 @@ from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.stored import in_place
 from numba_attn.cpu.visible import Matrix, visible
 
-# tasks (n, 8): sequence, key-value head, the first and the end of its groups of rows, the first row of its sums, the
-# keys [low, high) they are of, of which the first may be there for its pair only, and which head of all that is.  heads
-# (n, 2): the first task and the end.  finished (n, 8): how many parts of each head are, in the first column.
-Tables = namedtuple("Tables", "tasks heads finished")
-# How the problem is cut: keys of a key tile, query rows of a row block, row blocks of a group, lanes of a vector.
-Cut = namedtuple("Cut", "keys block blocks lanes")
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
     "Memory",
-    "scores bias keep growth derivative zero one low high cuts lse delta starts stops spoilt "
+    "scores bias keep growth derivative zero one low high cuts sums lse delta starts stops spoilt "
     "qt gt ot above q g dq p ds k clean pairs v size",
 )
 
-KEYS, MOST_BLOCKS = 96, 8  # of a tile, and of a group
-# Bytes of the second-level cache for a group of rows: the larger, the fewer times all sums pass through that cache.
-# Processors with AVX-512 have a megabyte of it or more.
-GROUP = 1024 * (480 if target.ISA == "avx512" else 128)
 RUN = 24  # keys of a tile whose vectors of queries are looked for together
-PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PARTS
-MOST_PARTS = 16
 
 
 @device
@@ -70,7 +59,7 @@ def memory_map(sizes, blocks):
     D, Dv = (sizes.D + lanes - 1) // lanes * lanes, (sizes.Dv + lanes - 1) // lanes * lanes
     group, tile = blocks * block, keys * block
     lane_vectors = 5 * tile
-    per_group = lane_vectors + 5 * block
+    per_group = lane_vectors + 6 * block
     # Starts and stops are those of vectors.
     rows = per_group + 2 * group + (2 * group // lanes + group + lanes - 1) // lanes * lanes
     products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
@@ -87,6 +76,7 @@ def memory_map(sizes, blocks):
         low=lane_vectors + 2 * block,
         high=lane_vectors + 3 * block,
         cuts=lane_vectors + 4 * block,
+        sums=lane_vectors + 5 * block,
         lse=per_group,
         delta=per_group + group,
         starts=per_group + 2 * group,
@@ -169,20 +159,22 @@ def operands_of(i, operands, sizes, memory, at):
 
 
 @device
-def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operands, sizes, settings, memory, at):
-    """Stream the keys past the rows [first, end), which `load_group` has put in memory.
+def differentiate_group(
+    head, member, g, first, end, number, task, bias, sums_k, sums_v, blocks, operands, sizes, settings, memory, at
+):  # fmt: skip
+    """Stream the keys past the rows [first, end), which `load_group` has put in memory, of the task of a number.
 
-    Leaves their gradients there, and adds those of keys and values to the sums, of the keys from `low` on; g are the
-    gradients from above.
+    Leaves their gradients there, and adds those of keys and values to the task's sums, and what `bias_gradient` does;
+    g are the gradients from above, and the head is the `member`-th of those that share a key-value head.
     """
     D, Dv, keys, block, lanes = sizes.D, sizes.Dv, sizes.keys, sizes.block, sizes.lanes
     columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
     k, v, pairs = in_place(head.k, memory), in_place(head.v, memory), holds_pairs(address(operands))
     p, ds, p_row = element(memory, at.p), element(memory, at.ds), blocks * block * itemsize
-    count = (end - first + block - 1) // block
+    count, low = (end - first + block - 1) // block, task[5]
     group_low, group_high, _, _ = visible(first, end, head.position)
-    for number in range(group_low // keys, (group_high + keys - 1) // keys):
-        tile = number * keys
+    for tile_number in range(group_low // keys, (group_high + keys - 1) // keys):
+        tile = tile_number * keys
         tile_low, tile_high = max(tile, group_low), min(tile + keys, group_high)
         if pairs:
             tile_low -= (tile_low - tile) % 2
@@ -213,7 +205,7 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                 at_tile = start * p_row + i * block * itemsize
                 qt, gt = operands_of(i, operands, sizes, memory, at)
                 score_gradients(
-                    head, settings, here, row, rows, sizes, True,
+                    head, settings, here, row, rows, sizes,
                     Matrix(moved(k_tile.data, start * k_tile.row), k_tile.row, k_tile.step),
                     Matrix(moved(v_tile.data, start * v_tile.row), v_tile.row, v_tile.step),
                     qt, gt,
@@ -221,6 +213,9 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                     moved(p, at_tile), moved(ds, at_tile), p_row, memory, at,
                 )  # fmt: skip
                 weights, from_key, first_key = moved(ds, at_tile), p_row, start
+                add_tile(bias, number, task, head, member, here, row, rows, sizes, weights, p_row, memory, at)
+                if settings.softcap != 0:
+                    gradient_tiles.multiply(width, stop - start, element(memory, at.growth), weights, p_row)
                 if pairs:
                     weights, from_key, first_key = element(memory, at.scores), width * lanes * itemsize, start // 2
                     gradient_tiles.pair_keys(width, stop - start, moved(ds, at_tile), p_row, weights)
@@ -230,9 +225,9 @@ def differentiate_group(head, g, first, end, low, sums_k, sums_v, blocks, operan
                     last = w + 1 if here.edged else width
                     add_to_queries(weights, from_key, of_tile, i, rows, w, last, width, operands, sizes, memory, at)
             for w in range(width):
-                of_vector, number = edges.keys_of_vectors(w, w + 1, width, memory, at), i * (block // lanes) + w
-                memory[at.starts + number] = start + of_vector.start
-                memory[at.stops + number] = start + of_vector.start + of_vector.n
+                of_vector, vector = edges.keys_of_vectors(w, w + 1, width, memory, at), i * (block // lanes) + w
+                memory[at.starts + vector] = start + of_vector.start
+                memory[at.stops + vector] = start + of_vector.start + of_vector.n
             for low_key, high_key in ((0, start), (stop, n_tile)):
                 to, n = low_key * p_row + i * block * itemsize, high_key - low_key
                 gradient_tiles.fill(width, moved(p, to), p_row, n, memory.dtype.type(-0.0))
@@ -336,25 +331,26 @@ def sums_of(sums, task):
 
 
 @device
-def do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes, memory, at):
+def do_part(number, task, gradients, bias, arrays, sequences, functions, settings, cut, sizes, memory, at):
     """Write the gradients of the query rows of a task, and its sums."""
-    b, shared, low, high = task[0], task[1], task[5], task[6]
+    b, shared, low, high, low_row, high_row = task[0], task[1], task[5], task[6], task[8], task[9]
     lanes, rows = sizes.lanes, cut.block * cut.blocks
-    group, valid = arrays.q.shape[0] // arrays.k.shape[0], sequences.intervals[b, 1]
-    per_head = (valid + rows - 1) // rows
+    group, per_head = arrays.q.shape[0] // arrays.k.shape[0], (high_row - low_row + rows - 1) // rows
     sums_k, sums_v = sums_of(gradients.sums_k, task), sums_of(gradients.sums_v, task)
     nothing, columns = memory.dtype.type(0), padded(sizes.D, lanes)
     pack.fill_lanes(sums_k, nothing, (high - low) * (columns // lanes))
     pack.fill_lanes(sums_v, nothing, (high - low) * (padded(sizes.Dv, lanes) // lanes))
     for unit in range(task[2], task[3]):
-        h, first = shared * group + unit // per_head, unit % per_head * rows
-        end = min(first + rows, valid)
+        member, first = unit // per_head, low_row + unit % per_head * rows
+        h, end = shared * group + member, min(first + rows, high_row)
         head = head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES)
         load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
         g = matrix(gradients.grad_out, gradients.offsets[b, 0], h)
         differentiate_group(
-            head, g, first, end, low, sums_k, sums_v, cut.blocks, arrays.operands, sizes, settings, memory, at
-        )
+            head, member, g, first, end, number, task, bias, sums_k, sums_v, cut.blocks, arrays.operands, sizes,
+            settings, memory, at,
+        )  # fmt: skip
+        gradient_tiles.scale(element(memory, at.dq), (end - first) * (columns // lanes), settings.scale)
         dq = matrix(gradients.query, gradients.offsets[b, 3], h)
         for r in range(end - first):
             line = element(memory, at.dq + r * columns)
@@ -362,8 +358,11 @@ def do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes,
 
 
 @device
-def add_parts(first, end, tasks, sums, columns, gradient, row, sizes):
-    """Write the gradient of keys or values of one head: the sums of its tasks, in order; `row` is memory for one."""
+def add_parts(first, end, tasks, sums, columns, factor, gradient, row, sizes):
+    """Write the gradient of keys or values of one head: the sums of its tasks, in order, times a factor.
+
+    `row` is memory for one.
+    """
     low, high = tasks[first, 5], tasks[first, 6]
     for number in range(first + 1, end):
         low, high = min(low, tasks[number, 5]), max(high, tasks[number, 6])
@@ -379,44 +378,47 @@ def add_parts(first, end, tasks, sums, columns, gradient, row, sizes):
                 if task[5] <= key < task[6]:
                     part = moved(sums_of(sums, task), (key - task[5]) * sums.strides[0])
                     gradient_tiles.add_vectors(part, vectors, row)
+        gradient_tiles.scale(total, vectors, factor)
         pack.write_row(total, columns, moved(gradient.data, key * gradient.row), gradient.step)
 
 
 @kernel
-def differentiate(memory, worker, counters, gradients, tables, arrays, sequences, functions, settings, cut):
-    """Do tasks until there are none."""
+def differentiate(memory, worker, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut):
+    """Do chains of tasks until there are none."""
     align_stack()
     sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
     at = memory_map(sizes, cut.blocks)
     pack.fill_lanes(element(memory, at.zero), memory.dtype.type(0), cut.block // cut.lanes)
     pack.fill_lanes(element(memory, at.one), memory.dtype.type(1), cut.block // cut.lanes)
-    helped = 0
+    one, helped = memory.dtype.type(1), 0
     while True:
-        number, helped = launch.take(counters, worker, helped, tables.tasks.shape[0])
-        if number < 0:
+        chain, helped = launch.take(counters, worker, helped, tables.chains.shape[0])
+        if chain < 0:
             break
-        task = tables.tasks[number]
-        do_part(task, gradients, arrays, sequences, functions, settings, cut, sizes, memory, at)
-        first, end = tables.heads[task[7], 0], tables.heads[task[7], 1]
-        if fetch_add(tables.finished, task[7]) == end - first - 1:
-            b, shared = task[0], task[1]
-            dk, dv = (
-                matrix(gradients.key, gradients.offsets[b, 4], shared),
-                matrix(gradients.value, gradients.offsets[b, 5], shared),
-            )
-            add_parts(first, end, tables.tasks, gradients.sums_k, sizes.D, dk, element(memory, at.q), sizes)
-            add_parts(first, end, tables.tasks, gradients.sums_v, sizes.Dv, dv, element(memory, at.g), sizes)
+        for place in range(tables.chains[chain, 0], tables.chains[chain, 1]):
+            number = tables.order[place, 0]
+            task = tables.tasks[number]
+            do_part(number, task, gradients, bias, arrays, sequences, functions, settings, cut, sizes, memory, at)
+            first, end = tables.heads[task[7], 0], tables.heads[task[7], 1]
+            if fetch_add(tables.finished, task[7]) == end - first - 1:
+                b, shared, row = task[0], task[1], element(memory, at.q)
+                dk = matrix(gradients.key, gradients.offsets[b, 4], shared)
+                dv = matrix(gradients.value, gradients.offsets[b, 5], shared)
+                add_parts(first, end, tables.tasks, gradients.sums_k, sizes.D, settings.scale, dk, row, sizes)
+                add_parts(first, end, tables.tasks, gradients.sums_v, sizes.Dv, one, dv, element(memory, at.g), sizes)
 
 
 differentiate_through_pointer = through_pointer(differentiate.py_func)
 
 
 @parallel_kernel
-def differentiate_together(code, memory, counters, gradients, tables, arrays, sequences, functions, settings, cut):
+def differentiate_together(
+    code, memory, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut
+):  # fmt: skip
     """`differentiate`, whose machine code is at `code`, by as many workers as there are rows of memory."""
     for worker in prange(memory.shape[0]):
         differentiate_through_pointer(
-            code, memory[worker], worker, counters, gradients, tables, arrays, sequences, functions, settings, cut
+            code, memory[worker], worker, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut
         )
 
 
@@ -428,66 +430,23 @@ def operand(kind: str) -> types.Type:
     return PAIRS if kind == "bfloat16" and target.BFLOAT16 == "dot" else COMPUTED[kind]
 
 
-def run(call: Call, gradients: GradientArrays, kinds: tuple[str, types.Type], workers: int, operations: float) -> None:
+def run(
+    call: Call,
+    gradients: GradientArrays,
+    bias: Bias,
+    tables: Tables,
+    cut: Cut,
+    kinds: tuple[str, types.Type],
+    workers: int,
+    operations: float,
+) -> None:
     """Write the gradients of a call whose output and lse have been written; the sums of `gradients` are made here."""
     D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
-    cut = cut_of(D, Dv, dtype.itemsize)
-    tables = tables_of(call, cut)
-    if not len(tables.tasks):
-        return
-    rows = int(tables.tasks[-1, 4] + np.diff(tables.tasks[-1, 5:7])[0])
+    chains, rows, size = len(tables.chains), rows_of_sums(tables.tasks), memory_size(cut, D, Dv)
     sums = [np.empty((rows, -(-columns // cut.lanes) * cut.lanes), dtype) for columns in (D, Dv)]
     gradients = gradients._replace(sums_k=sums[0], sums_v=sums[1])
-    tasks, size = len(tables.tasks), memory_size(cut, D, Dv)
-    arguments = (gradients, tables, *call, cut)
-    start = launch.prepared(serial, parallel, kinds, min(workers, tasks), tasks, operations, size, dtype)
-    start(*arguments)
-
-
-@functools.lru_cache(maxsize=64)
-def cut_of(D: int, Dv: int, itemsize: int) -> Cut:
-    """Of head sizes alone, as bits depend on it: what is kept of a group of rows leaves room in cache for key tiles."""
-    lanes = target.VECTOR_BYTES // itemsize
-    block = WIDEST * lanes
-    blocks = GROUP // (block * max(3 * D + 2 * Dv, 1) * itemsize)
-    return Cut(keys=KEYS, block=block, blocks=max(1, min(blocks, MOST_BLOCKS)), lanes=lanes)
-
-
-def tables_of(call: Call, cut: Cut) -> Tables:
-    """The tasks of every sequence and key-value head."""
-    (Hq, _, _), Hkv = call.arrays.q.shape, call.arrays.k.shape[0]
-    group, settings = Hq // max(Hkv, 1), call.settings
-    parts: dict[tuple[int, ...], np.ndarray] = {}
-    tasks = []
-    for b, position in enumerate(map(tuple, call.sequences.intervals.tolist())):
-        if position not in parts:
-            parts[position] = parts_of(position, group, settings.left, settings.right, cut.block * cut.blocks)
-        each = np.tile(parts[position], (Hkv, 1))
-        each[:, 0], each[:, 1] = b, np.repeat(np.arange(Hkv), len(parts[position]))
-        each[:, 7] = b * Hkv + each[:, 1]
-        tasks.append(each)
-    table = np.concatenate(tasks) if tasks else np.empty((0, 8), np.int64)
-    lengths = table[:, 6] - table[:, 5]
-    table[:, 4] = np.cumsum(lengths) - lengths
-    heads = np.searchsorted(table[:, 7], np.arange(len(tasks) * Hkv)[:, None] + np.arange(2))
-    return Tables(table, heads, np.zeros((len(heads), 8), np.int64))
-
-
-def parts_of(position: tuple[int, int, int], group: int, left: int, right: int, rows: int) -> np.ndarray:
-    """The tasks, see Tables, of one key-value head of a sequence: offset, query and key length; `rows` of a group."""
-    offset, Lq, Lk = position
-    per_head = -(-Lq // rows)
-    units, parts = group * per_head, min(max(group * Lq // PART_ROWS, 1), MOST_PARTS)
-    table = np.zeros((parts if units else 0, 8), np.int64)
-    for part, task in enumerate(table):
-        first, end = units * part // parts, units * (part + 1) // parts
-        start, stop = first % per_head * rows, min(Lq, (end - 1) % per_head * rows + rows)
-        if first // per_head != (end - 1) // per_head:
-            start, stop = 0, Lq  # of several heads
-        low, high = max(0, start + offset - left - 1), min(Lk, stop + offset + right)
-        task[2:4] = first, end
-        task[5:7] = (low, high) if low < high else (0, 0)
-    return table
+    start = launch.prepared(serial, parallel, kinds, min(workers, chains), chains, operations, size, dtype)
+    start(gradients, bias, tables, *call, cut)
 
 
 @functools.lru_cache(maxsize=256)
@@ -504,7 +463,8 @@ def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
         types.int64,
         types.Array(types.int64, 2, "C"),
         gradient_types(kind),
-        types.NamedUniTuple(table, 3, Tables),
+        bias_types(element_type),
+        types.NamedUniTuple(table, 5, Tables),
         *call_types(kind, operand, kind),
         types.NamedUniTuple(types.int64, 4, Cut),
     )

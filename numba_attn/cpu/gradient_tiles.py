@@ -2,7 +2,7 @@
 
 As in the forward pass, queries are the lanes of every vector.  With P the probabilities, made anew from the lse:
 
-    P = exp2(scale * S + bias - lse),   dS = P (keep * dP - delta) * growth * scale,   S = K Q^T,   dP = V dO^T
+    P = exp2(scale * S + bias - lse),   dS = P (keep * dP - delta) * growth,   S = K Q^T,   dP = V dO^T
 
 What P and dS are then multiplied with, rows of dO, Q and K, has head elements for lanes: the tiles of a whole group of
 row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.  Where
@@ -76,9 +76,9 @@ def _weights(v, width, s, n, scale, bias, bias_row, lse, p, p_row):
     for_vectors(v, width, vector)
 
 
-def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, scale, delta, p, ds, p_row):
-    """ds = p * (value.gt - delta) * scale, 0 where masked; rows of gt are `row` bytes apart."""
-    factor, pairs = v.splat(scale), are_pairs(v, "value")
+def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, delta, p, ds, p_row):
+    """ds = p * (value.gt - delta), 0 where masked; rows of gt are `row` bytes apart."""
+    pairs = are_pairs(v, "value")
 
     def tile(i: Value, height: int) -> None:
         values = v.at(value, v.mul_index(i, value_row))
@@ -87,7 +87,7 @@ def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, sca
             at = v.mul_index(v.add_index(i, r), p_row)
             for w in range(width):
                 here = v.add_index(at, w * v.bytes)
-                slope = v.mul(v.sub(acc[r * width + w], v.load(delta, w * v.bytes)), factor)
+                slope = v.sub(acc[r * width + w], v.load(delta, w * v.bytes))
                 v.store(_where_attended(v, v.load(p, here), slope), ds, here)
 
     for_rows(v, n, HEIGHTS[width], tile)
@@ -100,12 +100,12 @@ def _where_attended(v: Vectors, p: Value, slope: Value) -> Value:
     return v.select(is_masked, v.constant(0.0), v.mul(p, slope))
 
 
-def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, scale, delta, p, ds, p_row):
-    """ds = p * (keep * dp - delta) * growth * scale, 0 where masked; p *= keep.
+def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, delta, p, ds, p_row):
+    """ds = p * (keep * dp - delta) * growth, 0 where masked; p *= keep.
 
     The rows of dp are those of a block; those of keep and growth are 0 bytes apart where there is but one.
     """
-    row, factor = v.mul_index(width, v.bytes), v.splat(scale)
+    row = v.mul_index(width, v.bytes)
 
     def vector(here: Value) -> None:
         base = v.load(delta, here)
@@ -113,7 +113,7 @@ def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, scale, d
         def key(j: Value) -> None:
             at = v.add_index(v.mul_index(j, p_row), here)
             weight, kept = v.load(p, at), v.load(keep, v.add_index(v.mul_index(j, keep_row), here))
-            grown = v.mul(v.load(growth, v.add_index(v.mul_index(j, growth_row), here)), factor)
+            grown = v.load(growth, v.add_index(v.mul_index(j, growth_row), here))
             above = v.sub(v.mul(kept, v.load(dp, v.add_index(v.mul_index(j, row), here))), base)
             v.store(_where_attended(v, weight, v.mul(above, grown)), ds, at)
             v.store(v.mul(weight, kept), p, at)
@@ -134,9 +134,26 @@ def _cap_growth(v, width, s, n, softcap, growth):
     for_vectors(v, v.mul_index(width, n), vector)
 
 
-def _multiply(v, width, n, by, x):
-    """x *= by, tiles of a block."""
-    for_vectors(v, v.mul_index(width, n), lambda at: v.store(v.mul(v.load(x, at), v.load(by, at)), x, at))
+def _multiply(v, width, n, by, x, x_row):
+    """x *= by, a tile of a block, but where x is 0, as it is for a masked key; rows of x are `x_row` bytes apart."""
+    row, zero = v.mul_index(width, v.bytes), v.constant(0.0)
+
+    def key(j: Value) -> None:
+        to, of = v.at(x, v.mul_index(j, x_row)), v.at(by, v.mul_index(j, row))
+
+        def vector(here: Value) -> None:
+            y = v.load(to, here)
+            v.store(v.select(v.equal(y, zero), y, v.mul(y, v.load(of, here))), to, here)
+
+        for_vectors(v, width, vector)
+
+    v.each(n, key)
+
+
+def _scale(v, x, vectors, factor):
+    """x *= factor."""
+    by = v.splat(factor)
+    for_vectors(v, vectors, lambda at: v.store(v.mul(v.load(x, at), by), x, at))
 
 
 def _fill(v, width, x, x_row, n, value):
@@ -218,15 +235,15 @@ def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row
         start = stop
 
 
-def _add_transposed(v, width, x, rows, n, to, to_row):
-    """to (rows, n) += x.T, a tile of a block; rows of `to` are contiguous, `to_row` bytes apart."""
-    row, whole = v.mul_index(width, v.bytes), v.whole_steps(v.index(0), n, v.lanes)
+def _add_transposed(v, width, x, x_row, rows, n, to, to_row):
+    """to (rows, n) += x.T, a tile of a block; rows are `x_row` and `to_row` bytes apart, those of `to` contiguous."""
+    whole = v.whole_steps(v.index(0), n, v.lanes)
 
     def squares(w: Value) -> None:
         here, first = v.at(x, v.mul_index(w, v.bytes)), v.mul_index(w, v.lanes)
 
         def square(j: Value, _: list[Value]) -> list[Value]:
-            keys = [v.load(here, v.mul_index(v.add_index(j, r), row)) for r in range(v.lanes)]
+            keys = [v.load(here, v.mul_index(v.add_index(j, r), x_row)) for r in range(v.lanes)]
             for i, line in enumerate(v.transpose(keys)):
                 lane = v.add_index(first, i)
                 at = v.at(to, v.add_index(v.mul_index(lane, to_row), v.mul_index(j, v.size)))
@@ -239,7 +256,7 @@ def _add_transposed(v, width, x, rows, n, to, to_row):
     def key(j: Value, _: list[Value]) -> list[Value]:
         def lane(i: Value) -> None:
             at = v.at(to, v.add_index(v.mul_index(i, to_row), v.mul_index(j, v.size)))
-            here = v.at(x, v.add_index(v.mul_index(j, row), v.mul_index(i, v.size)))
+            here = v.at(x, v.add_index(v.mul_index(j, x_row), v.mul_index(i, v.size)))
             v.store(v.add(v.load_scalar(at), v.load_scalar(here)), at)
 
         v.each(rows, lane)
@@ -249,22 +266,42 @@ def _add_transposed(v, width, x, rows, n, to, to_row):
     v.loop(whole, n, 1, [], key)
 
 
-def _sum_keys(v, width, x, n, to):
-    """to = the sums of a tile of a block over its n keys, one a query."""
-    row = v.mul_index(width, v.bytes)
+def _sum_rows(v, width, x, x_row, n, to, to_step):
+    """to (n) += the sums of a tile of a block over its rows, one a key, `to_step` bytes apart.
+
+    Lanes beyond the rows add nothing: they are as the last one is, with probabilities of 0.
+    """
+
+    def key(j: Value) -> None:
+        line = v.at(x, v.mul_index(j, x_row))
+
+        def vector(w: Value, total: list[Value]) -> list[Value]:
+            return [v.add(total[0], v.load(line, v.mul_index(w, v.bytes)))]
+
+        total, step = v.loop(0, width, 1, [v.constant(0.0)], vector)[0], v.lanes // 2
+        while step:
+            total = v.add(total, v.shuffle(total, total, [lane ^ step for lane in range(v.lanes)]))
+            step //= 2
+        at = v.at(to, v.mul_index(j, to_step))
+        v.store(v.add(v.load_scalar(at), v.builder.extract_element(total, v.index(0))), at)
+
+    v.each(n, key)
+
+
+def _sum_keys(v, width, x, x_row, n, to):
+    """to = the sums of a tile of a block over its n keys, one a query; rows of x are `x_row` bytes apart."""
 
     def vector(here: Value) -> None:
         def key(j: Value, total: list[Value]) -> list[Value]:
-            return [v.add(total[0], v.load(v.at(x, v.mul_index(j, row)), here))]
+            return [v.add(total[0], v.load(v.at(x, v.mul_index(j, x_row)), here))]
 
         v.store(v.loop(0, n, 1, [v.constant(0.0)], key)[0], to, here)
 
     for_vectors(v, width, vector)
 
 
-def _sum_distances(v, width, x, n, first, to):
+def _sum_distances(v, width, x, x_row, n, first, to):
     """to = the sums of x * |distance| over n keys, one a query; query lane 0 is `first` keys after key 0."""
-    row = v.mul_index(width, v.bytes)
     lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
 
     def vector(w: Value) -> None:
@@ -273,7 +310,7 @@ def _sum_distances(v, width, x, n, first, to):
 
         def key(j: Value, carried: list[Value]) -> list[Value]:
             distance, total = carried
-            total = v.fma(v.load(v.at(x, v.mul_index(j, row)), here), v.absolute(distance), total)
+            total = v.fma(v.load(v.at(x, v.mul_index(j, x_row)), here), v.absolute(distance), total)
             return [v.sub(distance, v.constant(1.0)), total]
 
         v.store(v.loop(0, n, 1, [v.add(start, lanes), v.constant(0.0)], key)[1], to, here)
@@ -339,11 +376,13 @@ score_gradients = emits(for_width(_score_gradients))
 differentiate = emits(_differentiate)
 cap_growth = emits(_cap_growth)
 multiply = emits(_multiply)
+scale = emits(_scale)
 fill = emits(_fill)
 pair_keys = emits(_pair_keys)
 pair_lanes = emits(_pair_lanes)
 add_product = emits(_add_product)
 add_transposed = emits(_add_transposed)
+sum_rows = emits(_sum_rows)
 sum_keys = emits(_sum_keys)
 sum_distances = emits(_sum_distances)
 column_dots = emits(_column_dots)

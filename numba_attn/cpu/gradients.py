@@ -9,48 +9,53 @@ from typing import Any
 import numpy as np
 
 from numba_attn import threads
-from numba_attn.cpu import backward as first_pass
+from numba_attn.cpu import backward as one_pass
 from numba_attn.cpu import bias_gradient, launch
-from numba_attn.cpu.call import call_of, nothing, operands_of
+from numba_attn.cpu.call import call_of, nothing
+from numba_attn.cpu.gradient_tasks import added_of, cut_of, tables_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.score_gradients import GradientArrays
 from numba_attn.gradient_problem import GradientProblem
-from numba_attn.problem import statistics_dtype
+from numba_attn.problem import Problem, statistics_dtype
 
 
 def backward(gradient: GradientProblem) -> None:
     """Compute a gradient and write it."""
     problem = gradient.problem
-    B, Hq, _, Lq, _, D, Dv = sizes = problem.sizes
+    B, Hq, Hkv, Lq, _, D, Dv = sizes = problem.sizes
     if B * Hq * Lq == 0:
         return
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
-    call, alive = call_of(problem, sizes, first_pass.operand(kind))
+    call, alive = call_of(problem, sizes, one_pass.operand(kind))
     # Of rows of padding, whose lse is nothing but their sink, this is all there is.
     above = gradient.grad_lse
     delta = np.zeros(problem.query.shape[:-1], dtype) if above is None else np.negative(above, order="C")
     arrays = arrays_of(gradient, delta)
     operations = launch.rows_times_keys(call.sequences) * Hq * (3 * D + 2 * Dv)
     workers = threads.count() if operations > launch.SERIAL_WORK else 1
-    first_pass.run(call, arrays, (kind, first_pass.operand(kind)), workers, operations)
-    if gradient.mask is not None or gradient.slopes is not None:
-        mask, places = mask_of(gradient, B)
-        call = call._replace(arrays=call.arrays._replace(operands=operands_of(COMPUTED[kind])))
-        kinds = kind, COMPUTED[kind]
-        bias_gradient.run(call, arrays, mask, places, gradient.slopes, kinds, workers, operations)
+    mask, slopes, places = gradient.mask, gradient.slopes, np.arange(B)
+    cut, added = cut_of(D, Dv, dtype.itemsize), None
+    if problem.mask is not None and problem.mask.dtype != bool:
+        shape, places = mask_shape(problem, B)
+        mask = None if mask is None else mask.reshape(shape)
+        added = added_of(shape, places) if shape[2] > 1 else None
+    tables = tables_of(call, cut, added, in_chains=mask is not None)
+    if len(tables.tasks):
+        bias = bias_gradient.bias_of(mask, slopes, places, tables.tasks, Hq // Hkv, dtype)
+        one_pass.run(call, arrays, bias, tables, cut, (kind, one_pass.operand(kind)), workers, operations)
+        bias_gradient.finish(bias, mask, slopes, places, tables.tasks)
     if gradient.sinks is not None:
         gradient.sinks[...] = of_sinks(gradient, delta)
     del alive
 
 
-def mask_of(gradient: GradientProblem, B: int) -> tuple[np.ndarray | None, np.ndarray]:
-    """The gradient of the mask (places, heads, rows, keys), and the place of each sequence in it."""
-    if gradient.mask is None:
-        return None, np.arange(B)
-    batch = gradient.mask.shape[:-3]
-    mask = gradient.mask.reshape(math.prod(batch), *gradient.mask.shape[-3:])
-    of_problem = (B,) if gradient.problem.packed is not None else gradient.problem.query.shape[:-3]
-    return mask, np.broadcast_to(np.arange(len(mask)).reshape(batch), of_problem).reshape(-1)
+def mask_shape(problem: Problem, B: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """The shape of the mask, with one axis for its batch, and the place of each sequence in that."""
+    assert problem.mask is not None
+    batch, count = problem.mask.shape[:-3], math.prod(problem.mask.shape[:-3])
+    of_problem = (B,) if problem.packed is not None else problem.query.shape[:-3]
+    places = np.broadcast_to(np.arange(count).reshape(batch), of_problem).flatten()
+    return (count, *problem.mask.shape[-3:]), places
 
 
 def arrays_of(gradient: GradientProblem, delta: np.ndarray) -> GradientArrays:
@@ -88,8 +93,7 @@ def warmup(kinds: Iterable[str] = tuple(COMPUTED)) -> list[str]:
     """Compile every kernel for kinds of element, or load it from the cache; returns their names."""
     names = []
     for kind in kinds:
-        for module, operand in ((first_pass, first_pass.operand(kind)), (bias_gradient, COMPUTED[kind])):
-            for entry in (module.serial, module.parallel):
-                entry(kind, operand)
-            names.append(f"{module.__name__}, {kind}")
+        for entry in (one_pass.serial, one_pass.parallel):
+            entry(kind, one_pass.operand(kind))
+        names.append(f"{one_pass.__name__}, {kind}")
     return names

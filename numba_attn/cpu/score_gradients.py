@@ -119,7 +119,7 @@ def probabilities_of_parts(k, qt, tile, width, scale, lse, p, p_row, sizes, memo
 
 
 @device
-def gradients_of_parts(value, gt, width, scale, delta, p, ds, p_row, sizes, memory, at):
+def gradients_of_parts(value, gt, width, delta, p, ds, p_row, sizes, memory, at):
     """Write the gradients of the scores of a tile, part by part."""
     vector, nothing = sizes.lanes * memory.itemsize, memory.dtype.type(0)
     for number in range(2 * width - 1):
@@ -127,7 +127,7 @@ def gradients_of_parts(value, gt, width, scale, delta, p, ds, p_row, sizes, memo
         here, there = first * vector, start * p_row
         gradient_tiles.score_gradients(
             end - first, width * vector, moved(value.data, start * value.row), value.row, value.step, n, sizes.Dv,
-            moved(gt, here), scale, moved(delta, here), moved(p, there + here), moved(ds, there + here), p_row,
+            moved(gt, here), moved(delta, here), moved(p, there + here), moved(ds, there + here), p_row,
         )  # fmt: skip
         gradient_tiles.fill(first, moved(ds, there), p_row, n, nothing)
         gradient_tiles.fill(width - end, moved(ds, there + end * vector), p_row, n, nothing)
@@ -135,18 +135,17 @@ def gradients_of_parts(value, gt, width, scale, delta, p, ds, p_row, sizes, memo
 
 @device
 def score_gradients(
-    head, settings, tile, row, rows, sizes, of_products, k, value, qt, gt, lse, delta, p, ds, p_row, memory, at
+    head, settings, tile, row, rows, sizes, k, value, qt, gt, lse, delta, p, ds, p_row, memory, at
 ):  # fmt: skip
     """Write probabilities, as the output has used them, to p, and the gradients of scores to ds; 0 where masked.
 
-    They are those of the products of queries and keys or, if not `of_products`, of scores before score_mod.  Rows of k
-    and value, and of p and ds, `p_row` bytes apart, are those of the tile; qt, gt, lse and delta are the row block's.
-    Cuts of the tile are left in memory, see `edges`.
+    They are those of scores before score_mod, as what is added to them has.  Rows of k and value, and of p and ds,
+    `p_row` bytes apart, are those of the tile; qt, gt, lse and delta are the row block's.  Cuts of the tile are left in
+    memory, see `edges`, and how capped scores grow with what they were before.
     """
     n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
     block_row = width * sizes.lanes * memory.itemsize
-    scores, one = element(memory, at.scores), memory.dtype.type(1)
-    functions, factor = head.functions, settings.scale if of_products else one
+    scores, functions = element(memory, at.scores), head.functions
     is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
     edges.cut(tile, width, not tile.edged, sizes, memory, at)
@@ -160,9 +159,8 @@ def score_gradients(
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
         natural = cap(settings, tile, width, scores, memory)
-        if is_capped and of_products:
-            growth, growth_row = element(memory, at.growth), block_row
-            gradient_tiles.cap_growth(width, scores, n, settings.softcap, growth)
+        if is_capped:
+            gradient_tiles.cap_growth(width, scores, n, settings.softcap, element(memory, at.growth))
         unit = memory.dtype.type(LOG2_E) if is_capped else settings.scale_2
         if is_changed:
             natural, unit = settle(head, tile, width, natural, scores, memory), memory.dtype.type(LOG2_E)
@@ -176,12 +174,10 @@ def score_gradients(
                 functions.codes, SCORE, functions.score, scores, n, across, rows,
                 natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
             )  # fmt: skip
-            if growth_row != 0:
-                gradient_tiles.multiply(width, n, growth, derivative)
             growth, growth_row = derivative, block_row
         gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, lse, p, p_row)
     if settings.threshold == 0 and growth_row == 0:
-        gradients_of_parts(value, gt, width, factor, delta, p, ds, p_row, sizes, memory, at)
+        gradients_of_parts(value, gt, width, delta, p, ds, p_row, sizes, memory, at)
         return
     keep, keep_row = element(memory, at.one), 0
     if settings.threshold != 0:
@@ -189,4 +185,4 @@ def score_gradients(
         pack.fill_lanes(keep, settings.gain, width * n)
         dropout.drop(width, keep, n, settings.threshold, settings.seed, head.b, head.h, row, tile.start)
     tiles.scores(width, value.data, value.row, value.step, n, sizes.Dv, gt, scores)
-    gradient_tiles.differentiate(width, scores, n, keep, keep_row, growth, growth_row, factor, delta, p, ds, p_row)
+    gradient_tiles.differentiate(width, scores, n, keep, keep_row, growth, growth_row, delta, p, ds, p_row)
