@@ -117,9 +117,13 @@ MAY_IMPORT = {
     "cpu.rows": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.results": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
+    "cpu.row_block": {
+        *("cpu.dropout", "cpu.edges", "cpu.jit", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.score", "cpu.softmax"),
+        *("cpu.stored", "cpu.tiles", "cpu.visible", "block_mask"),
+    },
     "cpu.forward": {
-        *("cpu.amx", "cpu.dropout", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
-        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
+        *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
+        *("cpu.results", "cpu.row_block", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
         *("cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.decode": {
