@@ -111,6 +111,7 @@ class Problem:
     max_score: np.ndarray | None
     entropy: np.ndarray | None
     key_weight: np.ndarray | None  # (*batch, Hq, Lk)
+    norms: np.ndarray | None  # (B, Hq, Lq, 2), what kernels make probabilities of again, for gradients
     layout: str  # of the caller's arrays
     result: np.ndarray  # out as the caller gets it
     aux: Aux | None  # likewise
@@ -265,8 +266,7 @@ class Problem:
         rows = return_shape[:-1]
         keys = (len(key), Hq) if packed else _per_key(rows, Lk, layout)
         numbers = statistics_dtype(query.dtype)
-        wanted = (*names, "lse") if differentiable else names
-        aux = {name: _empty(query, rows if name != "key_weight" else keys, numbers) for name in wanted}
+        aux = {name: _empty(query, rows if name != "key_weight" else keys, numbers) for name in names}
         if differentiable:
             _check_differentiable(score_mod, score_mod_grad, precision)
 
@@ -292,6 +292,7 @@ class Problem:
             dropout=_dropout(dropout_p, dropout_seed),
             bfloat16_products=_precision(precision, query.dtype),
             out=heads_first(result),
+            norms=np.empty((B, Hq, Lq, 2), numbers) if differentiable else None,
             layout=layout,
             result=result,
             aux=Aux(**{name: aux[name] for name in names}) if names else None,

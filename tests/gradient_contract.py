@@ -45,7 +45,7 @@ def exact(
     if mask is not None and mask.dtype != bool:
         with np.errstate(over="ignore"):
             options = {**options, "attn_mask": mask.astype(working).astype(held)}
-    options = {**DEFAULTS, **options, "return_aux": ()}
+    options = {**DEFAULTS, **options, "return_aux": ("lse",)}
     problem = Problem.from_call(*(x.astype(held) for x in arrays), **options, differentiable=True)
     gradient = GradientProblem.from_call(problem, *(None if x is None else x.astype(held) for x in above), None)
     reference.backward(gradient, arithmetic)

@@ -136,10 +136,10 @@ MAY_IMPORT = {
         *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
         *("checks", "problem", "repeats", "threads"),
     },
-    "cpu.gradient_tiles": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.tiles"},
+    "cpu.gradient_tiles": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.tiles"},
     "cpu.score_gradients": {
         *("cpu.blocks", "cpu.dropout", "cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack"),
-        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
+        *("cpu.pointers", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
     },
     "cpu.gradient_tasks": {"cpu.plan", "cpu.score", "cpu.target"},
     "cpu.bias_gradient": {
@@ -151,7 +151,8 @@ MAY_IMPORT = {
         *("cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
     },
     "cpu.gradients": {
-        *("cpu.backward", "cpu.bias_gradient", "cpu.call", "cpu.gradient_tasks", "cpu.launch", "cpu.narrow"),
+        *("cpu.backward", "cpu.bias_gradient", "cpu.blocks", "cpu.call", "cpu.gradient_tasks", "cpu.launch"),
+        "cpu.narrow",
         *("cpu.score_gradients", "gradient_problem", "problem", "threads"),
     },
     "cpu.inside": {

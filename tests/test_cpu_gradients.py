@@ -71,6 +71,38 @@ def test_masks_of_any_sharing(shape: str, small: bool, monkeypatch: pytest.Monke
     assert same_bits(vjp(grad_out, wanted=("query",)).key, got.key)
 
 
+@pytest.mark.parametrize("constant", [-1e9, "lowest"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [3, 60])
+def test_a_constant_added_to_rows_changes_no_probability(rows: int, dtype: type, constant: float | str) -> None:
+    """As masks of padding add it: where a row's lse is so large that the logarithm of its sum is lost in it."""
+    rng, weights = np.random.default_rng(3), numba_attn.attention_weights
+    query, grad_out = rng.standard_normal((2, 2, rows, 16)).astype(dtype)
+    key, value = rng.standard_normal((2, 2, 70, 16)).astype(dtype)
+    added = np.finfo(dtype).min if constant == "lowest" else constant
+    mask = np.where(np.arange(rows) % 3 == 1, added, 0).astype(dtype)[:, None] + np.zeros((rows, 70), dtype)
+    calls = [numba_attn.scaled_dot_product_attention_vjp(query, key, value, m) for m in (mask, 0 * mask)]
+    pairs = [*zip(*(vjp(grad_out)[:4] for _, vjp in calls), strict=True)]
+    pairs += [[weights(query, key, m, query_rows=r) for m in (mask, 0 * mask)] for r in (None, [1])]
+    of_keys = [
+        numba_attn.scaled_dot_product_attention(query, key, value, m, return_aux=("key_weight",))
+        for m in (mask, 0 * mask)
+    ]
+    pairs.append([aux.key_weight for _, aux in of_keys])
+    for got, expected in pairs:
+        np.testing.assert_allclose(
+            got, expected, rtol=0, atol=30 * np.finfo(dtype).eps * max(1, np.abs(expected).max())
+        )
+
+
+def test_probabilities_of_large_scores_sum_to_one() -> None:
+    """What is made again of scores, by products in the same order, belongs to the sums of the first time."""
+    query, key = 100 * np.random.default_rng(4).standard_normal((2, 1, 90, 64), dtype=np.float32)
+    np.testing.assert_allclose(numba_attn.attention_weights(query, key).sum(axis=-1), 1, rtol=1e-6)
+    out, vjp = numba_attn.scaled_dot_product_attention_vjp(query, key, key)
+    np.testing.assert_allclose(vjp(np.ones_like(out)).value.sum(axis=1), 90, rtol=1e-5)
+
+
 @given(
     lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=4),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (8, 8)]),

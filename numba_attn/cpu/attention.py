@@ -52,7 +52,8 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
 
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows)
-    few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize))
+    # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
+    few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize) if Dv else 0)
     key_weights = None if problem.key_weight is None else problem.first_sequence().key_weight
     steps: list[Step] = []
     for some_numbers, kernels in ((few, decode), (many, prefill)):

@@ -26,14 +26,13 @@ from numba_attn.cpu.gradient_tasks import Cut, Tables, rows_of_sums
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, get, holds_pairs, moved, put
-from numba_attn.cpu.results import column_of, read, write
+from numba_attn.cpu.results import column_of, norms_of, read, read_norms, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
     GradientArrays,
     as_operands,
     gradient_types,
     load_keys,
-    load_lse,
     load_pairs,
     load_values,
     padded,
@@ -46,7 +45,7 @@ from numba_attn.cpu.visible import Matrix, visible
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
     "Memory",
-    "scores bias keep growth derivative zero one low high cuts sums lse delta starts stops spoilt "
+    "scores bias keep growth derivative zero one low high cuts sums norms delta starts stops spoilt "
     "qt gt ot above q g dq p ds k clean pairs v size",
 )
 
@@ -60,8 +59,8 @@ def memory_map(sizes, blocks):
     group, tile = blocks * block, keys * block
     lane_vectors = 5 * tile
     per_group = lane_vectors + 6 * block
-    # Starts and stops are those of vectors.
-    rows = per_group + 2 * group + (2 * group // lanes + group + lanes - 1) // lanes * lanes
+    # Norms are two numbers a row, block by block; starts and stops are those of vectors.
+    rows = per_group + 3 * group + (2 * group // lanes + group + lanes - 1) // lanes * lanes
     products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
     tiles_ = products + group * (2 * D + Dv)
     copies = tiles_ + 2 * keys * group
@@ -77,11 +76,11 @@ def memory_map(sizes, blocks):
         high=lane_vectors + 3 * block,
         cuts=lane_vectors + 4 * block,
         sums=lane_vectors + 5 * block,
-        lse=per_group,
-        delta=per_group + group,
-        starts=per_group + 2 * group,
-        stops=per_group + 2 * group + group // lanes,
-        spoilt=per_group + 2 * group + 2 * (group // lanes),
+        norms=per_group,
+        delta=per_group + 2 * group,
+        starts=per_group + 3 * group,
+        stops=per_group + 3 * group + group // lanes,
+        spoilt=per_group + 3 * group + 2 * (group // lanes),
         qt=rows,
         gt=rows + group * sizes.D,
         ot=rows + group * (sizes.D + sizes.Dv),
@@ -114,7 +113,7 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
     columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
     h, of_forward, offsets = head.h, sequences.offsets[head.b], gradients.offsets[head.b]
     q, g, out = head.q, matrix(gradients.grad_out, offsets[0], h), matrix(arrays.out, of_forward[4], h)
-    lse, grad_lse = column_of(arrays.lse, of_forward[5], h), column_of(gradients.grad_lse, offsets[1], h)
+    norms, grad_lse = norms_of(arrays, sequences, head.b, h), column_of(gradients.grad_lse, offsets[1], h)
     delta, nothing, operands = column_of(gradients.delta, offsets[2], h), memory.dtype.type(0), arrays.operands
     ot, pairs = element(memory, at.ot), holds_pairs(address(operands))
     for i in range((end - first + block - 1) // block):
@@ -129,7 +128,7 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
             pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
         pack.transpose(width, moved(out.data, row * out.row), out.row, out.step, rows, Dv, ot)
         gradient_tiles.column_dots(width, ot, above, Dv, element(memory, at.delta + i * block))
-        load_lse(lse, row, rows, lanes, memory, at.lse + i * block)
+        read_norms(norms, row, rows, lanes, block, memory, at.norms + 2 * i * block)
         for lane in range(rows):
             if grad_lse.wanted:
                 memory[at.delta + i * block + lane] -= read(grad_lse, row + lane)
@@ -209,7 +208,7 @@ def differentiate_group(
                     Matrix(moved(k_tile.data, start * k_tile.row), k_tile.row, k_tile.step),
                     Matrix(moved(v_tile.data, start * v_tile.row), v_tile.row, v_tile.step),
                     qt, gt,
-                    element(memory, at.lse + i * block), element(memory, at.delta + i * block),
+                    element(memory, at.norms + 2 * i * block), element(memory, at.delta + i * block),
                     moved(p, at_tile), moved(ds, at_tile), p_row, memory, at,
                 )  # fmt: skip
                 weights, from_key, first_key = moved(ds, at_tile), p_row, start
@@ -440,7 +439,7 @@ def run(
     workers: int,
     operations: float,
 ) -> None:
-    """Write the gradients of a call whose output and lse have been written; the sums of `gradients` are made here."""
+    """Write the gradients of a call whose output and norms have been written; the sums of `gradients` are made here."""
     D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
     chains, rows, size = len(tables.chains), rows_of_sums(tables.tasks), memory_size(cut, D, Dv)
     sums = [np.empty((rows, -(-columns // cut.lanes) * cut.lanes), dtype) for columns in (D, Dv)]

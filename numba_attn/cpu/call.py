@@ -21,22 +21,22 @@ from numba_attn.problem import Problem, Sizes, statistics_dtype
 def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, list[Any]]:
     """The call, and what must live as long as kernels run.
 
-    Without an lse of its own, one is made where the weights of keys need it.
+    Without norms of its own, there are some where the weights of keys need them.
     """
     dtype = statistics_dtype(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind_of(problem.query.dtype)
     first, offsets = problem.first_sequence(), _offsets(problem, sizes.B)
-    lse = first.lse
-    if problem.key_weight is not None and lse is None:
+    norms = problem.norms
+    if problem.key_weight is not None and norms is None:
+        norms = np.empty((sizes.B, sizes.Hq, sizes.Lq, 2), dtype)
+    if norms is not None:
         offsets = offsets.copy()
-        offsets[:, 5] = np.arange(sizes.B) * (sizes.Hq * sizes.Lq * dtype.itemsize)
-        every_lse = np.empty((sizes.B, sizes.Hq, sizes.Lq), dtype)
-        lse = every_lse[0]
-    statistics = [nothing(2, dtype) if x is None else x for x in (lse, first.max_score, first.entropy)]
+        offsets[:, 9] = np.arange(sizes.B) * norms.strides[0]
+    statistics = [nothing(2, dtype) if x is None else x for x in (first.lse, first.max_score, first.entropy)]
     arrays = Arrays(
         bits_of(first.query), held_of(first.key, held), held_of(first.value, held),
         _NO_MASK if first.mask is None else narrow.bytes_of(first.mask), bits_of(first.out),
-        *statistics,  # type: ignore[call-arg]
+        *statistics, nothing(3, dtype) if norms is None else norms[0],  # type: ignore[call-arg]
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
         operands_of(operand),
@@ -59,7 +59,7 @@ def held_of(x: np.ndarray, held: str) -> np.ndarray:
 
 
 def _offsets(problem: Problem, B: int) -> np.ndarray:
-    """(B, 9) int64: where in each array the sequences start, in bytes; see `score.Sequences`."""
+    """(B, 10) int64: where in each array the sequences start, in bytes, but for norms; see `score.Sequences`."""
     if B == 1:
         return _ONLY_ONE
     results = problem.lse, problem.max_score, problem.entropy, problem.key_weight
@@ -70,14 +70,13 @@ def _offsets(problem: Problem, B: int) -> np.ndarray:
         mask = launch.mask_strides(problem.mask, (len(rows),))
         columns += [np.arange(len(rows)) * mask[0], rows * out.strides[1]]
         columns += [(rows if x is not results[3] else keys) * (0 if x is None else x.strides[1]) for x in results]
-        return np.stack(columns, axis=1)
+        return np.stack([*columns, np.zeros_like(rows)], axis=1)
     batch = problem.query.shape[:-3]
     in_pages = problem.storage is not None and problem.storage.pages is not None
     held = (None, None) if in_pages else (problem.key, problem.value)  # in pages, every sequence starts at page 0
     none = (0,) * len(batch)
-    strides = [
-        none if x is None else x.strides[: len(batch)] for x in (problem.query, *held, None, problem.out, *results)
-    ]
+    of_sequences = problem.query, *held, None, problem.out, *results, None
+    strides = [none if x is None else x.strides[: len(batch)] for x in of_sequences]
     strides[3] = launch.mask_strides(problem.mask, batch)
     return launch.batch_offsets(batch, *strides)
 
@@ -129,7 +128,7 @@ def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]
     return Functions(codes, *captured), passes
 
 
-_ONLY_ONE = np.zeros((1, 9), np.int64)
+_ONLY_ONE = np.zeros((1, 10), np.int64)
 _NO_FUNCTIONS = Functions(np.zeros(4, np.intp), *[np.zeros(1, np.int64)] * 4)
 _NO_MASK = np.empty((0, 0, 0), np.uint8)
 _NO_PAGES = np.zeros((1, 1), np.int64)

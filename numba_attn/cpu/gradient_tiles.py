@@ -1,8 +1,8 @@
 """The stages of the gradient on one tile, as register-tile micro-kernels.
 
-As in the forward pass, queries are the lanes of every vector.  With P the probabilities, made anew from the lse:
+As in the forward pass, queries are the lanes of every vector.  With P the probabilities, made anew from their norms:
 
-    P = exp2(scale * S + bias - lse),   dS = P (keep * dP - delta) * growth,   S = K Q^T,   dP = V dO^T
+    P = exp2(scale * S + bias - reference) * inverse,   dS = P (keep * dP - delta) * growth,   S = K Q^T,   dP = V dO^T
 
 What P and dS are then multiplied with, rows of dO, Q and K, has head elements for lanes: the tiles of a whole group of
 row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.  Where
@@ -19,56 +19,55 @@ from numba import types
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, fill_rows, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I16, Value, Vectors, emits
+from numba_attn.cpu.softmax import HEADROOM, at_most
 from numba_attn.cpu.tiles import are_pairs, paired, product
 
 
-def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, lse, p, p_row, *, biased):
-    """p = exp2(scale * k.qt + bias - lse), -0.0 where masked, without the scores ever being stored.
+def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, norms, block, p, p_row, *, biased):
+    """p = exp2(scale * k.qt + bias - reference) * inverse, -0.0 where masked, without the scores ever being stored.
+
+    Norms are references, and `block` bytes after them inverses of sums, see `results`.
 
     Rows of qt are `row` bytes apart.  If not `biased` there is no bias.
     """
     factor, zero, pairs = v.splat(scale), v.constant(0.0), are_pairs(v, "k")
-    lowest, masked = v.constant(-INFINITY), v.constant(-0.0)
+    lowest, masked, most = v.constant(-INFINITY), v.constant(-0.0), v.constant(HEADROOM)
 
     def tile(i: Value, height: int) -> None:
         acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
         for w in range(width):
-            base = v.load(lse, w * v.bytes)
+            base, inverse = v.load(norms, w * v.bytes), v.load(v.at(norms, block), w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 numbers = [v.add_index(i, r) for r in range(first, min(first + AT_ONCE, height))]
                 products = [acc[r * width + w] for r in range(first, min(first + AT_ONCE, height))]
                 extra = [v.load(v.at(bias, v.mul_index(j, bias_row)), w * v.bytes) if biased else zero for j in numbers]
                 exponents = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
-                powers = v.exp2(*(_at_most_zero(v, x) for x in exponents))
+                powers = v.exp2(*(at_most(v, x, most) for x in exponents))
                 for j, e, power in zip(numbers, extra, powers, strict=True):
-                    kept = v.select(v.equal(e, lowest), masked, power) if biased else power
+                    weight = v.mul(power, inverse)
+                    kept = v.select(v.equal(e, lowest), masked, weight) if biased else weight
                     v.store(kept, v.at(p, v.mul_index(j, p_row)), w * v.bytes)
 
     for_rows(v, n, HEIGHTS[width], tile)
 
 
-def _at_most_zero(v: Vectors, x: Value) -> Value:
-    """No probability is above 1, however coarsely large scores are rounded; NaN stays."""
-    zero = v.constant(0.0)
-    return v.select(v.less(zero, x), zero, x)
-
-
-def _weights(v, width, s, n, scale, bias, bias_row, lse, p, p_row):
-    """p = exp2(scale * s + bias - lse), -0.0 where masked."""
-    row = v.mul_index(width, v.bytes)
+def _weights(v, width, s, n, scale, bias, bias_row, norms, block, p, p_row):
+    """p = exp2(scale * s + bias - reference) * inverse, -0.0 where masked; norms as in `probabilities`."""
+    row, most = v.mul_index(width, v.bytes), v.constant(HEADROOM)
     lowest, masked, factor = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale)
 
     def vector(here: Value) -> None:
-        base = v.load(lse, here)
+        base, inverse = v.load(norms, here), v.load(v.at(norms, block), here)
 
         def keys(j: Value, height: int, _: list[Value]) -> list[Value]:
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(bias, v.mul_index(number, bias_row)), here) for number in numbers]
             loaded = [v.load(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
-            powers = v.exp2(*(_at_most_zero(v, x) for x in xs))
+            powers = v.exp2(*(at_most(v, x, most) for x in xs))
             for number, e, power in zip(numbers, extra, powers, strict=True):
-                v.store(v.select(v.equal(e, lowest), masked, power), v.at(p, v.mul_index(number, p_row)), here)
+                weight = v.select(v.equal(e, lowest), masked, v.mul(power, inverse))
+                v.store(weight, v.at(p, v.mul_index(number, p_row)), here)
             return []
 
         for_keys(v, n, [], keys)

@@ -11,6 +11,7 @@ import numpy as np
 from numba_attn import threads
 from numba_attn.cpu import backward as one_pass
 from numba_attn.cpu import bias_gradient, launch
+from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.call import call_of, nothing
 from numba_attn.cpu.gradient_tasks import added_of, cut_of, tables_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
@@ -27,7 +28,7 @@ def backward(gradient: GradientProblem) -> None:
         return
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
     call, alive = call_of(problem, sizes, one_pass.operand(kind))
-    # Of rows of padding, whose lse is nothing but their sink, this is all there is.
+    # Of rows of padding, whose sum is nothing but their sink, this is all there is.
     above = gradient.grad_lse
     delta = np.zeros(problem.query.shape[:-1], dtype) if above is None else np.negative(above, order="C")
     arrays = arrays_of(gradient, delta)
@@ -83,10 +84,14 @@ def arrays_of(gradient: GradientProblem, delta: np.ndarray) -> GradientArrays:
 def of_sinks(gradient: GradientProblem, delta: np.ndarray) -> np.ndarray:
     """(Hq,): the gradient of each head's sink, whose probability meets nothing but delta."""
     problem = gradient.problem
-    assert problem.sinks is not None and problem.lse is not None
-    weight = np.exp(problem.sinks[:, None] - problem.lse)
-    over = tuple(axis for axis in range(delta.ndim) if axis != delta.ndim - 2)
-    return -(weight * delta).sum(axis=over)
+    assert problem.sinks is not None and problem.norms is not None
+    total = np.zeros_like(problem.sinks)
+    for b, norms in enumerate(problem.norms):
+        of_sequence = problem.rows(delta[..., None], b)[..., 0]
+        reference, inverse = np.moveaxis(norms[:, : of_sequence.shape[1]], -1, 0)
+        weight = np.exp2(problem.sinks[:, None] * LOG2_E - reference) * inverse
+        total -= (weight * of_sequence).sum(axis=1)
+    return total
 
 
 def warmup(kinds: Iterable[str] = tuple(COMPUTED)) -> list[str]:

@@ -39,15 +39,15 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     lanes = VECTOR_BYTES // itemsize
     if math.isnan(scale):
         scale = 1 / math.sqrt(D) if D else 1.0
-    offsets, intervals, numbers = np.zeros((B, 9), np.int64), np.empty((B, 3), np.int64), np.empty((B, 1), np.int64)
+    offsets, intervals, numbers = np.zeros((B, 10), np.int64), np.empty((B, 3), np.int64), np.empty((B, 1), np.int64)
     for b in range(B):
         offsets[b, 0], offsets[b, 1], offsets[b, 2] = b * q.strides[0], b * k.strides[0], b * v.strides[0]
         offsets[b, 4] = b * out.strides[0]
         intervals[b, 0], intervals[b, 1], intervals[b, 2], numbers[b, 0] = offset, query_length, kv_length, b
     none = np.empty((0, 0), out.dtype)
     arrays = Arrays(
-        q[0], k[0], v[0], np.empty((0, 0, 0), np.uint8), out[0], none, none, none, none, none.reshape(-1),
-        np.empty((0, 0, 0, 0), np.uint8), none.reshape(-1),
+        q[0], k[0], v[0], np.empty((0, 0, 0), np.uint8), out[0], none, none, none, np.empty((0, 0, 0), out.dtype), none,
+        none.reshape(-1), np.empty((0, 0, 0, 0), np.uint8), none.reshape(-1),
     )  # fmt: skip
     sequences = Sequences(offsets, intervals, numbers, np.zeros((1, 1), np.int64))
     table = np.zeros(1, np.int64)

@@ -1,14 +1,13 @@
 """How much each key is attended to: its probabilities, summed over the query rows, in a second pass over the scores.
 
-    key_weight[j] = sum over rows i of exp(s[i, j] - lse[i])
+    key_weight[j] = sum over rows i of exp(s[i, j]) / sum over keys of exp(s[i, :])
 
-The probabilities need the lse of whole rows, so that this cannot be had while the keys stream past for the first time.
+The probabilities need the sums of whole rows, so that this cannot be had while the keys stream past for the first time.
 A task is a part of the keys of one head, which every row block passes in order: who does it changes no bit.
 """
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
 
 import numpy as np
@@ -16,12 +15,11 @@ from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import amx, launch, pack, softmax
-from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved
-from numba_attn.cpu.results import column_of, read, write
+from numba_attn.cpu.results import column_of, norms_of, read_norms, write
 from numba_attn.cpu.score import (
     NO_NOTES,
     ON_TILES,
@@ -43,8 +41,8 @@ from numba_attn.cpu.score import (
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 
-# Where things are in a worker's memory, in elements: qt, the lse of a row block, and one vector of sums a key.
-Memory = namedtuple("Memory", "scores bias keys rows zero low high lse qt sums")
+# Where things are in a worker's memory, in elements: qt, the norms of a row block, and one vector of sums a key.
+Memory = namedtuple("Memory", "scores bias keys rows zero low high norms qt sums")
 # How the problem is cut: keys of a key tile and of a task, query rows of a row block, lanes of a vector.
 Cut = namedtuple("Cut", "keys task_keys block lanes")
 
@@ -66,14 +64,14 @@ def memory_map(sizes):
         zero=lanes,
         low=lanes + sizes.block,
         high=lanes + 2 * sizes.block,
-        lse=lanes + 3 * sizes.block,
-        qt=lanes + 4 * sizes.block,
-        sums=lanes + (4 + qt_rows) * sizes.block,
+        norms=lanes + 3 * sizes.block,
+        qt=lanes + 5 * sizes.block,
+        sums=lanes + (5 + qt_rows) * sizes.block,
     )
 
 
 @device
-def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
+def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
     """Sums, one vector a key of [low, high), of the probabilities in the rows [0, valid)."""
     keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
     at = memory_map(sizes)
@@ -88,9 +86,7 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
         rows = min(block, valid - row)
         width = (rows + lanes - 1) // lanes
         packed = False
-        for lane in range(width * lanes):
-            # Of lanes without a row, every probability is 0.
-            memory[at.lse + lane] = read(lse, row + lane) * LOG2_E if lane < rows else math.inf
+        read_norms(norms, row, rows, lanes, block, memory, at.norms)
         for number in range(low // keys, (high + keys - 1) // keys):
             start, stop = max(number * keys, low), min((number + 1) * keys, high)
             here = select(head, settings, row, rows, 1, start, stop, False, sizes, memory, at)
@@ -109,12 +105,13 @@ def add_up(head, lse, valid, low, high, sizes, settings, operands, memory):
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
             unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
-            softmax.weigh(width, scores, n, unit, here.added, here.row, element(memory, at.lse), to)
+            reference, inverse = element(memory, at.norms), element(memory, at.norms + block)
+            softmax.weigh(width, scores, n, unit, here.added, here.row, reference, inverse, to)
 
 
 @kernel
 def weigh(memory, worker, counters, weights, arrays, sequences, functions, settings, cut):
-    """Do tasks until there are none; weights is (heads, keys), and arrays.lse that of the forward pass."""
+    """Do tasks until there are none; weights is (heads, keys), and norms are those of the forward pass."""
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
@@ -134,8 +131,8 @@ def weigh(memory, worker, counters, weights, arrays, sequences, functions, setti
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES)
         if low == high:
             continue
-        lse = column_of(arrays.lse, sequences.offsets[b, 5], h)
-        add_up(head, lse, sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
+        norms = norms_of(arrays, sequences, b, h)
+        add_up(head, norms, sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
         start, weight = memory_map(sizes).sums, column_of(weights, sequences.offsets[b, 8], h)
         for key in range(high - low):
             total = memory.dtype.type(0)
@@ -162,7 +159,7 @@ def weigh_together(code, memory, counters, weights, arrays, sequences, functions
 
 
 def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, threads_used: int) -> Cutting:
-    """How to write the weights of a call whose lse has been written; they are (Hq, Lk), of the first sequence."""
+    """How to write the weights of a call whose norms have been written; they are (Hq, Lk), of the first sequence."""
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv, Lq, Lk = arrays.q.shape, arrays.out.shape[2], settings.Lq, settings.Lk
     heads = len(call.sequences.numbers) * Hq

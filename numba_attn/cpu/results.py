@@ -12,7 +12,7 @@ from numba_attn.cpu.score import matrix
 
 LN_2 = math.log(2.0)
 
-# One number a row of a head: the address of the first, the bytes from row to row, and whether they are wanted.
+# One number a row of a head, or two: the address of the first, the bytes from row to row, and whether they are wanted.
 Column = namedtuple("Column", "data row wanted")
 
 
@@ -24,13 +24,24 @@ def column_of(array, b_offset, h):
 
 @device
 def statistics_of(arrays, sequences, b, h):
-    """The columns of lse, max_score and entropy of a head."""
+    """The columns of lse, max_score, entropy and norms of a head."""
     offsets = sequences.offsets
     return (
         column_of(arrays.lse, offsets[b, 5], h),
         column_of(arrays.max_score, offsets[b, 6], h),
         column_of(arrays.entropy, offsets[b, 7], h),
+        norms_of(arrays, sequences, b, h),
     )
+
+
+@device
+def norms_of(arrays, sequences, b, h):
+    """Of a head, what its probabilities can be made of again: of each row, the reference and 1 / the sum.
+
+    They are p = exp2(s - reference) / sum, of scores s in base 2.  An lse would not do: where scores are large, as
+    those of a row that is masked with -1e9 are, the logarithm of the sum is lost in it.
+    """
+    return column_of(arrays.norms, sequences.offsets[b, 9], h)
 
 
 @device
@@ -45,15 +56,33 @@ def write(column, row, value):
 
 
 @device
+def write_norm(norms, row, reference, total):
+    """Where nothing is attended to, the total is 0, and so is every probability."""
+    if norms.wanted:
+        put(norms.data, row * norms.row, reference)
+        put(norms.data, row * norms.row + norms.row // 2, 1 / total if total != 0 else total)
+
+
+@device
+def read_norms(norms, first, rows, lanes, block, memory, at):
+    """Put norms of rows in memory: references, and a block after them 1 / the sums, 0 in lanes without a row."""
+    for lane in range((rows + lanes - 1) // lanes * lanes):
+        row = (first + min(lane, rows - 1)) * norms.row
+        memory[at + lane] = get(norms.data, row)
+        memory[at + block + lane] = get(norms.data, row + norms.row // 2) if lane < rows else 0
+
+
+@device
 def any_wanted(statistics):
-    lse, max_score, entropy = statistics
-    return lse.wanted or max_score.wanted or entropy.wanted
+    lse, max_score, entropy, norms = statistics
+    return lse.wanted or max_score.wanted or entropy.wanted or norms.wanted
 
 
 @device
 def write_statistics(statistics, row, reference, total, moment, best):
     """Write what is wanted of a row's statistics, from its state; see `tiles`."""
-    lse, max_score, entropy = statistics
+    lse, max_score, entropy, norms = statistics
+    write_norm(norms, row, reference, total)
     # Asked first: a logarithm for every row would be a good part of a short call.
     if lse.wanted:
         write(lse, row, -math.inf if total == 0 else (reference + math.log2(total)) * LN_2)
@@ -69,7 +98,7 @@ def write_statistics(statistics, row, reference, total, moment, best):
 def fill_padding(arrays, sequences, b, h, first, end):
     """Write the rows [first, end) of a head, which are padding."""
     if first < end:
-        lse, max_score, entropy = statistics_of(arrays, sequences, b, h)
+        lse, max_score, entropy, norms = statistics_of(arrays, sequences, b, h)
         out, zero = matrix(arrays.out, sequences.offsets[b, 4], h), arrays.lse.dtype.type(0)
         padding = moved(out.data, first * out.row)
         pack.fill(padding, out.row, out.step, end - first, arrays.out.shape[2], zero)
@@ -77,3 +106,7 @@ def fill_padding(arrays, sequences, b, h, first, end):
             write(lse, row, arrays.sinks[h] * LN_2 if arrays.sinks.size else -math.inf)
             write(max_score, row, -math.inf)
             write(entropy, row, 0.0)
+            if arrays.sinks.size:
+                write_norm(norms, row, arrays.sinks[h], zero + 1)
+            else:
+                write_norm(norms, row, zero, zero)

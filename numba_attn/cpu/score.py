@@ -33,11 +33,12 @@ NO_NOTES = Notes(-1, 0)
 # whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted from the start.
 Tile = namedtuple("Tile", "start stop added row kept edged")
 
-# The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows), or
-# empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see BlockMask, are empty where there are none.
-# operands is empty: its type is that of what products are made of, the element type, PAIRS or WORDS.
-Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy slopes sinks states operands")
-# offsets (B, 9): where in q, k, v, mask, out and statistics, up to the weights of keys, sequences start, in bytes;
+# The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows) and
+# norms, see `results`, (heads, rows, 2), empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see
+# BlockMask, are empty where there are none.  operands is empty: its type is that of what products are made of, the
+# element type, PAIRS or WORDS.
+Arrays = namedtuple("Arrays", "q k v mask out lse max_score entropy norms slopes sinks states operands")
+# offsets (B, 10): where in q, k, v, mask, out, statistics, the weights of keys and norms sequences start, in bytes;
 # intervals (B, 3), see masks.KeyIntervals; numbers (n, 1): the sequences that are wanted; pages (B, n), see storage.
 Sequences = namedtuple("Sequences", "offsets intervals numbers pages")
 # The user's functions, compiled: codes (4,), of score_mod, mask_mod, that of the block mask and the derivative of
@@ -312,7 +313,8 @@ def call_types(kind: str, operand: types.Type, held: str) -> tuple[types.Type, .
     written, rows = types.Array(STORED[kind], 3, "A", aligned=False), types.Array(element_type, 2, "A")
     states, operands = types.Array(types.uint8, 4, "A", readonly=True), types.Array(operand, 1, "C")
     slopes, sinks = (types.Array(element_type, ndim, "C") for ndim in (2, 1))
-    arrays = [given, keys, keys, mask, written, rows, rows, rows, slopes, sinks, states, operands]
+    norms = types.Array(element_type, 3, "C")
+    arrays = [given, keys, keys, mask, written, rows, rows, rows, norms, slopes, sinks, states, operands]
     table = types.Array(types.int64, 2, "C", readonly=True)
     settings = [types.int64] * 2 + [element_type] * 4 + [types.int64] * 11
     return (

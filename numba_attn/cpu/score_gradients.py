@@ -1,4 +1,4 @@
-"""The probabilities of one row block and one key tile, made anew from the lse, and the gradients of their scores."""
+"""The probabilities of one row block and one key tile, made anew from norms, and the gradients of their scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.pointers import as_element, moved
-from numba_attn.cpu.results import read
 from numba_attn.cpu.score import (
     DERIVATIVE,
     SCORE,
@@ -96,15 +95,7 @@ def load_values(v, first, n, sizes, memory, at):
 
 
 @device
-def load_lse(lse, row, rows, lanes, memory, at):
-    """Put the lse of rows, in base 2, in memory, a vector or more of them: infinity where all probabilities are 0."""
-    for lane in range((rows + lanes - 1) // lanes * lanes):
-        value = read(lse, row + lane) * LOG2_E if lane < rows else -memory.dtype.type(-float("inf"))
-        memory[at + lane] = value if value != memory.dtype.type(-float("inf")) else -value
-
-
-@device
-def probabilities_of_parts(k, qt, tile, width, scale, lse, p, p_row, sizes, memory, at):
+def probabilities_of_parts(k, qt, tile, width, scale, norms, block, p, p_row, sizes, memory, at):
     """Write the probabilities of a tile with something added to its scores, part by part, see `edges`."""
     vector, masked = sizes.lanes * memory.itemsize, memory.dtype.type(-0.0)
     for number in range(2 * width - 1):
@@ -112,7 +103,8 @@ def probabilities_of_parts(k, qt, tile, width, scale, lse, p, p_row, sizes, memo
         here, of_part = first * vector, moved(p, start * p_row)
         gradient_tiles.biased_probabilities(
             end - first, width * vector, moved(k.data, start * k.row), k.row, k.step, n, sizes.D, moved(qt, here),
-            scale, moved(tile.added, start * tile.row + here), tile.row, moved(lse, here), moved(of_part, here), p_row,
+            scale, moved(tile.added, start * tile.row + here), tile.row, moved(norms, here), block,
+            moved(of_part, here), p_row,
         )  # fmt: skip
         gradient_tiles.fill(first, of_part, p_row, n, masked)
         gradient_tiles.fill(width - end, moved(of_part, end * vector), p_row, n, masked)
@@ -135,27 +127,27 @@ def gradients_of_parts(value, gt, width, delta, p, ds, p_row, sizes, memory, at)
 
 @device
 def score_gradients(
-    head, settings, tile, row, rows, sizes, k, value, qt, gt, lse, delta, p, ds, p_row, memory, at
+    head, settings, tile, row, rows, sizes, k, value, qt, gt, norms, delta, p, ds, p_row, memory, at
 ):  # fmt: skip
     """Write probabilities, as the output has used them, to p, and the gradients of scores to ds; 0 where masked.
 
     They are those of scores before score_mod, as what is added to them has.  Rows of k and value, and of p and ds,
-    `p_row` bytes apart, are those of the tile; qt, gt, lse and delta are the row block's.  Cuts of the tile are left in
-    memory, see `edges`, and how capped scores grow with what they were before.
+    `p_row` bytes apart, are those of the tile; qt, gt, norms and delta are the row block's.  Cuts of the tile are left
+    in memory, see `edges`, and how capped scores grow with what they were before.
     """
     n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
     block_row = width * sizes.lanes * memory.itemsize
-    scores, functions = element(memory, at.scores), head.functions
+    scores, functions, block = element(memory, at.scores), head.functions, sizes.block * memory.itemsize
     is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
     edges.cut(tile, width, not tile.edged, sizes, memory, at)
     if settings.softcap == 0 and is_plain(head) and tile.kept == FULL:
         gradient_tiles.probabilities(
-            width, block_row, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, tile.added, tile.row, lse,
-            p, p_row,
+            width, block_row, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, tile.added, tile.row,
+            norms, block, p, p_row,
         )  # fmt: skip
     elif settings.softcap == 0 and is_plain(head):
-        probabilities_of_parts(k, qt, tile, width, settings.scale_2, lse, p, p_row, sizes, memory, at)
+        probabilities_of_parts(k, qt, tile, width, settings.scale_2, norms, block, p, p_row, sizes, memory, at)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
         natural = cap(settings, tile, width, scores, memory)
@@ -175,7 +167,7 @@ def score_gradients(
                 natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
             )  # fmt: skip
             growth, growth_row = derivative, block_row
-        gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, lse, p, p_row)
+        gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, norms, block, p, p_row)
     if settings.threshold == 0 and growth_row == 0:
         gradients_of_parts(value, gt, width, delta, p, ds, p_row, sizes, memory, at)
         return

@@ -195,7 +195,7 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
             xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
-            powers = v.exp2(*(v.select(v.less(most, x), most, x) for x in xs))
+            powers = v.exp2(*(at_most(v, x, most) for x in xs))
             for x, e, power, to in zip(xs, extra, powers, at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
                 # Where masked, x is -inf or NaN, which is not the maximum.
@@ -232,24 +232,26 @@ def _add_sink(v, width, sink, reference, total, moment):
     for_vectors(v, width, vector)
 
 
-def _weigh(v, width, s, n, scale, bias, bias_row, lse, sums):
-    """sums (n vectors) += exp2(scale * s + bias - lse), the vectors of a key added up, 0 where masked."""
-    row = v.mul_index(width, v.bytes)
+def at_most(v: Vectors, x: Value, most: Value) -> Value:
+    """The smaller of x and `most`; NaN stays."""
+    return v.select(v.less(most, x), most, x)
+
+
+def _weigh(v, width, s, n, scale, bias, bias_row, reference, inverse, sums):
+    """sums (n vectors) += exp2(scale * s + bias - reference) * inverse, vectors of a key added up, 0 where masked."""
+    row, most = v.mul_index(width, v.bytes), v.constant(HEADROOM)
     lowest, factor, zero = v.constant(-INFINITY), v.splat(scale), v.constant(0.0)
 
     def keys(j: Value, height: int) -> None:
         def vector(w: Value, added: list[Value]) -> list[Value]:
-            # Where nothing is attended to, lse is -inf, and every key is masked.
-            base = v.load(lse, w)
-            base = v.select(v.equal(base, lowest), zero, base)
+            base, share_of_one = v.load(reference, w), v.load(inverse, w)
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
             loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
             xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
-            # No probability is above 1, however coarsely large scores are rounded.
-            powers = v.exp2(*(v.select(v.less(zero, x), zero, x) for x in xs))
+            powers = v.exp2(*(at_most(v, x, most) for x in xs))
             return [
-                v.add(total, v.select(v.equal(e, lowest), zero, power))
+                v.add(total, v.select(v.equal(e, lowest), zero, v.mul(power, share_of_one)))
                 for total, e, power in zip(added, extra, powers, strict=True)
             ]
 
