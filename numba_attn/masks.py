@@ -12,6 +12,8 @@ import numpy as np
 
 UNBOUNDED = 1 << 62
 """A window side that reaches over every array."""
+MOST_OFFSET = 1 << 40
+"""The largest position of a query, in either direction: sums of positions and lengths do not overflow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.cpu.jit import OPTIONS, counting_device
-from numba_attn.masks import UNBOUNDED
+from numba_attn.masks import MOST_OFFSET, UNBOUNDED
 
 KINDS = {types.float32: "f", types.float64: "d"}
 SCALARS = (
@@ -60,14 +60,18 @@ def _check_options(options: dict[str, Any]) -> None:
             continue
         if name not in SCALARS and not _is_default(name, given):
             raise TypingError(f"{name} is not available in compiled code, where options are {', '.join(SCALARS)}")
+    options = {name: x.value if isinstance(x, types.Omitted) else x for name, x in options.items()}
+    for name in ("is_causal", "enable_gqa"):
+        if not isinstance(options[name], bool | types.Boolean):
+            raise TypingError(f"{name} must be True or False, got {options[name]}")
     for name in ("query_offset", "query_lengths", "kv_lengths"):
-        given = options[name]
-        given = given.value if isinstance(given, types.Omitted) else given
-        if not (_is_none(given) or isinstance(given, int | types.Integer)):
-            raise TypingError(f"{name} must be an integer in compiled code, got {given}")
+        if not (_is_none(options[name]) or isinstance(options[name], int | types.Integer)):
+            raise TypingError(f"{name} must be an integer in compiled code, got {options[name]}")
     window = options["window"]
     if not _is_none(window) and not (isinstance(window, types.BaseTuple) and len(window) == 2):
         raise TypingError(f"window must be a pair (left, right), got {window}")
+    if not all(_is_none(side) or isinstance(side, types.Integer) for side in window or ()):
+        raise TypingError(f"window must be a pair of integers or None, got {window}")
 
 
 def _addresses(kind: str) -> Any:
@@ -156,6 +160,8 @@ def _attend(
     from numba_attn.cpu.inside import attend_through_pointer
 
     kind = operands[0][1]
+    limits = np.finfo(str(kind.dtype))
+    most, tiny = float(limits.max), float(limits.tiny)
     at, expand = _addresses(KINDS[kind.dtype]), _EXPAND[kind.ndim]
     has_scale, has_softcap = not _is_none(scale), not _is_none(softcap)
     has_rows, has_keys = not _is_none(query_lengths), not _is_none(kv_lengths)
@@ -182,6 +188,8 @@ def _attend(
             keys = kv_lengths
         if not (0 <= rows <= Lq and 0 <= keys <= Lk):
             raise ValueError("query_lengths and kv_lengths must be between 0 and the lengths of the arrays")
+        if not -MOST_OFFSET <= query_offset <= MOST_OFFSET:
+            raise ValueError("query_offset must be between -2**40 and 2**40")
         left, right = sides(window)
         if left < 0 or right < 0:
             raise ValueError("window sides must be 0 or more, or None for unbounded")
@@ -190,12 +198,12 @@ def _attend(
         factor, cap = np.nan, 0.0
         if has_scale:
             factor = float(scale)
-            if not np.isfinite(factor):
-                raise ValueError("scale must be finite")
+            if not abs(factor) < most / 2:
+                raise ValueError("scale must be finite, in the arrays' dtype too")
         if has_softcap:
             cap = float(softcap)
-            if not (cap > 0 and np.isfinite(cap)):
-                raise ValueError("softcap must be positive and finite")
+            if not tiny <= cap <= most:
+                raise ValueError("softcap must be positive and finite, in the arrays' dtype too")
         result = np.empty((B, Hq, Lq, Dv), query.dtype)
         codes = carray(at(), (3,))
         attend_through_pointer(

@@ -16,13 +16,12 @@ import numpy as np
 
 from numba_attn import checks
 from numba_attn.block_mask import BlockMask
-from numba_attn.masks import UNBOUNDED, KeyIntervals
+from numba_attn.masks import MOST_OFFSET, UNBOUNDED, KeyIntervals
 from numba_attn.storage import Storage
 
 AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
 _PLACE = ("b", "h", "i", "j")
 MOD_PARAMETERS = {"score_mod": ("score", *_PLACE), "score_mod_grad": ("score", *_PLACE), "mask_mod": _PLACE}
-_OFFSET_LIMIT = 1 << 40
 
 
 class Aux(NamedTuple):
@@ -526,7 +525,7 @@ def _block_mask(mask: Any, B: int, Hq: int, Lq: int, Lk: int) -> BlockMask | Non
     masks = mask.shape
     if masks[2:] != (Lq, Lk) or masks[0] not in (1, B) or masks[1] not in (1, Hq):
         raise ValueError(f"block_mask was made for (B, Hq, Lq, Lk) = {masks}, got a problem of {(B, Hq, Lq, Lk)}")
-    return mask
+    return mask.shared(B, Hq)
 
 
 def _scale(scale: Any, D: int, dtype: np.dtype) -> float:
@@ -563,7 +562,7 @@ def interval_table(
 ) -> np.ndarray:
     """That of `masks.KeyIntervals`, from arguments of a call, which are checked."""
     if type(query_offset) is int and query_lengths is None and kv_lengths is None:
-        checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        checks.integers("query_offset", query_offset, batch, -MOST_OFFSET, MOST_OFFSET)
         return _uniform_table(math.prod(batch), query_offset, Lq, Lk)
     table = np.empty((math.prod(batch), 3), np.int64)
     table[:, 1] = Lq if query_lengths is None else checks.integers("query_lengths", query_lengths, batch, 0, Lq)
@@ -573,7 +572,7 @@ def interval_table(
             raise ValueError(f"query_offset must be integers or 'bottom_right', got {query_offset!r}")
         table[:, 0] = table[:, 2] - table[:, 1]
     else:
-        table[:, 0] = checks.integers("query_offset", query_offset, batch, -_OFFSET_LIMIT, _OFFSET_LIMIT)
+        table[:, 0] = checks.integers("query_offset", query_offset, batch, -MOST_OFFSET, MOST_OFFSET)
     return table
 
 

@@ -91,6 +91,25 @@ def test_shapes_that_do_not_fit() -> None:
         causal(query, key, value, 0, 7)
 
 
+def test_numbers_out_of_range() -> None:
+    @numba.njit
+    def attend(x: Any, offset: Any, scale: Any, cap: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x, query_offset=offset, scale=scale, softcap=cap)
+
+    x = arrays(np.float32, 5, 5)[1]
+    assert np.isfinite(attend(x, 2**40, 1.0, 1.0)).all()
+    for offset in (2**40 + 1, -(2**62), -(2**63), np.uint64(2**63 + 5)):
+        with pytest.raises(ValueError, match="query_offset must be between"):
+            attend(x, offset, 1.0, 1.0)
+    for scale in (1e300, -np.inf, np.nan):
+        with pytest.raises(ValueError, match="scale must be finite"):
+            attend(x, 0, scale, 1.0)
+    for cap in (1e300, 1e-300, np.nan, -1.0):
+        with pytest.raises(ValueError, match="softcap must be positive and finite"):
+            attend(x, 0, 1.0, cap)
+    assert attend(x.astype(np.float64), 0, 1.0, 1e300).shape == x.shape
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
@@ -101,6 +120,10 @@ def test_shapes_that_do_not_fit() -> None:
         (lambda x: scaled_dot_product_attention(x, x, 1), "value must be a float32 or float64 array"),
         (lambda x: scaled_dot_product_attention(x, x, x, window=3), "window must be a pair"),
         (lambda x: scaled_dot_product_attention(x, x, x, query_offset=0.5), "query_offset must be an integer"),
+        (lambda x: scaled_dot_product_attention(x, x, x, window=(1.7, 1)), "window must be a pair of integers"),
+        (lambda x: scaled_dot_product_attention(x, x, x, window=(True, None)), "window must be a pair of integers"),
+        (lambda x: scaled_dot_product_attention(x, x, x, is_causal=2), "is_causal must be True or False"),
+        (lambda x: scaled_dot_product_attention(x, x, x, enable_gqa=1), "enable_gqa must be True or False"),
     ],
 )
 def test_what_is_not_there(call: Callable[[np.ndarray], Any], reason: str) -> None:
