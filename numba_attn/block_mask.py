@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,17 @@ class BlockMask:
             raise TypeError(f"states must be a uint8 array, got {checks.type_name(self.states)}")
         if self.states.shape != expected:
             raise ValueError(f"states must have shape {expected}, got {self.states.shape}")
+
+    def shared(self, B: int, Hq: int) -> BlockMask:
+        """The mask of so many sequences and heads: what is made for one of them is, with b or h of 0, that of all.
+
+        >>> create_block_mask(documents([[0, 0, 1]]), Lq=3, Lk=3, block_size=2).shared(4, 8).mask_mod(3, 7, 0, 1)
+        True
+        """
+        if self.shape[:2] == (B, Hq):
+            return self
+        mask_mod = _of_first(checks.plain_function(self.mask_mod), int(self.shape[0] > 1), int(self.shape[1] > 1))
+        return replace(self, mask_mod=mask_mod)
 
     @property
     def sparsity(self) -> float:
@@ -177,6 +188,13 @@ def create_block_mask(
 
     B, Hq, Lq, Lk = shape
     return BlockMask(mask_mod, (B, Hq, Lq, Lk), tile, tile_states.tile_states(mask_mod, (B, Hq, Lq, Lk), tile))
+
+
+def _of_first(mask_mod: MaskMod, by_sequence: int, by_head: int) -> MaskMod:
+    def of_first(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return mask_mod(b * by_sequence, h * by_head, i, j)
+
+    return of_first
 
 
 def _lists(chosen: np.ndarray) -> TileLists:

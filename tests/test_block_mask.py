@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import pytest
 
+from numba_attn import attention_weights, scaled_dot_product_attention
 from numba_attn.block_mask import (
     EMPTY,
     FULL,
@@ -267,3 +268,26 @@ def test_errors_of_states() -> None:
         BlockMask(causal, (1, 1, 4, 4), (2, 2), np.zeros((1, 1, 2, 2)))
     with pytest.raises(ValueError, match=re.escape("states must have shape (1, 1, 2, 3), got (1, 1, 2, 2)")):
         BlockMask(causal, (1, 1, 4, 5), (2, 2), np.zeros((1, 1, 2, 2), np.uint8))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("Lq", [3, 20])
+def test_what_is_made_for_one_is_that_of_all(Lq: int, backend: str) -> None:
+    """The function of a mask of one sequence, or one head, is asked for that one alone: it knows no others."""
+    rng = np.random.default_rng(6)
+    query, key, value = (rng.standard_normal((3, 2, L, 8), dtype=np.float32) for L in (Lq, 30, 30))
+    ids, per_head = rng.integers(0, 3, (1, 30)), np.array([4])
+    masks = {
+        "sequence": (create_block_mask(documents(ids), Hq=2, Lq=Lq, Lk=30, block_size=16), ids[0, :Lq, None] == ids[0]),
+        "head": (
+            create_block_mask(lambda b, h, i, j: j <= i + per_head[h], B=3, Lq=Lq, Lk=30, block_size=16),
+            np.arange(30) <= np.arange(Lq)[:, None] + 4,
+        ),
+    }
+    for name, (mask, allowed) in masks.items():
+        options = {"block_mask": mask, "backend": backend}
+        out = scaled_dot_product_attention(query, key, value, **options)
+        expected = scaled_dot_product_attention(query, key, value, allowed, backend=backend)
+        np.testing.assert_allclose(out, expected, atol=1e-6, err_msg=name)
+        weights = attention_weights(query, key, **options)
+        np.testing.assert_allclose(weights, attention_weights(query, key, allowed), atol=1e-6, err_msg=name)
