@@ -142,7 +142,8 @@ def diagnose(
     -----
     Everything comes from one pass of attention with the statistics of its rows, and from sums of O(L D^2): of size
     Lq x Lk there is nothing.  The weight of a row's largest key is exp(max_score - lse), that of its first key
-    exp(score - lse) with the score of an attention to that key alone.
+    exp(score - lse) with the score of an attention to that key alone.  Rows whose largest score is below -5e5 (float64
+    -3e14), as a mask of -1e9 leaves rows of padding, are not counted: what is added to scores is lost in it.
 
     The variance of scores and its reason for the scale: Vaswani et al., "Attention Is All You Need" (2017), section
     3.2.1.  Weight on the first key: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (2023).
@@ -169,7 +170,7 @@ def diagnose(
     lse, max_score, entropy = (
         x.reshape(B, Hq, Lq).astype(np.float64) for x in (problem.lse, problem.max_score, problem.entropy)  # type: ignore[union-attr]
     )  # fmt: skip
-    attending = max_score != -np.inf
+    attending = ~(max_score <= -1 / (16 * np.finfo(problem.max_score.dtype).eps))  # type: ignore[union-attr]
     count = attending.sum(axis=(0, 2))
 
     def mean(x: np.ndarray) -> np.ndarray:

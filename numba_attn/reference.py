@@ -27,6 +27,7 @@ class Head(NamedTuple):
     max_score: np.ndarray  # (Lq,)
     entropy: np.ndarray  # (Lq,)
     weight: np.ndarray  # (Lq, Lk), the probabilities before dropout
+    sink_weight: np.ndarray  # (Lq,), that of the sink
     kept: np.ndarray  # (Lq, Lk), what dropout multiplies them by
     attended: np.ndarray  # (Lq, Lk) bool
     scores: Scores
@@ -80,13 +81,16 @@ def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type
         whole = np.where(total == 0, precision(1), total)
         weight, sink_weight = np.where(attended, weight / whole[:, None], 0), sink_weight / whole
         lse = np.where(total == 0, -np.inf, largest + np.log(total))
-        entropy = -_p_log_p(weight, score - lse[:, None]).sum(axis=1) - _p_log_p(sink_weight, sink - lse)
+        # Not from the lse: where scores are large, the logarithm of the sum is lost in it.
+        log_total = np.log(whole)
+        entropy = -_p_log_p(weight, score - shift - log_total[:, None]).sum(axis=1)
+        entropy -= _p_log_p(sink_weight, sink - shift[:, 0] - log_total)
         kept = np.ones(score.shape, precision)
         if problem.dropout is not None:
             p, seed = problem.dropout
             kept = np.where(random.kept(b, h, score.shape, p, seed), 1 / precision(1 - p), precision(0))
         out = _weighted_sum(weight * kept, attended, value)
-        return Head(out, lse, max_score, entropy, weight, kept, attended, scores)
+        return Head(out, lse, max_score, entropy, weight, sink_weight, kept, attended, scores)
 
 
 def _scores(
@@ -214,9 +218,7 @@ def _add_gradients(
             delta = delta - parts.grad_lse[h].astype(precision)
         grad = only_where_attended(head.weight * (head.kept * (grad_out @ value.T) - delta[:, None]))
         if gradient.sinks is not None:
-            assert problem.sinks is not None
-            weight = np.exp(precision(problem.sinks[h]) - head.lse)
-            gradient.sinks[h] -= (weight * delta).sum()
+            gradient.sinks[h] -= (head.sink_weight * delta).sum()
         if problem.score_mod_grad is not None:
             slope = _apply(problem.score_mod_grad, precision, grad.shape, b, h, head.scores.biased)
             grad = only_where_attended(grad * slope)

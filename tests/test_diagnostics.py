@@ -236,6 +236,19 @@ def test_memory_is_not_that_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> No
         assert peak < everything / 4, f"{peak} bytes"
 
 
+def test_rows_that_a_finite_mask_leaves_out() -> None:
+    """Padding as masks of -1e9 have it is not what a head does."""
+    query, key, value = np.random.default_rng(9).standard_normal((3, 2, 40, 8), dtype=np.float32)
+    padding = (np.arange(40) >= 25)[:, None]
+    got, expected = (
+        diagnose(query, key, value, np.where(padding, x, 0).astype(np.float32) + np.zeros(40, np.float32))
+        for x in (-1e9, -np.inf)
+    )
+    assert got.rows.tolist() == [25, 25]
+    for name in ("entropy", "saturation", "first_key"):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+
+
 def test_layouts_and_ranks() -> None:
     rng = np.random.default_rng(0)
     query, key, value = rng.standard_normal((3, 2, 3, 40, 8))

@@ -8,7 +8,7 @@ import mods
 import numpy as np
 from contract import Contract
 
-from numba_attn import random, scaled_dot_product_attention
+from numba_attn import random, scaled_dot_product_attention, scaled_dot_product_attention_vjp
 from numba_attn.problem import AUX_NAMES
 
 
@@ -97,3 +97,15 @@ def test_every_option_by_hand() -> None:
             weights[b, h, j] += p[j]
     np.testing.assert_allclose(aux.key_weight, weights, atol=1e-14)
     assert 0 < empty < B * Hq * Lq / 2
+
+
+def test_large_scores_lose_nothing_of_the_entropy() -> None:
+    x, sinks = np.zeros((1, 2, 4)), np.array([-1e30])
+    options = {"attn_mask": np.full((2, 2), -1e30), "return_aux": ("entropy",), "backend": "reference"}
+    _, aux = scaled_dot_product_attention(x, x, x, **options)
+    np.testing.assert_allclose(aux.entropy, np.log(2))
+    _, aux = scaled_dot_product_attention(x, x, x, sinks=sinks, **options)
+    np.testing.assert_allclose(aux.entropy, np.log(3))
+    options.pop("return_aux")
+    _, vjp = scaled_dot_product_attention_vjp(x, x, x, sinks=sinks, **options)
+    np.testing.assert_allclose(vjp(x, np.ones((1, 2))).sinks, 2 / 3)
