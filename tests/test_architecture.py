@@ -115,7 +115,7 @@ MAY_IMPORT = {
     },
     "cpu.factors": {"cpu.narrow", "cpu.plan", "cpu.simd", "cpu.tiles"},
     "cpu.rows": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
-    "cpu.results": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
+    "cpu.results": {"cpu.softmax", "cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
     "cpu.row_block": {
         *("cpu.dropout", "cpu.edges", "cpu.jit", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.score", "cpu.softmax"),
@@ -151,8 +151,8 @@ MAY_IMPORT = {
         *("cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
     },
     "cpu.gradients": {
-        *("cpu.backward", "cpu.bias_gradient", "cpu.blocks", "cpu.call", "cpu.gradient_tasks", "cpu.launch"),
-        "cpu.narrow",
+        *("cpu.attention", "cpu.backward", "cpu.bias_gradient", "cpu.blocks", "cpu.call", "cpu.gradient_tasks"),
+        *("cpu.launch", "cpu.narrow"),
         *("cpu.score_gradients", "gradient_problem", "problem", "threads"),
     },
     "cpu.inside": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,12 +96,23 @@ def test_a_constant_added_to_rows_changes_no_probability(rows: int, dtype: type,
         )
 
 
-def test_probabilities_of_large_scores_sum_to_one() -> None:
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 1e30}, {"attn_mask": True}], ids=str)
+@pytest.mark.parametrize("size", [1e2, 3e4, 1e9])
+@pytest.mark.parametrize("rows", [3, 90])
+def test_probabilities_of_large_scores_sum_to_one(rows: int, size: float, options: dict[str, Any]) -> None:
     """What is made again of scores, by products in the same order, belongs to the sums of the first time."""
-    query, key = 100 * np.random.default_rng(4).standard_normal((2, 1, 90, 64), dtype=np.float32)
-    np.testing.assert_allclose(numba_attn.attention_weights(query, key).sum(axis=-1), 1, rtol=1e-6)
-    out, vjp = numba_attn.scaled_dot_product_attention_vjp(query, key, key)
-    np.testing.assert_allclose(vjp(np.ones_like(out)).value.sum(axis=1), 90, rtol=1e-5)
+    rng = np.random.default_rng(4)
+    key, value = rng.standard_normal((2, 2, 90, 64), dtype=np.float32)
+    key = np.float32(size) * key
+    query, options = key[:, -rows:], {**options, "query_offset": 90 - rows}
+    if "attn_mask" in options:
+        options["attn_mask"] = np.float32(size) * rng.standard_normal((rows, 90), dtype=np.float32)
+    np.testing.assert_allclose(numba_attn.attention_weights(query, key, **options).sum(axis=-1), 1, rtol=1e-6)
+    out, vjp = numba_attn.scaled_dot_product_attention_vjp(query, key, value, **options)
+    np.testing.assert_allclose(vjp(np.ones_like(out)).value.sum(axis=1), rows, rtol=1e-5)
+    # Each row is that of the key that its score is largest with.
+    exact = numba_attn.scaled_dot_product_attention(query, key, value, backend="reference", **options)
+    np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-6)
 
 
 @given(

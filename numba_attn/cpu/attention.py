@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,19 @@ def forward(problem: Problem) -> MakeRepeat | None:
     for cut, sequences, arrays in steps:
         cut(sequences)(arrays)
     return None if alive else functools.partial(_repeat, problem, steps, count)
+
+
+def make_norms_alike(problem: Problem) -> None:
+    """Write the norms of sequences with few rows again, by products in the order of those that gradients make.
+
+    Where scores are large, what another order rounds differently would change their probabilities.
+    """
+    sizes = problem.sizes
+    few, _ = _by_rows(problem, sizes.B, sizes.Lq, decode.most_rows(statistics_dtype(problem.query.dtype).itemsize))
+    assert problem.norms is not None
+    if len(few) and problem.norms[few[:, 0], ..., 0].any():  # references are 0 where no score is large
+        value, out = problem.value[..., :0], problem.out[..., :0]
+        forward(replace(problem, value=value, out=out, lse=None, max_score=None, entropy=None, key_weight=None))
 
 
 def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step], list[Any]]:

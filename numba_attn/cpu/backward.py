@@ -45,7 +45,7 @@ from numba_attn.cpu.visible import Matrix, visible
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
     "Memory",
-    "scores bias keep growth derivative zero one low high cuts sums norms delta starts stops spoilt "
+    "scores bias keep growth derivative zero one low high cuts sums norms delta starts stops coarse spoilt "
     "qt gt ot above q g dq p ds k clean pairs v size",
 )
 
@@ -59,8 +59,8 @@ def memory_map(sizes, blocks):
     group, tile = blocks * block, keys * block
     lane_vectors = 5 * tile
     per_group = lane_vectors + 6 * block
-    # Norms are two numbers a row, block by block; starts and stops are those of vectors.
-    rows = per_group + 3 * group + (2 * group // lanes + group + lanes - 1) // lanes * lanes
+    # Norms are two numbers a row, block by block; starts and stops are those of vectors, coarse is one of blocks.
+    rows = per_group + 3 * group + (2 * group // lanes + blocks + group + lanes - 1) // lanes * lanes
     products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
     tiles_ = products + group * (2 * D + Dv)
     copies = tiles_ + 2 * keys * group
@@ -80,7 +80,8 @@ def memory_map(sizes, blocks):
         delta=per_group + 2 * group,
         starts=per_group + 3 * group,
         stops=per_group + 3 * group + group // lanes,
-        spoilt=per_group + 3 * group + 2 * (group // lanes),
+        coarse=per_group + 3 * group + 2 * (group // lanes),
+        spoilt=per_group + 3 * group + 2 * (group // lanes) + blocks,
         qt=rows,
         gt=rows + group * sizes.D,
         ot=rows + group * (sizes.D + sizes.Dv),
@@ -128,7 +129,8 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
             pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
         pack.transpose(width, moved(out.data, row * out.row), out.row, out.step, rows, Dv, ot)
         gradient_tiles.column_dots(width, ot, above, Dv, element(memory, at.delta + i * block))
-        read_norms(norms, row, rows, lanes, block, memory, at.norms + 2 * i * block)
+        coarse = read_norms(norms, row, rows, lanes, block, memory, at.norms + 2 * i * block)
+        memory[at.coarse + i] = 1 if coarse else 0
         for lane in range(rows):
             if grad_lse.wanted:
                 memory[at.delta + i * block + lane] -= read(grad_lse, row + lane)
@@ -204,7 +206,7 @@ def differentiate_group(
                 at_tile = start * p_row + i * block * itemsize
                 qt, gt = operands_of(i, operands, sizes, memory, at)
                 score_gradients(
-                    head, settings, here, row, rows, sizes,
+                    head, settings, here, row, rows, memory[at.coarse + i] != 0, sizes,
                     Matrix(moved(k_tile.data, start * k_tile.row), k_tile.row, k_tile.step),
                     Matrix(moved(v_tile.data, start * v_tile.row), v_tile.row, v_tile.step),
                     qt, gt,

@@ -273,13 +273,16 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
                 if stride != height:
                     rows.spread(n, height, scores)
                 unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
-                if raising:
-                    softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
-                    rows.highest_across(stride, top)
-                    if softmax.move_reference(
-                        1, top, state.reference, state.best, state.total, state.moment, correction
-                    ):
-                        rows.weigh_rows(count, state.o, sizes.Dv, correction)
+                moving = 2 if raising else 0
+                for _ in range(2):
+                    if moving == 2:
+                        softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
+                        rows.highest_across(stride, top)
+                        moving = softmax.move_reference(
+                            1, top, state.reference, state.best, state.total, state.moment, correction
+                        )
+                        if moving:
+                            rows.weigh_rows(count, state.o, sizes.Dv, correction)
                 if weighted:
                     softmax.powers_weighted(
                         1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments

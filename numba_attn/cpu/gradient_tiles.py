@@ -2,7 +2,8 @@
 
 As in the forward pass, queries are the lanes of every vector.  With P the probabilities, made anew from their norms:
 
-    P = exp2(scale * S + bias - reference) * inverse,   dS = P (keep * dP - delta) * growth,   S = K Q^T,   dP = V dO^T
+    P = exp2(scale * S + bias - reference - log2(sum)),   S = K Q^T
+    dS = P (keep * dP - delta) * growth,                  dP = V dO^T
 
 What P and dS are then multiplied with, rows of dO, Q and K, has head elements for lanes: the tiles of a whole group of
 row blocks lie side by side for that, `p_row` bytes from key to key, and are the operand read element by element.  Where
@@ -19,55 +20,53 @@ from numba import types
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, fill_rows, for_keys, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I16, Value, Vectors, emits
-from numba_attn.cpu.softmax import HEADROOM, at_most
+from numba_attn.cpu.softmax import exponent, probability
 from numba_attn.cpu.tiles import are_pairs, paired, product
 
 
 def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, norms, block, p, p_row, *, biased):
-    """p = exp2(scale * k.qt + bias - reference) * inverse, -0.0 where masked, without the scores ever being stored.
+    """p = exp2(scale * k.qt + bias - reference - log2(sum)), -0.0 where masked, without the scores ever being stored.
 
-    Norms are references, and `block` bytes after them inverses of sums, see `results`.
+    Norms are references, and `block` bytes after them the logarithms of sums, see `results`.
 
     Rows of qt are `row` bytes apart.  If not `biased` there is no bias.
     """
     factor, zero, pairs = v.splat(scale), v.constant(0.0), are_pairs(v, "k")
-    lowest, masked, most = v.constant(-INFINITY), v.constant(-0.0), v.constant(HEADROOM)
+    lowest, masked = v.constant(-INFINITY), v.constant(-0.0)
 
     def tile(i: Value, height: int) -> None:
         acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
         for w in range(width):
-            base, inverse = v.load(norms, w * v.bytes), v.load(v.at(norms, block), w * v.bytes)
+            base, log_total = v.load(norms, w * v.bytes), v.load(v.at(norms, block), w * v.bytes)
             for first in range(0, height, AT_ONCE):
                 numbers = [v.add_index(i, r) for r in range(first, min(first + AT_ONCE, height))]
                 products = [acc[r * width + w] for r in range(first, min(first + AT_ONCE, height))]
                 extra = [v.load(v.at(bias, v.mul_index(j, bias_row)), w * v.bytes) if biased else zero for j in numbers]
                 exponents = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
-                powers = v.exp2(*(at_most(v, x, most) for x in exponents))
+                powers = v.exp2(*(probability(v, x, log_total) for x in exponents))
                 for j, e, power in zip(numbers, extra, powers, strict=True):
-                    weight = v.mul(power, inverse)
-                    kept = v.select(v.equal(e, lowest), masked, weight) if biased else weight
+                    kept = v.select(v.equal(e, lowest), masked, power) if biased else power
                     v.store(kept, v.at(p, v.mul_index(j, p_row)), w * v.bytes)
 
     for_rows(v, n, HEIGHTS[width], tile)
 
 
 def _weights(v, width, s, n, scale, bias, bias_row, norms, block, p, p_row):
-    """p = exp2(scale * s + bias - reference) * inverse, -0.0 where masked; norms as in `probabilities`."""
-    row, most = v.mul_index(width, v.bytes), v.constant(HEADROOM)
+    """p = exp2(scale * s + bias - reference - log2(sum)), -0.0 where masked; norms as in `probabilities`."""
+    row = v.mul_index(width, v.bytes)
     lowest, masked, factor = v.constant(-INFINITY), v.constant(-0.0), v.splat(scale)
 
     def vector(here: Value) -> None:
-        base, inverse = v.load(norms, here), v.load(v.at(norms, block), here)
+        base, log_total = v.load(norms, here), v.load(v.at(norms, block), here)
 
         def keys(j: Value, height: int, _: list[Value]) -> list[Value]:
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(bias, v.mul_index(number, bias_row)), here) for number in numbers]
             loaded = [v.load(v.at(s, v.mul_index(number, row)), here) for number in numbers]
-            xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
-            powers = v.exp2(*(at_most(v, x, most) for x in xs))
+            xs = [exponent(v, x, factor, e, base) for x, e in zip(loaded, extra, strict=True)]
+            powers = v.exp2(*(probability(v, x, log_total) for x in xs))
             for number, e, power in zip(numbers, extra, powers, strict=True):
-                weight = v.select(v.equal(e, lowest), masked, v.mul(power, inverse))
-                v.store(weight, v.at(p, v.mul_index(number, p_row)), here)
+                v.store(v.select(v.equal(e, lowest), masked, power), v.at(p, v.mul_index(number, p_row)), here)
             return []
 
         for_keys(v, n, [], keys)

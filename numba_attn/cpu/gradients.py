@@ -11,6 +11,7 @@ import numpy as np
 from numba_attn import threads
 from numba_attn.cpu import backward as one_pass
 from numba_attn.cpu import bias_gradient, launch
+from numba_attn.cpu.attention import make_norms_alike
 from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.call import call_of, nothing
 from numba_attn.cpu.gradient_tasks import added_of, cut_of, tables_of
@@ -27,6 +28,7 @@ def backward(gradient: GradientProblem) -> None:
     if B * Hq * Lq == 0:
         return
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
+    make_norms_alike(problem)
     call, alive = call_of(problem, sizes, one_pass.operand(kind))
     # Of rows of padding, whose sum is nothing but their sink, this is all there is.
     above = gradient.grad_lse
@@ -88,8 +90,8 @@ def of_sinks(gradient: GradientProblem, delta: np.ndarray) -> np.ndarray:
     total = np.zeros_like(problem.sinks)
     for b, norms in enumerate(problem.norms):
         of_sequence = problem.rows(delta[..., None], b)[..., 0]
-        reference, inverse = np.moveaxis(norms[:, : of_sequence.shape[1]], -1, 0)
-        weight = np.exp2(problem.sinks[:, None] * LOG2_E - reference) * inverse
+        reference, log_total = np.moveaxis(norms[:, : of_sequence.shape[1]], -1, 0)
+        weight = np.exp2(problem.sinks[:, None] * LOG2_E - reference - log_total)
         total -= (weight * of_sequence).sum(axis=1)
     return total
 

@@ -105,8 +105,8 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
             unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
-            reference, inverse = element(memory, at.norms), element(memory, at.norms + block)
-            softmax.weigh(width, scores, n, unit, here.added, here.row, reference, inverse, to)
+            reference, log_total = element(memory, at.norms), element(memory, at.norms + block)
+            softmax.weigh(width, scores, n, unit, here.added, here.row, reference, log_total, to)
 
 
 @kernel

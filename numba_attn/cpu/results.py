@@ -9,6 +9,7 @@ from numba_attn.cpu import pack
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import address, get, moved, put
 from numba_attn.cpu.score import matrix
+from numba_attn.cpu.softmax import COARSE, COARSE_DOUBLE
 
 LN_2 = math.log(2.0)
 
@@ -36,10 +37,10 @@ def statistics_of(arrays, sequences, b, h):
 
 @device
 def norms_of(arrays, sequences, b, h):
-    """Of a head, what its probabilities can be made of again: of each row, the reference and 1 / the sum.
+    """Of a head, what its probabilities can be made of again: of each row, the reference and log2 of the sum.
 
-    They are p = exp2(s - reference) / sum, of scores s in base 2.  An lse would not do: where scores are large, as
-    those of a row that is masked with -1e9 are, the logarithm of the sum is lost in it.
+    They are p = exp2(s - reference - log2(sum)), of scores s in base 2.  An lse would not do: where scores are large,
+    as those of a row that is masked with -1e9 are, the logarithm of the sum is lost in it.
     """
     return column_of(arrays.norms, sequences.offsets[b, 9], h)
 
@@ -57,19 +58,25 @@ def write(column, row, value):
 
 @device
 def write_norm(norms, row, reference, total):
-    """Where nothing is attended to, the total is 0, and so is every probability."""
+    """Where nothing is attended to, the total is 0, and so is to be every probability."""
     if norms.wanted:
         put(norms.data, row * norms.row, reference)
-        put(norms.data, row * norms.row + norms.row // 2, 1 / total if total != 0 else total)
+        put(norms.data, row * norms.row + norms.row // 2, math.inf if total == 0 else math.log2(total))
 
 
 @device
 def read_norms(norms, first, rows, lanes, block, memory, at):
-    """Put norms of rows in memory: references, and a block after them 1 / the sums, 0 in lanes without a row."""
+    """Put norms of rows in memory: references, and a block after them those of sums, infinite in lanes without a row.
+
+    Returns whether some reference is coarse, see `softmax`.
+    """
+    coarse, most = False, COARSE if memory.itemsize == 4 else COARSE_DOUBLE
     for lane in range((rows + lanes - 1) // lanes * lanes):
         row = (first + min(lane, rows - 1)) * norms.row
         memory[at + lane] = get(norms.data, row)
-        memory[at + block + lane] = get(norms.data, row + norms.row // 2) if lane < rows else 0
+        memory[at + block + lane] = get(norms.data, row + norms.row // 2) if lane < rows else math.inf
+        coarse = coarse or abs(memory[at + lane]) > most
+    return coarse
 
 
 @device

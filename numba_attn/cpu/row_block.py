@@ -201,10 +201,15 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
         rising |= (head.slope == 0) << i
     while not done:
         unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
-        if raising:
-            softmax.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
-            if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-                softmax.rescale(width, state.ot, Dv, correction)
+        moving = 2 if raising else 0
+        for _ in range(2):
+            if moving == 2:
+                softmax.highest(width, scores, n, unit, here.added, here.row, state.reference, top)
+                moving = softmax.move_reference(
+                    width, top, state.reference, state.best, state.total, state.moment, correction
+                )
+                if moving:
+                    softmax.rescale(width, state.ot, Dv, correction)
         if weighted:
             done = softmax.exponentiate_weighted(
                 width, scores, n, unit, here.added, here.row,

@@ -127,13 +127,13 @@ def gradients_of_parts(value, gt, width, delta, p, ds, p_row, sizes, memory, at)
 
 @device
 def score_gradients(
-    head, settings, tile, row, rows, sizes, k, value, qt, gt, norms, delta, p, ds, p_row, memory, at
+    head, settings, tile, row, rows, coarse, sizes, k, value, qt, gt, norms, delta, p, ds, p_row, memory, at
 ):  # fmt: skip
     """Write probabilities, as the output has used them, to p, and the gradients of scores to ds; 0 where masked.
 
     They are those of scores before score_mod, as what is added to them has.  Rows of k and value, and of p and ds,
-    `p_row` bytes apart, are those of the tile; qt, gt, norms and delta are the row block's.  Cuts of the tile are left
-    in memory, see `edges`, and how capped scores grow with what they were before.
+    `p_row` bytes apart, are those of the tile; qt, gt, norms, of which some may be `coarse`, and delta are the row
+    block's.  Cuts of the tile are left in memory, see `edges`, and how capped scores grow with what they were before.
     """
     n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
     block_row = width * sizes.lanes * memory.itemsize
@@ -141,12 +141,13 @@ def score_gradients(
     is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
     edges.cut(tile, width, not tile.edged, sizes, memory, at)
-    if settings.softcap == 0 and is_plain(head) and tile.kept == FULL:
+    plain = settings.softcap == 0 and is_plain(head) and not coarse
+    if plain and tile.kept == FULL:
         gradient_tiles.probabilities(
             width, block_row, k.data, k.row, k.step, n, sizes.D, qt, settings.scale_2, tile.added, tile.row,
             norms, block, p, p_row,
         )  # fmt: skip
-    elif settings.softcap == 0 and is_plain(head):
+    elif plain:
         probabilities_of_parts(k, qt, tile, width, settings.scale_2, norms, block, p, p_row, sizes, memory, at)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)

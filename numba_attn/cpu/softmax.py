@@ -14,12 +14,28 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors
-from numba_attn.cpu.simd import I1, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I64, Value, Vectors, emits
 
 # A row's reference is 0 at first, and becomes the largest score so far only when that is above it by HEADROOM or below
 # it by DEPTH: probabilities from 2**-32 to 2**16 lose nothing in floating point, and almost every tile can be
 # exponentiated while its scores are still in registers, the first one too.
 HEADROOM, DEPTH = 16.0, 32.0
+COARSE, COARSE_DOUBLE = 2.0**25, 2.0**54  # scores of which the last place is 4 or more
+
+
+def is_coarse(v: Vectors, x: Value) -> Value:
+    """Whether the rounding of a score, or a reference, is a good part of the range of probabilities."""
+    return v.less(v.constant(COARSE if v.size == 4 else COARSE_DOUBLE), v.absolute(x))
+
+
+def exponent(v: Vectors, score: Value, factor: Value, extra: Value, reference: Value) -> Value:
+    """score * factor + extra - reference, rounded once.
+
+    But where products are coarse, as the reference is then, they are rounded as that was: so the largest has 0.
+    """
+    beside = v.sub(extra, reference)
+    rounded = v.sub(v.fma(score, factor, extra), reference)
+    return v.select(is_coarse(v, beside), rounded, v.fma(score, factor, beside))
 
 
 def share(v: Vectors, total: Value, gain: Value) -> Value:
@@ -122,7 +138,7 @@ def _highest(v, width, s, n, scale, bias, bias_row, reference, top):
             for r in range(height):
                 number = v.add_index(j, r)
                 extra = v.load(v.at(bias, v.mul_index(number, bias_row)), here)
-                x = v.fma(v.load(v.at(s, v.mul_index(number, row)), here), factor, v.sub(extra, base))
+                x = exponent(v, v.load(v.at(s, v.mul_index(number, row)), here), factor, extra, base)
                 # Where masked, x is -inf or NaN, which is not the maximum.
                 found[r] = v.maximum(x, found[r])
             return found
@@ -139,7 +155,8 @@ def _move_reference(v, width, top, reference, best, total, moment, correction):
     """Make the largest score, of a tile or so far, the reference of each query for which its own will not do.
 
     correction = the factor that takes old probabilities to the new reference, applied to total, and to the moment,
-    the sum of p * log2(p).  Returns whether some correction is not 1.
+    the sum of p * log2(p).  Returns 0 if no correction is other than 1; 2 if a reference has become coarse, which is to
+    be compared with the scores once more; and else 1.
     """
     zero = v.constant(0.0)
 
@@ -157,9 +174,11 @@ def _move_reference(v, width, top, reference, best, total, moment, correction):
         # Where nothing is left of the old probabilities, the step may be beyond what a product of it can be.
         v.store(v.select(v.equal(factor, zero), zero, moved), moment, here)
         v.store(v.mul(sums, factor), total, here)
-        return [v.builder.or_(found[0], v.any(moves))]
+        coarse = v.any(v.builder.and_(moves, is_coarse(v, new)))
+        return [v.builder.or_(found[0], v.any(moves)), v.builder.or_(found[1], coarse)]
 
-    return v.loop(0, v.mul_index(width, v.bytes), v.bytes, [ir.Constant(I1, 0)], vector)[0]
+    moved = v.loop(0, v.mul_index(width, v.bytes), v.bytes, [ir.Constant(I1, 0)] * 2, vector)
+    return v.add_index(*(v.builder.zext(bit, I64) for bit in moved))
 
 
 def _exponentiate(
@@ -194,7 +213,7 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
             numbers = [v.add_index(j, r) for r in range(height)]
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
-            xs = [v.fma(v.load(to), factor, v.sub(e, base)) for to, e in zip(at, extra, strict=True)]
+            xs = [exponent(v, v.load(to), factor, e, base) for to, e in zip(at, extra, strict=True)]
             powers = v.exp2(*(at_most(v, x, most) for x in xs))
             for x, e, power, to in zip(xs, extra, powers, at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
@@ -224,7 +243,7 @@ def _add_sink(v, width, sink, reference, total, moment):
     logit = v.splat(sink)
 
     def vector(here: Value) -> None:
-        x = v.sub(logit, v.load(reference, here))
+        x = at_most(v, v.sub(logit, v.load(reference, here)), v.constant(HEADROOM))
         (power,) = v.exp2(x)
         v.store(v.add(v.load(total, here), power), total, here)
         v.store(v.fma(power, x, v.load(moment, here)), moment, here)
@@ -237,21 +256,26 @@ def at_most(v: Vectors, x: Value, most: Value) -> Value:
     return v.select(v.less(most, x), most, x)
 
 
-def _weigh(v, width, s, n, scale, bias, bias_row, reference, inverse, sums):
-    """sums (n vectors) += exp2(scale * s + bias - reference) * inverse, vectors of a key added up, 0 where masked."""
-    row, most = v.mul_index(width, v.bytes), v.constant(HEADROOM)
+def probability(v: Vectors, x: Value, log_total: Value) -> Value:
+    """The exponent of a probability, from that of what total is the sum of: not above 0, whatever rounding does."""
+    return at_most(v, v.sub(x, log_total), v.constant(0.0))
+
+
+def _weigh(v, width, s, n, scale, bias, bias_row, reference, log_total, sums):
+    """sums (n vectors) += exp2(scale * s + bias - reference - log_total), a key's vectors added up, 0 where masked."""
+    row = v.mul_index(width, v.bytes)
     lowest, factor, zero = v.constant(-INFINITY), v.splat(scale), v.constant(0.0)
 
     def keys(j: Value, height: int) -> None:
         def vector(w: Value, added: list[Value]) -> list[Value]:
-            base, share_of_one = v.load(reference, w), v.load(inverse, w)
+            base, log_sum = v.load(reference, w), v.load(log_total, w)
             numbers = [v.add_index(j, r) for r in range(height)]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
             loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
-            xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(loaded, extra, strict=True)]
-            powers = v.exp2(*(at_most(v, x, most) for x in xs))
+            xs = [exponent(v, x, factor, e, base) for x, e in zip(loaded, extra, strict=True)]
+            powers = v.exp2(*(probability(v, x, log_sum) for x in xs))
             return [
-                v.add(total, v.select(v.equal(e, lowest), zero, v.mul(power, share_of_one)))
+                v.add(total, v.select(v.equal(e, lowest), zero, power))
                 for total, e, power in zip(added, extra, powers, strict=True)
             ]
 
@@ -282,7 +306,7 @@ def _rescale(v, width, ot, Dv, correction):
 cap = emits(_cap)
 settle = emits(_settle)
 highest = emits(_highest)
-move_reference = emits(_move_reference, returns=types.boolean)
+move_reference = emits(_move_reference, returns=types.int64)
 exponentiate = emits(partial(_exponentiate, weighted=False), returns=types.boolean)
 exponentiate_weighted = emits(partial(_exponentiate, weighted=True), returns=types.boolean)
 powers = emits(partial(_powers, weighted=False))
