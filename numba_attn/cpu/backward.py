@@ -16,7 +16,6 @@ import functools
 import math
 from collections import namedtuple
 
-import numpy as np
 from numba import prange, types
 
 from numba_attn.block_mask import EMPTY
@@ -444,8 +443,12 @@ def run(
     """Write the gradients of a call whose output and norms have been written; the sums of `gradients` are made here."""
     D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
     chains, rows, size = len(tables.chains), rows_of_sums(tables.tasks), memory_size(cut, D, Dv)
-    sums = [np.empty((rows, -(-columns // cut.lanes) * cut.lanes), dtype) for columns in (D, Dv)]
-    gradients = gradients._replace(sums_k=sums[0], sums_v=sums[1])
+    k_columns, v_columns = (-(-n // cut.lanes) * cut.lanes for n in (D, Dv))
+    sums = launch.working_memory(1, rows * (k_columns + v_columns), dtype)[0]
+    gradients = gradients._replace(
+        sums_k=sums[: rows * k_columns].reshape(rows, k_columns),
+        sums_v=sums[rows * k_columns :].reshape(rows, v_columns),
+    )
     start = launch.prepared(serial, parallel, kinds, min(workers, chains), chains, operations, size, dtype)
     start(gradients, bias, tables, *call, cut)
 
