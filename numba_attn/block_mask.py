@@ -433,6 +433,8 @@ def _integers(name: str, x: Any, axes: tuple[int, ...]) -> np.ndarray:
     """A copy of integers, as int64."""
     numbers = np.asarray(x)
     if numbers.dtype.kind not in "iu":
+        if checks.beyond_64_bits(x):
+            raise ValueError(f"{name} must be integers of 64 bits, got larger ones")
         raise TypeError(f"{name} must be integers, got {checks.type_name(x)} of {numbers.dtype}")
     if numbers.ndim not in axes:
         raise ValueError(f"{name} must have {' or '.join(map(str, axes))} axes, got shape {numbers.shape}")

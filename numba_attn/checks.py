@@ -137,7 +137,9 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
         if values.size == 0 and isinstance(x, list | tuple):
             values = values.astype(np.int64)
         if values.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, got {type_name(x)} of {values.dtype}")
+            if not beyond_64_bits(x):
+                raise TypeError(f"{name} must be integers, got {type_name(x)} of {values.dtype}")
+            values = np.asarray(x, object)
         if values.ndim and values.shape != batch and values.shape != (math.prod(batch),):
             raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}, got shape {values.shape}")
         if values.size == 0:
@@ -149,6 +151,12 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
     if smallest < low or largest > high:
         raise ValueError(f"{name} must be between {low} and {high}, got {smallest if smallest < low else largest}")
     return values
+
+
+def beyond_64_bits(x: Any) -> bool:
+    """Whether these are Python's integers of which one is so large that NumPy has no integers for all of them."""
+    exact = np.asarray(x, object)
+    return all(type(n) is int for n in exact.flat) and any(n.bit_length() > 63 for n in exact.flat)
 
 
 def plain_function(function: Any) -> Any:

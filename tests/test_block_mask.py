@@ -243,6 +243,7 @@ def test_errors_of_create_block_mask(arguments: dict[str, Any], error: type[Exce
         (lambda: dilated(0), ValueError, "step must be 1 or more"),
         (lambda: tree([-1, 2]), ValueError, "parents must be between -1 and 1, got 2"),
         (lambda: tree([-2, 0]), ValueError, "parents must be between -1 and 1, got -2"),
+        (lambda: tree([-1, 2**70]), ValueError, "parents must be integers of 64 bits, got larger ones"),
         (lambda: tree([1, 0]), ValueError, "parents must not form a cycle"),
         (lambda: tree([-1, 1]), ValueError, "parents must not form a cycle"),
     ],

@@ -342,6 +342,7 @@ QUERY, KEY, VALUE = numbers(27, 2)
         ({"counts": 3}, ValueError, "counts must be between 0 and 2, got 3"),
         ({"counts": [1, -1, 0]}, ValueError, "counts must be between 0 and 2, got -1"),
         ({"counts": [1, 1]}, ValueError, r"counts must be an integer or have shape \(3,\), got shape \(2,\)"),
+        ({"counts": [2**70, 1, 1]}, ValueError, f"counts must be between 0 and 2, got {2**70}"),
         ({"counts": [1.0, 1, 1]}, TypeError, "counts must be integers"),
         ({"is_causal": 1}, TypeError, "is_causal must be True or False, got int"),
         ({"window": 3}, TypeError, "window must be a pair"),

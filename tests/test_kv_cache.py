@@ -214,6 +214,7 @@ _, KEY, VALUE = numbers(27, 2)
         ("reorder", [0, 1, 3], ValueError, "indices must be between 0 and 2, got 3"),
         ("reorder", [0, 1, -1], ValueError, "indices must be between 0 and 2, got -1"),
         ("reorder", [0.0, 1, 2], TypeError, "indices must be integers"),
+        ("reorder", [0, 1, 2**70], ValueError, f"indices must be between 0 and 2, got {2**70}"),
         ("reset", 3, ValueError, "sequences must be between 0 and 2, got 3"),
         ("reset", [0, -1], ValueError, "sequences must be between 0 and 2, got -1"),
         ("reset", [True, False, False], TypeError, "sequences must be integers"),
