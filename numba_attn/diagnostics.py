@@ -36,7 +36,7 @@ _STATISTICS = ("lse", "max_score", "entropy")
 class Report:
     """What `diagnose` has found: a number for each query head, (Hq,) float64, of all sequences and rows together.
 
-    Rows that attend to no key do not count.  What is not there, for want of rows, is NaN.
+    Rows that attend to no key do not count.  What is not there, for want of rows or elements, is NaN.
     """
 
     shape: dict[str, int]
@@ -256,7 +256,8 @@ def _shares(weight: np.ndarray, count: np.ndarray) -> np.ndarray:
 def _verdicts(report: Report, h: int) -> list[str]:
     if not report.rows[h]:
         return ["no row attends to a key"]
-    if not np.isfinite([report.entropy[h], report.magnitude[h]]).all():
+    no_elements = report.shape["Dv"] == 0
+    if not (np.isfinite(report.entropy[h]) and (no_elements or np.isfinite(report.magnitude[h]))):
         return ["not finite: results are NaN or infinite"]
     found = []
     if report.magnitude[h] <= 1e-6 * report.magnitude.max(initial=0, where=np.isfinite(report.magnitude)):

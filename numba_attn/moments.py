@@ -82,7 +82,7 @@ def _add_sequence(
     for begin in range(start, stop, BLOCK):
         end = min(begin + BLOCK, stop)
         query = problem.scale * sequence.query[:, begin:end].astype(np.float64)
-        query = query.reshape(Hkv, Hq // Hkv, end - begin, query.shape[2])
+        query = query.reshape(Hkv, Hq // max(Hkv, 1), end - begin, query.shape[2])
         own_low, own_high = low[begin:end, None], high[begin:end, None]
         shared = int(low[end - 1]), max(int(high[begin]), int(low[end - 1]))  # keys of all of these rows
         inner.move(*shared)
@@ -115,6 +115,7 @@ def scores_of_rows(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The number of a sequence, (Hq, n, Lk) float64 scores of n of the rows, and which are attended to; all in turn."""
     B, Hq, Hkv, _, Lk, D, _ = problem.sizes
+    group = Hq // max(Hkv, 1)
     at_once = max(1, SCORES // max(B * Hq * Lk, 1))
     for begin in range(0, len(rows), at_once):
         some = rows[begin : begin + at_once]
@@ -122,7 +123,7 @@ def scores_of_rows(
             sequence = problem.sequence(b)
             query = problem.scale * sequence.query[:, some].astype(np.float64)
             with np.errstate(invalid="ignore"):
-                scores = query.reshape(Hkv, Hq // Hkv * len(some), D) @ sequence.key.astype(np.float64).swapaxes(1, 2)
+                scores = query.reshape(Hkv, group * len(some), D) @ sequence.key.astype(np.float64).swapaxes(1, 2)
             yield b, scores.reshape(Hq, len(some), Lk), allowed
 
 

@@ -331,6 +331,21 @@ def test_report_as_text_and_as_json() -> None:
     assert empty["entropy"] == [None, None] and empty["rows"] == [0, 0]
     none = diagnose(query, key[:, :0], value[:, :0], key_weight=True)
     assert none.verdicts == (("no row attends to a key",),) * 2 and str(none)
+    no_elements = diagnose(query, key, value[..., :0])
+    assert np.isnan(no_elements.magnitude).all() and no_elements.verdicts == diagnose(query, key, value).verdicts
+
+
+@pytest.mark.parametrize("Hkv", [0, 2])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"attn_mask": np.tri(9, dtype=bool)}], ids=["exact", "sampled"]
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_report_on_no_heads(Hkv: int, options: dict[str, Any], backend: str) -> None:
+    query, key = np.ones((2, 0, 9, 4)), np.ones((2, Hkv, 9, 4))
+    report = diagnose(query, key, key, key_weight=True, enable_gqa=True, backend=backend, **options)
+    assert report.verdicts == () and len(str(report).splitlines()) == 2
+    assert report.score_variance.shape == (0,) and report.similarity.shape == (0, 0)
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
