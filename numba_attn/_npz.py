@@ -9,7 +9,6 @@ import os
 import secrets
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,11 +26,17 @@ def load(path: Path) -> dict[str, np.ndarray]:
     are read.  Elements of two bytes without a type are bfloat16 numbers, which `numpy.savez` writes so.  Raises
     ValueError for anything that is not such an archive.
     """
+    arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
-    except zipfile.BadZipFile as error:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise ValueError(f"{path} must have one member of each name, got {name} twice")
+                arrays[name] = _member(path, archive, info)
+    except (NotImplementedError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz archive: {error}") from error
+    return arrays
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -41,7 +46,9 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
             with archive.open(info) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
         return array if array.dtype != "V2" else _bfloat16(array)
-    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damage comes as whatever decompressors, and the parsers of a header, stumble on
         raise ValueError(f"{path}: cannot read {info.filename}: {error}") from error
 
 

@@ -95,14 +95,63 @@ def test_a_truncated_archive(tmp_path, arrays, keep):
         _npz.load(archive)
 
 
-def test_damaged_compressed_data(tmp_path):
+@pytest.mark.parametrize("place", [60, 2000], ids=["first", "middle"])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_compressed_data(tmp_path, compression, place):
     path = tmp_path / "a.npz"
-    np.savez_compressed(path, x=np.random.default_rng(0).standard_normal(1000))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal(1000))
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.write(tmp_path / "x.npy", "x.npy")
     content = bytearray(path.read_bytes())
-    content[2000:2100] = bytes(100)
+    content[place : place + 100] = bytes(100)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read x\.npy"):
+    with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy"):
         _npz.load(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f8', 'fortran_order': (",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (True, 2, 3)}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (0, 99999999999999999999)}",
+        "{[]: 1}",
+    ],
+)
+def test_a_damaged_header(tmp_path, compression, header):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0\x7f\0" + header.ljust(127).encode() + bytes(48))
+    with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy"):
+        _npz.load(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [({6: 200}, "zip file version 20"), ({9: 8, 46: 255}, "'utf-8' codec")],
+    ids=["version needed", "name"],
+)
+def test_a_damaged_central_directory(tmp_path, arrays, damage, message):
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays)
+    content = bytearray(path.read_bytes())
+    for place, byte in damage.items():
+        content[content.index(b"PK\1\2") + place] = byte
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.npz is not an \.npz archive: {message}"):
+        _npz.load(path)
+
+
+@pytest.mark.parametrize("second", ["x.npy", "x"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name(tmp_path, second):
+    np.save(tmp_path / "x.npy", np.ones(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name in ("x.npy", second):
+            archive.write(tmp_path / "x.npy", name)
+    with pytest.raises(ValueError, match=r"a\.npz must have one member of each name, got x twice"):
+        _npz.load(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
