@@ -7,7 +7,7 @@ pyplot nor any setting of matplotlib is touched.  To install it:  pip install 'n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,9 @@ def entropy(reports: Report | Sequence[Report], *, title: str = "", axes: Any = 
     ValueError, TypeError, ModuleNotFoundError
         Reports of layers with different numbers of heads; as in `heat_map`.
     """
-    layers = [reports] if isinstance(reports, Report) else list(reports)
+    layers = list(reports) if isinstance(reports, Iterable) else [reports]
     if not layers or not all(isinstance(report, Report) for report in layers):
-        raise TypeError("reports must be a Report or a sequence of them, got " + (repr(layers) if layers else "none"))
+        raise TypeError(f"reports must be a Report or a sequence of them, got {reports!r}")
     heads = {report.shape["Hq"] for report in layers}
     if len(heads) > 1:
         raise ValueError(f"reports must be of layers with as many heads, got {sorted(heads)}")
@@ -101,6 +101,8 @@ def entropy(reports: Report | Sequence[Report], *, title: str = "", axes: Any = 
     axes.set_title(title or "effective number of keys, exp(entropy)", fontsize=9)
     axes.set_xlabel("head", fontsize=8)
     axes.tick_params(labelsize=7)
+    if not keys.size:
+        return axes.figure
     if len(layers) == 1:
         bars = axes.bar(range(keys.shape[1]), keys[0], color=SCALED)
         if keys.shape[1] <= MOST_LABELS // 2:
@@ -213,8 +215,10 @@ def inspect(
     _, problem = prepare(query, key, value, attn_mask=attn_mask, **options)
     B, Hq, _, Lq, Lk, _, _ = problem.sizes
     shown = np.arange(min(Hq, MOST_HEADS)) if heads is None else _indices("heads", heads, Hq)
-    if not 0 <= checks.integer("sequence", sequence) < B:
-        raise ValueError(f"sequence must be between 0 and {B - 1}, got {sequence}")
+    if not 0 <= checks.integer("sequence", sequence) < max(B, 1):
+        raise ValueError(f"sequence must be between 0 and {max(B, 1) - 1}, got {sequence}")
+    if report is not None:
+        _check_report(report, Hq)
     rows = chosen_rows(slice(None, None, -(-Lq // MOST_ROWS) or 1) if query_rows is None else query_rows, Lq)
     key_labels = _labels("tokens", tokens, Lk)
     query_labels = rows.tolist() if tokens is None or Lq != Lk else [key_labels[row] for row in rows]
@@ -224,7 +228,7 @@ def inspect(
     grid = figure.add_gridspec(lines + 1, 2)
     found = diagnose(query, key, value, attn_mask, **options) if report is None else report
     of_heads = attention_weights(query, key, attn_mask, query_rows=rows, **options).reshape(B, Hq, len(rows), Lk)
-    for place, h in enumerate(shown):
+    for place, h in enumerate(shown if B else ()):
         verdict = (*found.verdicts[h], f"{found.effective_keys[h]:.3g} effective keys")[0]
         heat_map(
             of_heads[sequence, h],
@@ -236,6 +240,13 @@ def inspect(
     entropy(found, axes=figure.add_subplot(grid[lines, 0]))
     scores(query, key, attn_mask, axes=figure.add_subplot(grid[lines, 1]), **options)
     return figure
+
+
+def _check_report(report: Any, Hq: int) -> None:
+    if not isinstance(report, Report):
+        raise TypeError(f"report must be a Report, got {checks.type_name(report)}")
+    if report.shape["Hq"] != Hq:
+        raise ValueError(f"report must be of {Hq} heads, got one of {report.shape['Hq']}")
 
 
 def _indices(name: str, x: Any, n: int) -> np.ndarray:
@@ -252,7 +263,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _labels(name: str, labels: Any, n: int) -> list[str]:
-    found = [str(label) for label in (range(n) if labels is None else labels)]
+    try:
+        found = [str(label) for label in (range(n) if labels is None else labels)]
+    except TypeError:
+        raise TypeError(f"{name} must be {n} labels, got {labels!r}") from None
     if len(found) != n:
         raise ValueError(f"{name} must be {n} labels, got {len(found)}")
     return found

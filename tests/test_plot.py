@@ -99,6 +99,14 @@ def test_inspect() -> None:
 
 
 @needs_matplotlib
+@pytest.mark.parametrize("shape", [(0, 2, 9, 4), (1, 0, 9, 4), (1, 2, 0, 4), (1, 2, 9, 0)], ids=str)
+def test_pictures_of_nothing(shape: tuple[int, ...]) -> None:
+    x = np.ones(shape)
+    assert bytes_of(plot.inspect(x, x, x)) and bytes_of(plot.scores(x, x))
+    assert bytes_of(plot.entropy([diagnose(x, x, x)] * 2))
+
+
+@needs_matplotlib
 def test_axes_of_the_caller() -> None:
     from matplotlib.figure import Figure
 
@@ -112,18 +120,25 @@ def test_axes_of_the_caller() -> None:
 
 
 X = np.ones((1, 2, 9, 4))
+ONE_HEAD = diagnose(X[:, :1], X[:, :1], X[:, :1], backend="reference")
 REFUSED: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (plot.heat_map, (np.ones(3),), {}, ValueError, "weights must have 2 axes"),
     (plot.heat_map, ([[1.0]],), {}, TypeError, "weights must be a NumPy array"),
     (plot.heat_map, (np.ones((2, 3)),), {"key_labels": "ab"}, ValueError, "key_labels must be 3 labels, got 2"),
+    (plot.heat_map, (np.ones((2, 3)),), {"query_labels": 5}, TypeError, "query_labels must be 2 labels, got 5"),
+    (plot.entropy, (5,), {}, TypeError, "reports must be a Report or a sequence of them, got 5"),
     (plot.entropy, ([],), {}, TypeError, "reports must be a Report"),
     (plot.entropy, ([1],), {}, TypeError, "reports must be a Report"),
     (plot.scores, (X, X), {"sample_rows": 0}, ValueError, "sample_rows must be 1 or more"),
     (plot.scores, (X, X), {"dropout_p": 0.1}, TypeError, "scores got an unexpected option 'dropout_p'"),
     (plot.inspect, (X, X, X), {"sequence": 1}, ValueError, "sequence must be between 0 and 0, got 1"),
     (plot.inspect, (X, X, X), {"heads": [2]}, ValueError, "heads must be between 0 and 1, got 2"),
+    (plot.inspect, (X, X, X), {"heads": [2**70]}, ValueError, f"heads must be between 0 and 1, got {2**70}"),
     (plot.inspect, (X, X, X), {"query_rows": 9}, ValueError, "query_rows must be between -9 and 8, got 9"),
     (plot.inspect, (X, X, X), {"tokens": ["a"]}, ValueError, "tokens must be 9 labels, got 1"),
+    (plot.inspect, (X, X, X), {"tokens": np.array("a")}, TypeError, r"tokens must be 9 labels, got array\('a'"),
+    (plot.inspect, (X, X, X), {"report": 1}, TypeError, "report must be a Report, got int"),
+    (plot.inspect, (X, X, X), {"report": ONE_HEAD}, ValueError, "report must be of 2 heads, got one of 1"),
 ]
 
 
