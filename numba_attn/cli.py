@@ -294,6 +294,7 @@ def _part(problem: Problem, axis: int, start: int, stop: int) -> Problem:
 # inspect --------------------------------------------------------------------------------------------------------------
 
 PICTURES = (".png", ".pdf", ".svg")
+DPI = (10, 1200)  # with less, letters are too small for FreeType; with more, a picture takes gigabytes
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -302,14 +303,14 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.output and options.output.suffix not in PICTURES:
         raise CommandError(f"-o must end with one of {', '.join(PICTURES)}, got {options.output}")
-    if options.dpi < 1:
-        raise CommandError(f"--dpi must be 1 or more, got {options.dpi}")
+    if not DPI[0] <= options.dpi <= DPI[1]:
+        raise CommandError(f"--dpi must be between {DPI[0]} and {DPI[1]}, got {options.dpi}")
     if options.output and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("-o needs matplotlib: pip install 'numba_attn[plot]'")
-    loaded = _npz.load(options.input)
-    tokens: Any = loaded.pop("tokens", None)
-    call = {**_arrays(loaded, options), **_keywords(options)}
     try:
+        loaded = _npz.load(options.input)
+        tokens: Any = loaded.pop("tokens", None)
+        call = {**_arrays(loaded, options), **_keywords(options)}
         report = diagnose(**call, key_weight=options.key_weight)
         if options.output:
             choice = {"query_rows": options.rows, "heads": options.heads, "sequence": options.sequence}
@@ -403,11 +404,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _side(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    return None if text == "none" else _integer_or("none", text)
 
 
 def _offset(text: str) -> int | str:
-    return text if text == "bottom_right" else int(text)
+    return text if text == "bottom_right" else _integer_or("bottom_right", text)
+
+
+def _integer_or(word: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or {word}, got {text!r}") from None
 
 
 def _add_keywords(command: argparse.ArgumentParser) -> None:
@@ -470,7 +478,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--heads", type=int, nargs="+", metavar="H", help="heads of the picture; default the first four")
     look.add_argument("--sequence", type=int, default=0, metavar="B", help="sequence of the picture; default 0")
-    look.add_argument("--dpi", type=int, default=100, help="of the picture; default 100")
+    look.add_argument("--dpi", type=int, default=100, help="of the picture, 10 to 1200; default 100")
     look.add_argument("--key-weight", action="store_true", help="also find which keys have most of the weight")
     _add_keywords(look)
 

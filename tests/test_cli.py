@@ -119,8 +119,8 @@ def test_run_on_nothing(tmp_path):
         ({}, ["--window", "-1", "0"], "window sides"),
         ({}, ["--scale", "nan"], "scale must be finite"),
         ({}, ["--scale", "wide"], "--scale"),
-        ({}, ["--window", "1", "all"], "--window"),
-        ({}, ["--query-offset", "top"], "--query-offset"),
+        ({}, ["--window", "1", "all"], "argument --window: must be an integer or none, got 'all'"),
+        ({}, ["--query-offset", "top"], "argument --query-offset: must be an integer or bottom_right, got 'top'"),
         ({}, ["--layout", "LBHD"], "--layout"),
         ({}, ["--aux", "weights"], "--aux"),
         ({}, ["--softcap", "0"], "softcap must be positive"),
@@ -470,7 +470,7 @@ def test_inspect_draws(archive, arrays, tmp_path, capsys):
     np.savez(archive, **arrays, tokens=np.array(list("abcde")))
     for name, head in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
         picture = tmp_path / name
-        assert look(archive, "-o", picture, "--rows", "0", "-1", "--heads", "1", "--sequence", "1", "--dpi", "40") == 0
+        assert look(archive, "-o", picture, "--rows", "0", "-1", "--heads", "1", "--sequence", "1", "--dpi", "10") == 0
         assert picture.read_bytes().startswith(head)
     assert capsys.readouterr().out.count("\n") == 2 * 6
 
@@ -478,7 +478,10 @@ def test_inspect_draws(archive, arrays, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dpi", "0"], "--dpi must be 1 or more, got 0"),
+        (["--dpi", "9"], "--dpi must be between 10 and 1200, got 9"),
+        (["--dpi", "1201"], "--dpi must be between 10 and 1200, got 1201"),
+        (["-o", "a.png", "--heads", str(2**70)], f"heads must be between 0 and 3, got {2**70}"),
+        (["-o", "a.png", "--rows", "0", str(-(2**70))], f"query_rows must be between -5 and 4, got {-(2**70)}"),
         (["-o", "a.txt"], "-o must end with one of .png, .pdf, .svg, got a.txt"),
         (["--window", "-1", "0"], "window sides"),
         (["-o", "a.png", "--heads", "9"], "heads must be between 0 and 3, got 9"),
@@ -492,6 +495,22 @@ def test_inspect_refuses(archive, tmp_path, monkeypatch, capsys, arguments, mess
     assert look(archive, *arguments) == 2
     assert message in one_error_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz"]
+
+
+def test_inspect_of_files_that_cannot_be_read(archive, arrays, tmp_path, capsys):
+    np.savez(archive, **{**arrays, "value": np.array([{}], object)})
+    assert look(archive) == 2
+    assert "in.npz: cannot read value.npy: Object arrays" in one_error_line(capsys)
+    np.save(tmp_path / "x.npy", np.ones(3))
+    assert look(tmp_path / "x.npy") == 2
+    assert "x.npy is not an .npz archive" in one_error_line(capsys)
+
+
+def test_inspect_takes_as_many_tokens_as_keys(archive, arrays, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    np.savez(archive, **arrays, tokens=np.array("abcde"))
+    assert look(archive, "-o", tmp_path / "a.png") == 2
+    assert "tokens must be 5 labels, got" in one_error_line(capsys)
 
 
 def test_inspect_without_matplotlib(archive, monkeypatch, capsys):
