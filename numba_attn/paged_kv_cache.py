@@ -550,6 +550,9 @@ class PagedBatch:
             Lk = max((s.length for s in held), default=0)
         if whole:
             Lk = pages.shape[1] * cache.page_size
+        if not len(cache._key):  # kernels begin at the first page: where there is none, sequences lie on their own
+            key, value = (x.reshape(len(pages), x.shape[1], 0, x.shape[3]) for x in (cache._key, cache._value))
+            return Storage(key, value, cache.quantize, *cache._sizes, Lk)
         return Storage(cache._key, cache._value, cache.quantize, *cache._sizes, Lk, pages)
 
     def _held(self) -> list[_Sequence]:

@@ -13,7 +13,7 @@ from cases import SIXTEEN_BITS, dtype_of
 from kv_tokens import DV, HKV, HQ, B, D, held, in_pieces, new, numbers, state, streaming
 from tolerances import assert_accurate, same_bits
 
-from numba_attn import KVCache, attention_with_kv_cache, scaled_dot_product_attention
+from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache, scaled_dot_product_attention
 from numba_attn.cpu import launch
 
 DTYPES = ["float32", "float64", *SIXTEEN_BITS]
@@ -131,6 +131,20 @@ def test_empty_sequences_give_zero() -> None:
     assert not out[[0, 2]].any() and out[1, :, 0].all()
     assert (aux.lse[[0, 2]] == -np.inf).all()
     assert attention_with_kv_cache(np.empty((0, HQ, 1, D), np.float32), KVCache(0, HKV, 4, D)).shape == (0, HQ, 1, D)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_pool_without_pages(quantize: str | None) -> None:
+    """Its sequences are empty."""
+    query = numbers(7, 9)[0][:2]
+    pool = PagedKVCache(0, HKV, 4, D, DV, quantize=quantize)
+    empty = KVCache(2, HKV, 0, D, DV, quantize=quantize)
+    for batch in (pool.batch([pool.add(), pool.add()]), pool.tables(np.zeros((2, 1), int), 0)):
+        for rows in (1, 1, 9):  # the second like the first
+            out = attention_with_kv_cache(query[:, :, :rows], batch)
+            assert same_bits(out, attention_with_kv_cache(query[:, :, :rows], empty)) and not out.any()
+    with pytest.raises(ValueError, match=r"1 pages are needed, .* and 0 are free"):
+        attention_with_kv_cache(query[:1, :, :1], pool.batch(0), *(x[:1, :, :1] for x in numbers(7, 1)[1:]))
 
 
 @pytest.mark.parametrize("ring", [False, True])
