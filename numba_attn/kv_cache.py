@@ -228,6 +228,10 @@ class KVCache:
             f"{quantized}{ring}, lengths={lengths})"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        freeze(self._channel_scales)
+
     def append(self, key: np.ndarray, value: np.ndarray, counts: Any = None) -> None:
         """Write tokens behind those that each sequence holds.
 
@@ -408,6 +412,7 @@ def channel_scales_of(given: Any, Hkv: int, sizes: tuple[int, int], quantize: st
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise TypeError(f"channel_scales must be a pair of arrays (key, value), got {checks.type_name(given)}")
     key, value = (None if x is None else _channels(x, (Hkv, n)) for x, n in zip(given, sizes, strict=True))
+    freeze((key, value))
     return key, value
 
 
@@ -416,10 +421,17 @@ def _channels(given: Any, shape: tuple[int, int]) -> np.ndarray:
     if scales.shape != shape:
         raise ValueError(f"channel_scales must have shape {shape}, got {scales.shape}")
     with np.errstate(over="ignore"):
-        scales = read_only(scales.astype(np.float32)[:, None])
+        scales = scales.astype(np.float32)[:, None]
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise ValueError("channel_scales must be positive and finite, in float32 too, got some that are not")
     return scales
+
+
+def freeze(scales: ChannelScales) -> None:
+    """Make them read-only, which copies and what comes out of a pickle are not."""
+    for x in scales:
+        if x is not None:
+            x.flags.writeable = False
 
 
 def stored(tokens: Tokens, numbers: str | None, scales: ChannelScales) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from numba_attn.kv_cache import (
     channel_scales_of,
     counts_of,
     dtype_of,
+    freeze,
     operand,
     pools,
     size_of,
@@ -179,6 +180,13 @@ class PagedKVCache:
             f"PagedKVCache(pages={pages}, Hkv={Hkv}, page_size={self._page_size}, D={D}, Dv={Dv}, "
             f"dtype={self._dtype}{quantized}, free_pages={self.free_pages}, sequences={len(self)})"
         )
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError("a PagedKVCache has no shallow copy, as each would give away pages of the other: use deepcopy")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        freeze(self._channel_scales)
 
     def length(self, sequence: int) -> int:
         """Tokens that a sequence holds; `ValueError` if there is no such sequence."""

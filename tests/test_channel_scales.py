@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -116,7 +118,8 @@ def test_scales_are_kept_and_cannot_be_changed() -> None:
     paged = PagedKVCache(4, HKV, 4, D, DV, quantize="int4", channel_scales=(None, value))
     key[0] = 7
     assert cache.channel_scales[0].shape == (HKV, 1, D) and (cache.channel_scales[0] == 2).all()
-    assert not cache.channel_scales[0].flags.writeable
+    for one in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), copy.deepcopy(paged)):
+        assert not one.channel_scales[1].flags.writeable
     assert paged.channel_scales[0] is None and paged.batch([]).channel_scales[1].shape == (HKV, 1, DV)
     assert KVCache(B, HKV, 4, D).channel_scales == (None, None)
 

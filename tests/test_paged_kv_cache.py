@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -347,6 +348,18 @@ def test_memory_mapped_buffers(tmp_path: Path) -> None:
         x.flush()
     again = np.memmap(tmp_path / "value", np.float32, "r", shape=shapes[1][1])
     assert same_bits(np.asarray(again)[1, :, :2], both[1][0, :, 4:])
+
+
+def test_copies() -> None:
+    """One that had the same pages, and another counter of sequences, would lose some."""
+    cache = new()
+    (a,), both = filled(cache, 6)
+    with pytest.raises(TypeError, match=r"a PagedKVCache has no shallow copy, .* use deepcopy"):
+        copy.copy(cache)
+    other = copy.deepcopy(cache)
+    cache.free(a)
+    assert_holds(other, a, piece(both, 0, 0, 6))
+    assert other.add() == cache.add()
 
 
 def test_strided_and_quantised_buffers() -> None:
