@@ -19,6 +19,7 @@ from numba_attn.storage import QUANTIZED, Storage, dequantize, row_bytes
 
 # Of keys and values, (Hkv, 1, D) and (Hkv, 1, Dv); see `numba_attn.storage`.
 ChannelScales = tuple[np.ndarray | None, np.ndarray | None]
+MOST = int(np.iinfo(np.intp).max)  # of anything in an array
 
 
 class Tokens(NamedTuple):
@@ -49,9 +50,9 @@ class KVCache:
         absolute value in some text, or None for either.  Elements are divided by them before they are quantised, so
         that large channels do not cost the others their accuracy.
     buffers : (key, value), optional
-        Arrays to use instead of new ones, np.memmap for example: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), of
-        this dtype; if quantised uint8, with `storage.row_bytes(quantize, D)` in the place of D, and likewise of Dv.
-        Writeable.  Their contents are not used: the cache begins empty.
+        Arrays to use instead of new ones, np.memmap or tensors for example: (B, Hkv, capacity, D) and
+        (B, Hkv, capacity, Dv), of this dtype; if quantised uint8, with `storage.row_bytes(quantize, D)` in the place of
+        D, and likewise of Dv.  Writeable.  Their contents are not used: the cache begins empty.
     window, sinks : int, optional
         Keep the first `sinks` tokens and the last `window` of the others: `append` never runs out of room, it
         overwrites the oldest.  The capacity is then sinks + window and may be given as None.
@@ -281,9 +282,9 @@ class KVCache:
         of one sequence at a time, and those of sequences that stay where they are not at all.
         """
         B = len(self._lengths)
-        if np.ndim(indices) != 1:
-            raise ValueError(f"indices must have shape ({B},), got {np.shape(indices)}")
-        source = indices_of("indices", indices, (B,), B)
+        source = indices_of("indices", indices, B)
+        if np.shape(indices) != (B,):
+            raise ValueError(f"indices must have shape ({B},), got {tuple(np.shape(indices))}")
         pending = {b: int(a) for b, a in enumerate(source) if a != b}
         readers = Counter(pending.values())
         free = [b for b in pending if not readers[b]]
@@ -310,7 +311,7 @@ class KVCache:
         if sequences is None:
             totals[:] = 0
         else:
-            totals[indices_of("sequences", sequences, (np.size(sequences),), B)] = 0
+            totals[indices_of("sequences", sequences, B)] = 0
         self._commit(totals)
 
     # What appending is made of, for `attention_with_kv_cache` too -----------------------------------------------------
@@ -399,9 +400,14 @@ def pools(
     if quantize is not None:
         shapes = (*leading, row_bytes(quantize, D)), (*leading, row_bytes(quantize, Dv))
         dtype = np.dtype(np.uint8)
-    if buffers is None:
+    if buffers is not None:
+        return buffers_of(buffers, shapes, dtype)
+    try:
         return np.empty(shapes[0], dtype), np.empty(shapes[1], dtype)
-    return buffers_of(buffers, shapes, dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"sizes must be those of arrays, got {shapes[0]} and {shapes[1]} of {dtype}: {error}"
+        ) from None
 
 
 def channel_scales_of(given: Any, Hkv: int, sizes: tuple[int, int], quantize: str | None) -> ChannelScales:
@@ -480,6 +486,8 @@ def size_of(name: str, x: Any, low: int = 0) -> int:
     n = checks.integer(name, x)
     if n < low:
         raise ValueError(f"{name} must be {low} or more, got {n}")
+    if n > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {n}")
     return n
 
 
@@ -501,8 +509,9 @@ def dtype_of(dtype: Any, quantize: Any = None) -> np.dtype:
 def buffers_of(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(buffers, tuple | list) or len(buffers) != 2:
         raise TypeError(f"buffers must be a pair of arrays (key, value), got {checks.type_name(buffers)}")
-    key, value = (np.asarray(checks.numpy_array("buffers", x)) for x in buffers)
-    for x, shape, given in zip((key, value), shapes, buffers, strict=True):
+    views = [checks.on_host("buffers", x) for x in buffers]
+    key, value = (np.asarray(checks.numpy_array("buffers", x)) for x in views)
+    for x, shape, given in zip((key, value), shapes, views, strict=True):
         if x.dtype != dtype or not given.dtype.isnative:
             raise TypeError(f"buffers must be {dtype}, got {given.dtype}")
         if x.shape != shape:
@@ -516,10 +525,11 @@ def buffers_of(buffers: Any, shapes: tuple[tuple[int, ...], ...], dtype: np.dtyp
     return key, value
 
 
-def indices_of(name: str, x: Any, shape: tuple[int, ...], B: int) -> np.ndarray:
-    """Integers in [0, B), an empty list too."""
-    flat = np.asarray(x).reshape(-1) if np.size(x) else np.empty(0, np.int64)
-    return np.asarray(checks.integers(name, flat, shape, 0, B - 1))
+def indices_of(name: str, x: Any, B: int) -> np.ndarray:
+    """Integers in [0, B): one, or a row of any length."""
+    x = checks.on_host(name, x)
+    n = len(x) if isinstance(x, list | tuple) else np.size(x)  # of lists of different lengths NumPy knows none
+    return np.asarray(checks.integers(name, x if n else [], (n,), 0, B - 1))
 
 
 def read_only(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -53,8 +53,8 @@ class PagedKVCache:
     channel_scales : (key, value), optional
         (Hkv, D) and (Hkv, Dv), as in `KVCache`.
     buffers : (key, value), optional
-        Arrays to use instead of new ones, np.memmap for example: writeable, of the shapes and dtype of `key` and
-        `value`.  Their contents are not used: the cache begins empty.
+        Arrays to use instead of new ones, np.memmap or tensors for example: writeable, of the shapes and dtype of
+        `key` and `value`.  Their contents are not used: the cache begins empty.
 
     Raises
     ------
@@ -227,7 +227,7 @@ class PagedKVCache:
 
         An integer that is not held, or not any more, is refused (`ValueError`).
         """
-        for number, sequence in self._idle(self._find(sequences)).items():
+        for number, sequence in self._idle(self._find(_one_by_one(sequences))).items():
             self._cut(sequence, 0)
             del self._sequences[number]
 
@@ -238,7 +238,7 @@ class PagedKVCache:
         `sequences` is an integer or integers, no two of them equal; `lengths` an integer or one for each, none above
         what is held (`ValueError`).
         """
-        found = self._idle(self._find(sequences))
+        found = self._idle(self._find(_one_by_one(sequences)))
         kept = np.empty(len(found), np.int64)
         kept[:] = checks.integers("lengths", lengths, kept.shape, 0, self.capacity)
         for length, (number, sequence) in zip(kept, found.items(), strict=True):
@@ -256,7 +256,7 @@ class PagedKVCache:
         The batch follows the cache.  A sequence that is not held, or not any more when the batch is used, is refused
         (`ValueError`).
         """
-        return PagedBatch(self, tuple(self._find(sequences)))
+        return PagedBatch(self, tuple(self._find(_one_by_one(sequences))))
 
     def tables(self, block_table: np.ndarray, lengths: Any) -> PagedBatch:
         """Sequences in pages of `key` and `value` that the caller has filled, to attend to but not to append to.
@@ -321,10 +321,9 @@ class PagedKVCache:
             raise ValueError(f"{name} must be held by the cache, got {number}, which never was or has been freed")
         return self._sequences[number]
 
-    def _find(self, sequences: Any) -> dict[int, _Sequence]:
-        several = isinstance(sequences, Iterable) and getattr(sequences, "ndim", 1) > 0
+    def _find(self, sequences: Iterable[Any]) -> dict[int, _Sequence]:
         found: dict[int, _Sequence] = {}
-        for x in sequences if several else [sequences]:
+        for x in sequences:
             sequence, number = self._one("sequences", x), int(x)
             if number in found:
                 raise ValueError(f"sequences must differ from each other, got {number} twice")
@@ -400,6 +399,14 @@ class PagedKVCache:
             self._users[page] -= 1
             if not self._users[page]:
                 heapq.heappush(self._free, page)
+
+
+def _one_by_one(sequences: Any) -> Iterable[Any]:
+    """What should be integers, of an integer or integers."""
+    of_objects = isinstance(sequences, np.ndarray) and sequences.dtype.hasobject
+    if of_objects or isinstance(sequences, Mapping | str | bytes | bytearray):
+        raise TypeError(f"sequences must be an integer or integers, got {checks.type_name(sequences)}")
+    return sequences if isinstance(sequences, Iterable) and getattr(sequences, "ndim", 1) > 0 else [sequences]
 
 
 class PagedBatch:

@@ -96,6 +96,31 @@ def test_memory_mapped_buffers(tmp_path: Path) -> None:
     assert same_bits(np.asarray(again)[:, :, :10], arrays[1])
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_buffers_that_are_tensors(quantize: str | None) -> None:
+    torch = pytest.importorskip("torch")
+    sizes, dtype = ((D, DV), torch.float32) if quantize is None else ((36, 36), torch.uint8)
+    buffers = tuple(torch.zeros(B, HKV, 16, size, dtype=dtype) for size in sizes)
+    cache, arrays = new(16, quantize=quantize, buffers=buffers), numbers(28, 10)
+    out = in_pieces(cache, arrays, [6, 4])
+    assert same_bits(out, in_pieces(new(16, quantize=quantize), arrays, [6, 4]))
+    assert cache.key.ctypes.data == buffers[0].data_ptr() and buffers[1][:, :, :10].any()
+    with pytest.raises(TypeError, match=r"buffers must be .*, got float64"):
+        new(16, quantize=quantize, buffers=tuple(x.double() for x in buffers))
+
+
+def test_indices_that_are_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    cache = new()
+    cache.append(KEY, VALUE, [2, 1, 0])
+    cache.reorder(torch.tensor([1, 0, 1]))
+    assert cache.lengths.tolist() == [1, 2, 1]
+    cache.reset(torch.tensor(2))
+    cache.reset(torch.tensor([1]))
+    cache.reset(torch.tensor([]))
+    assert cache.lengths.tolist() == [1, 0, 0]
+
+
 def test_strided_buffers_and_tokens() -> None:
     """Rows before heads in memory, as in (B, L, H, D) arrays."""
     key, value = np.empty((B, 16, HKV, D), np.float32), np.empty((B, 16, HKV, DV), np.float32)
@@ -166,6 +191,9 @@ FROZEN.flags.writeable = False
         ((1, 2.0, 8, 4), {}, TypeError, "Hkv must be integers, got float"),
         ((1, 2, None, 4), {}, TypeError, "capacity must be integers, got NoneType"),
         ((1, 2, 8, -4), {}, ValueError, "D must be 0 or more, got -4"),
+        ((1, 2, 2**80, 4), {}, ValueError, f"capacity must be at most {2**63 - 1}, got {2**80}"),
+        ((1, 2, None, 4), {"window": 2**80}, ValueError, f"window must be at most {2**63 - 1}, got {2**80}"),
+        ((1, 2, 2**62, 4), {}, ValueError, rf"sizes must be .* got \(1, 2, {2**62}, 4\) and .* of float32: array is"),
         ((1, 2, 8, 4, "5"), {}, TypeError, "Dv must be integers, got str"),
         ((1, 2, 8, 4), {"window": 0}, ValueError, "window must be 1 or more, got 0"),
         ((1, 2, 8, 4), {"window": (4, 0)}, TypeError, "window must be integers, got tuple"),
@@ -209,7 +237,10 @@ _, KEY, VALUE = numbers(27, 2)
         ("truncate", -1, ValueError, "lengths must be between 0 and 32, got -1"),
         ("truncate", 33, ValueError, "lengths must be between 0 and 32, got 33"),
         ("truncate", 1.0, TypeError, "lengths must be integers"),
-        ("reorder", [0, 1], ValueError, r"indices must be an integer or have shape \(3,\), got shape \(2,\)"),
+        ("reorder", [0, 1], ValueError, r"indices must have shape \(3,\), got \(2,\)"),
+        ("reorder", [[0, 1, 2]], ValueError, r"indices must .* got shape \(1, 3\)"),
+        ("reorder", [[0], [1, 2], []], ValueError, r"indices must be an integer or have shape \(3,\)"),
+        ("reorder", np.ma.array([1, 0, 2], mask=[1, 0, 0]), TypeError, "indices must not be a masked array"),
         ("reorder", 1, ValueError, r"indices must have shape \(3,\), got \(\)"),
         ("reorder", [0, 1, 3], ValueError, "indices must be between 0 and 2, got 3"),
         ("reorder", [0, 1, -1], ValueError, "indices must be between 0 and 2, got -1"),
@@ -218,6 +249,9 @@ _, KEY, VALUE = numbers(27, 2)
         ("reset", 3, ValueError, "sequences must be between 0 and 2, got 3"),
         ("reset", [0, -1], ValueError, "sequences must be between 0 and 2, got -1"),
         ("reset", [True, False, False], TypeError, "sequences must be integers"),
+        ("reset", [[0, 1]], ValueError, r"sequences must be an integer or have shape .* got shape \(1, 2\)"),
+        ("reset", np.array([[0, 1]]), ValueError, r"sequences must be an integer or have shape .* got shape \(1, 2\)"),
+        ("reset", np.ma.array([0, 1], mask=[1, 0]), TypeError, "sequences must not be a masked array"),
     ],
     ids=str,
 )

@@ -372,6 +372,15 @@ def test_strided_and_quantised_buffers() -> None:
     assert same_bits(key[1, :, :2], storage.quantize(both[0][0, :, 4:], "int4"))
 
 
+def test_buffers_that_are_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    buffers = torch.zeros(8, HKV, 4, D), torch.zeros(8, HKV, 4, DV)
+    cache = PagedKVCache(8, HKV, 4, D, DV, buffers=buffers)
+    (a,), both = filled(cache, 6)
+    assert_holds(cache, a, piece(both, 0, 0, 6))
+    assert same_bits(buffers[1][1, :, :2].numpy(), both[1][0, :, 4:])
+
+
 def test_tokens_from_the_cache_itself() -> None:
     """Two change what they have dropped with each other."""
     cache = new()
@@ -448,6 +457,7 @@ FROZEN.flags.writeable = False
         ((8, 2.0, 4, 4), {}, TypeError, "Hkv must be integers, got float"),
         ((8, 2, 0, 4), {}, ValueError, "page_size must be 1 or more, got 0"),
         ((8, 2, 4, -4), {}, ValueError, "D must be 0 or more, got -4"),
+        ((2**80, 2, 4, 4), {}, ValueError, f"pages must be at most {2**63 - 1}, got {2**80}"),
         ((8, 2, 4, 4, "5"), {}, TypeError, "Dv must be integers, got str"),
         ((8, 2, 4, 4), {"dtype": np.int8}, TypeError, "dtype must be float32, .* got <class 'numpy.int8'>"),
         ((8, 2, 4, 4), {"quantize": "int2"}, ValueError, "quantize must be None, 'int8' or 'int4', got 'int2'"),
@@ -489,6 +499,10 @@ UNKNOWN = "must be held by the cache, got {}, which never was or has been freed"
         ("free", (np.array(7),), ValueError, "sequences " + UNKNOWN.format(7)),
         ("free", ([True],), TypeError, "sequences must be integers, got bool"),
         ("free", (None,), TypeError, "sequences must be integers, got NoneType"),
+        ("free", (np.array([0], object),), TypeError, "sequences must be an integer or integers, got numpy.ndarray"),
+        ("truncate", (b"\0", 0), TypeError, "sequences must be an integer or integers, got bytes"),
+        ("batch", ({0: 1},), TypeError, "sequences must be an integer or integers, got dict"),
+        ("batch", ("",), TypeError, "sequences must be an integer or integers, got str"),
         ("truncate", ([0, 1], [2, 3]), ValueError, "lengths must be at most those held, got 3 for sequence 1, which"),
         ("truncate", ([0, 1], [1]), ValueError, r"lengths must be an integer or have shape \(2,\), got shape \(1,\)"),
         ("truncate", ([0, 1], -1), ValueError, "lengths must be between 0 and 32, got -1"),
