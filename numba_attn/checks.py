@@ -85,6 +85,17 @@ def heads_first(x: np.ndarray, layout: str) -> np.ndarray:
     return x if layout == "BHLD" else x.swapaxes(-3, -2)
 
 
+def dtype(x: Any, expected: str = "float32, float64, float16 or bfloat16") -> np.dtype:
+    """A floating-point dtype, in native byte order."""
+    try:
+        found = np.dtype(x)
+    except TypeError:
+        found = None
+    if x is None or found is None or not (found.char in "fde" or is_bfloat16(found)) or not found.isnative:
+        raise TypeError(f"dtype must be {expected}, got {x!r}")
+    return found
+
+
 def is_bfloat16(dtype: np.dtype) -> bool:
     """Whether a dtype is ml_dtypes' bfloat16, without importing that."""
     return dtype.itemsize == 2 and dtype.name == "bfloat16"

@@ -492,12 +492,7 @@ def size_of(name: str, x: Any, low: int = 0) -> int:
 
 
 def dtype_of(dtype: Any, quantize: Any = None) -> np.dtype:
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if dtype is None or found is None or not (found.char in "fde" or checks.is_bfloat16(found)) or not found.isnative:
-        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype!r}")
+    found = checks.dtype(dtype)
     if quantize is not None:
         if not isinstance(quantize, str) or quantize not in QUANTIZED:
             raise ValueError(f"quantize must be None, 'int8' or 'int4', got {quantize!r}")

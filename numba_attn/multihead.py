@@ -158,7 +158,7 @@ class MultiHeadAttention:
         D = E // Hq if head_size is None else count("head_size", head_size)
         Dv = D if value_size is None else count("value_size", value_size)
         Ek, Ev = (E if n is None else count(name, n) for name, n in (("kdim", kdim), ("vdim", vdim)))
-        dtype = floating("dtype", np.dtype(dtype))
+        dtype = floating("dtype", checks.dtype(dtype, expected="float32 or float64"))
         sizes = Sizes(Hq, Hkv, D, Dv, (E, Ek, Ev), E)
         flags = checks.flag("bias", bias), checks.flag("qk_norm", qk_norm)
         return cls(drawn(rng, sizes, *flags, dtype), Hq, Hkv, **options)

@@ -228,7 +228,7 @@ def rotary_tables(
         raise ValueError(f"base must be finite and more than 1, got {base}")
     if scaling is not None and not isinstance(scaling, Scaling):
         raise TypeError(f"scaling must be None or one of {Scaling}, got {checks.type_name(scaling)}")
-    dtype = checks.floating_array("dtype", np.empty(0, dtype)).dtype
+    dtype = checks.dtype(dtype)
     length = math.ceil(where.max(initial=-1)) + 1  # of the sequence, as far as the positions tell
     frequencies = _frequencies(D, base) if scaling is None else scaling.frequencies(D, base, length)
     magnitude = scaling.magnitude() if isinstance(scaling, YaRN) else 1.0

@@ -495,6 +495,8 @@ BAD_INIT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embed_dim": 0}, ValueError, "embed_dim must be 1 or more"),
     ({"kdim": -1}, ValueError, "kdim must be 1 or more"),
     ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16"),
+    ({"dtype": None}, TypeError, "dtype must be float32 or float64, got None"),
+    ({"dtype": ">f4"}, TypeError, "dtype must be float32 or float64, got '>f4'"),
     ({"bias": None}, TypeError, "bias must be True or False"),
 ]
 

@@ -350,7 +350,9 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
         (ValueError, "D must be 4 or more for NTK", lambda: rotary_tables(4, 2, scaling=NTK(2.0))),
         (ValueError, "base must be finite and more than 1, got 1.0", lambda: rotary_tables(4, 8, base=1.0)),
         (TypeError, "scaling must be None or .*Llama3, got dict", lambda: rotary_tables(4, 8, scaling={})),  # type: ignore[arg-type]
-        (TypeError, "dtype must be float32, .* got int64", lambda: rotary_tables(4, 8, dtype=np.int64)),
+        (TypeError, "dtype must be float32, .* got None", lambda: rotary_tables(4, 8, dtype=None)),
+        (TypeError, "dtype must be float32, .* got '>f4'", lambda: rotary_tables(4, 8, dtype=">f4")),
+        (TypeError, "dtype must be float32, .* got <class 'numpy.int64'>", lambda: rotary_tables(4, 8, dtype=np.int64)),
     ],
 )
 def test_errors_of_tables(error: type[Exception], message: str, make: Any) -> None:
