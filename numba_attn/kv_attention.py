@@ -237,9 +237,23 @@ def _rotated(
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise TypeError(f"rotary must be a pair of tables (cos, sin), got {checks.type_name(rotary)}")
     cos, sin = rotary
-    if tokens is not None:
-        tokens = tokens._replace(key=apply_rotary(tokens.key, cos, sin, position_offset=offset))
-    return apply_rotary(query, cos, sin, position_offset=offset), tokens
+    try:
+        if tokens is not None:
+            tokens = tokens._replace(key=apply_rotary(tokens.key, cos, sin, position_offset=offset))
+        return apply_rotary(query, cos, sin, position_offset=offset), tokens
+    except ValueError:
+        _check_positions(cos, offset, query.shape[2])
+        raise
+
+
+def _check_positions(table: Any, offset: np.ndarray, n: int) -> None:
+    """The error of rows without a position, in terms of arguments that there are; only where there is an error."""
+    first, last = int(offset.min(initial=1 << 62)), int(offset.max(initial=0)) + n
+    if first < 0:
+        raise ValueError(f"query must have a position of 0 or more for each row with rotary, got {first}") from None
+    positions = np.shape(table)[-2] if np.ndim(table) > 1 else last
+    if last > positions:
+        raise ValueError(f"rotary must have a position for each row, got {positions}, query needs {last}") from None
 
 
 def _query(query: Any, cache: KVCache | PagedBatch) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from numba_attn import checks
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.masks import UNBOUNDED, KeyIntervals
 from numba_attn.problem import statistics_dtype
@@ -248,6 +249,9 @@ def _rotary_embedding(
         if cache.ndim != (3 if position_ids is None else 2) or cache.shape[-1] != R // 2:
             expected = "(B, L, {})" if position_ids is None else "(positions, {})"
             raise ValueError(f"{name} must be {expected.format(R // 2)}, got shape {cache.shape}")
+    if position_ids is not None:
+        positions = min(len(cos_cache), len(sin_cache))
+        checks.integers("position_ids", position_ids, position_ids.shape, 0, positions - 1)
     cos, sin = (cache if position_ids is None else cache[position_ids] for cache in (cos_cache, sin_cache))
     apply_rotary(heads, cos, sin, interleaved=bool(interleaved), out=rotated)
     return out

@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "moments": {"problem", "row_weights"},
     "diagnostics": {"block_mask", "calls", "checks", "moments", "problem"},
     "plot": {"calls", "checks", "diagnostics", "moments", "row_weights"},
-    "onnx": {"api", "masks", "problem", "rotary"},
+    "onnx": {"api", "checks", "masks", "problem", "rotary"},
     "_bench": {"api"},
     "cli": {
         *("_npz", "_bench", "api", "diagnostics", "dispatch", "plot", "problem", "threads"),

@@ -249,8 +249,10 @@ def test_rotary_of_the_query_alone_and_beyond_the_tables() -> None:
     turned = rotate(query[:, :, :1], cos, sin, position_offset=3)
     assert_accurate(out, None, turned, key, value, enable_gqa=True)
     before = state(cache)
-    with pytest.raises(ValueError, match="position"):
+    with pytest.raises(ValueError, match="rotary must have a position for each row, got 6, query needs 8"):
         attention_with_kv_cache(query, cache, key, value, rotary=(cos, sin))
+    with pytest.raises(ValueError, match="query must have a position of 0 or more for each row with rotary, got -1"):
+        attention_with_kv_cache(np.repeat(query, 2, axis=2)[:, :, :5], cache, rotary=(cos, sin))
     with pytest.raises(TypeError, match=r"rotary must be a pair of tables \(cos, sin\), got numpy.ndarray"):
         attention_with_kv_cache(query, cache, key, value, rotary=cos)  # type: ignore[arg-type]
     assert state(cache) == before

@@ -339,6 +339,9 @@ def test_rotary_errors() -> None:
         run("RotaryEmbedding", x, cache[:, :3], cache, positions)
     with pytest.raises(ValueError, match="sin_cache must be"):
         run("RotaryEmbedding", x, cache[positions], cache)
+    for position in (-1, 11):
+        with pytest.raises(ValueError, match=f"position_ids must be between 0 and 10, got {position}"):
+            run("RotaryEmbedding", x, cache, cache, np.full_like(positions, position))
     with pytest.raises(ValueError, match="an even number"):
         run("RotaryEmbedding", x, cache, cache, positions, rotary_embedding_dim=10)
     with pytest.raises(ValueError, match="needs a number of heads"):
