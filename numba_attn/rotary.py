@@ -30,7 +30,7 @@ class Linear:
     factor: float
 
     def __post_init__(self) -> None:
-        _number("factor", self.factor, least=1)
+        _number(self, "factor", least=1)
 
     def frequencies(self, D: int, base: float, length: int) -> np.ndarray:
         return _frequencies(D, base) / self.factor
@@ -48,12 +48,18 @@ class NTK:
     factor: float
 
     def __post_init__(self) -> None:
-        _number("factor", self.factor, least=1)
+        _number(self, "factor", least=1)
 
     def frequencies(self, D: int, base: float, length: int) -> np.ndarray:
         if D < 4:
             raise ValueError(f"D must be 4 or more for NTK-aware scaling, got {D}")
-        return _frequencies(D, base * self.factor ** (D / (D - 2)))
+        try:
+            slowed = base * self.factor ** (D / (D - 2))
+        except OverflowError:
+            slowed = math.inf
+        if slowed == math.inf:
+            raise ValueError(f"factor must leave the base finite, got {self.factor} for base {base}")
+        return _frequencies(D, slowed)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class DynamicNTK:
     original_max_position: int
 
     def __post_init__(self) -> None:
-        _number("factor", self.factor, least=1)
-        _length(self.original_max_position)
+        _number(self, "factor", least=1)
+        _length(self)
 
     def frequencies(self, D: int, base: float, length: int) -> np.ndarray:
         excess = max(length / self.original_max_position, 1.0) - 1
@@ -98,11 +104,11 @@ class YaRN:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _number("factor", self.factor, least=1)
-        _length(self.original_max_position)
-        _in_order("beta_slow", self.beta_slow, "beta_fast", self.beta_fast)
+        _number(self, "factor", least=1)
+        _length(self)
+        _in_order(self, "beta_slow", "beta_fast")
         if self.attention_factor is not None:
-            _number("attention_factor", self.attention_factor, least=0)
+            _number(self, "attention_factor", least=0)
         checks.flag("truncate", self.truncate)
 
     def frequencies(self, D: int, base: float, length: int) -> np.ndarray:
@@ -138,9 +144,9 @@ class Llama3:
     original_max_position: int = 8192
 
     def __post_init__(self) -> None:
-        _number("factor", self.factor, least=1)
-        _in_order("low_freq_factor", self.low_freq_factor, "high_freq_factor", self.high_freq_factor)
-        _length(self.original_max_position)
+        _number(self, "factor", least=1)
+        _in_order(self, "low_freq_factor", "high_freq_factor")
+        _length(self)
 
     def frequencies(self, D: int, base: float, length: int) -> np.ndarray:
         plain = _frequencies(D, base)
@@ -150,6 +156,8 @@ class Llama3:
 
 
 Scaling = Linear | NTK | DynamicNTK | YaRN | Llama3
+_LONGEST = (1 << 63) - 1
+_FEWEST, _MOST = 1e-100, 1e100  # turns, of which the logarithm is taken within any length
 
 
 def _frequencies(D: int, base: float) -> np.ndarray:
@@ -157,21 +165,31 @@ def _frequencies(D: int, base: float) -> np.ndarray:
     return base ** (-np.arange(0, D, 2) / D)
 
 
-def _number(name: str, x: Any, least: float) -> float:
-    x = checks.number(name, x)
+# Each checks a field of a scaling, and keeps it as a number of Python's: others that are one do not go with floats.
+
+
+def _number(scaling: Scaling, name: str, least: float) -> None:
+    x = checks.number(name, getattr(scaling, name))
     if not least <= x < math.inf:
         raise ValueError(f"{name} must be finite and at least {least}, got {x}")
-    return x
+    object.__setattr__(scaling, name, x)
 
 
-def _length(x: Any) -> None:
-    if checks.integer("original_max_position", x) < 1:
-        raise ValueError(f"original_max_position must be 1 or more, got {x}")
+def _length(scaling: DynamicNTK | YaRN | Llama3) -> None:
+    n = checks.integer("original_max_position", scaling.original_max_position)
+    if not 1 <= n <= _LONGEST:
+        raise ValueError(f"original_max_position must be between 1 and {_LONGEST}, got {n}")
+    object.__setattr__(scaling, "original_max_position", n)
 
 
-def _in_order(low_name: str, low: Any, high_name: str, high: Any) -> None:
-    if not 0 < checks.number(low_name, low) < checks.number(high_name, high) < math.inf:
-        raise ValueError(f"{low_name} must be positive and less than {high_name}, got {low} and {high}")
+def _in_order(scaling: YaRN | Llama3, low_name: str, high_name: str) -> None:
+    low, high = (checks.number(name, getattr(scaling, name)) for name in (low_name, high_name))
+    if not 0 < low < high:
+        raise ValueError(f"{low_name} must be positive and less than {high_name}, got {low:g} and {high:g}")
+    for name, x in ((low_name, low), (high_name, high)):
+        if not _FEWEST <= x <= _MOST:
+            raise ValueError(f"{name} must be between {_FEWEST} and {_MOST}, got {x}")
+        object.__setattr__(scaling, name, x)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +262,12 @@ def _positions(positions: Any) -> np.ndarray:
         if length < 0:
             raise ValueError(f"positions must be a number of positions, 0 or more, or an array of them, got {length}")
         return np.arange(length, dtype=np.float64)
-    where = np.asarray(positions)
+    if isinstance(positions, np.ma.MaskedArray):
+        raise TypeError("positions must not be a masked array")
+    try:
+        where = np.asarray(positions)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"positions must be an integer or an array: {error}") from None
     if where.ndim == 0:
         raise ValueError("positions must be an integer, or an array of one axis or more, got one of none")
     if where.size and where.dtype.kind not in "iuf":

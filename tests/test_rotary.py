@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import cmath
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -119,6 +121,19 @@ def test_tables(D: int, base: float, scaling: Scaling | None) -> None:
         for i in range(D // 2):
             z = magnitude * cmath.exp(1j * p * expected_frequency(scaling, i, D, base, length))
             assert abs(complex(cos[p, i], sin[p, i]) - z) < 1e-12, (p, i)
+
+
+@pytest.mark.parametrize("number", [Fraction, Decimal, np.float32, np.int64])
+def test_scalings_of_other_numbers(number: Any) -> None:
+    """They are those of floats."""
+    made = [
+        *(Linear(number(2)), NTK(number(2)), DynamicNTK(number(2), np.int32(30))),  # type: ignore[arg-type]
+        *(YaRN(number(2), 30, number(8), number(2), number(3)), Llama3(number(8), number(1), number(4), 500)),
+    ]
+    plain = Linear(2.0), NTK(2.0), DynamicNTK(2.0, 30), YaRN(2.0, 30, 8.0, 2.0, 3.0), Llama3(8.0, 1.0, 4.0, 500)
+    for scaling, same in zip(made, plain, strict=True):
+        assert repr(scaling) == repr(same)
+        assert same_bits(rotary_tables(50, 8, scaling=scaling), rotary_tables(50, 8, scaling=same))
 
 
 def test_scalings_reach_all_their_cases() -> None:
@@ -334,7 +349,13 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
         (ValueError, "factor must be finite and at least 1, got 0.5", lambda: Linear(0.5)),
         (ValueError, "factor must be finite and at least 1, got nan", lambda: NTK(math.nan)),
         (TypeError, "factor must be a real number, got str", lambda: DynamicNTK("2", 10)),  # type: ignore[arg-type]
-        (ValueError, "original_max_position must be 1 or more, got 0", lambda: DynamicNTK(2.0, 0)),
+        (ValueError, "original_max_position must be between 1 and .*, got 0", lambda: DynamicNTK(2.0, 0)),
+        (ValueError, "original_max_position must be between", lambda: YaRN(2.0, 10**400)),
+        (ValueError, "original_max_position must be between", lambda: Llama3(original_max_position=10**400)),
+        (ValueError, "beta_slow must be between 1e-100 and", lambda: YaRN(2.0, 8, beta_slow=1e-320)),
+        (ValueError, r"beta_fast must be between 1e-100 and 1e\+100, got 1e\+308", lambda: YaRN(2.0, 8, 1e308)),
+        (ValueError, "factor must leave the base finite, got 1e", lambda: rotary_tables(4, 4, scaling=NTK(1e200))),
+        (ValueError, "factor must leave", lambda: rotary_tables(4, 4, base=1e300, scaling=NTK(1e5))),
         (TypeError, "original_max_position must be integers, got float", lambda: YaRN(2.0, 10.0)),  # type: ignore[arg-type]
         (ValueError, "beta_slow must be positive and less than beta_fast, got 3 and 3", lambda: YaRN(2.0, 10, 3, 3)),
         (ValueError, "attention_factor must be .* at least 0", lambda: YaRN(2.0, 10, attention_factor=-1.0)),
@@ -345,6 +366,8 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
         (TypeError, "positions must be integers or floating-point .* bool", lambda: rotary_tables(np.ones(2, bool), 8)),
         (ValueError, "positions must be an integer, or an array", lambda: rotary_tables(np.array(3), 8)),
         (ValueError, "positions must be finite, got inf", lambda: rotary_tables([0, math.inf], 8)),
+        (ValueError, "positions must be an integer or an array: ", lambda: rotary_tables([[1], [2, 3]], 4)),
+        (TypeError, "positions must not be a masked", lambda: rotary_tables(np.ma.array([1, 2], mask=[0, 1]), 4)),
         (ValueError, "D must be a positive even number, got 7", lambda: rotary_tables(4, 7)),
         (ValueError, "D must be a positive even number, got 0", lambda: rotary_tables(4, 0)),
         (ValueError, "D must be 4 or more for NTK", lambda: rotary_tables(4, 2, scaling=NTK(2.0))),
