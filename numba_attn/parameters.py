@@ -178,13 +178,15 @@ def from_torch(state: Any, prefix: str) -> Parameters:
         raise TypeError(f"state must be a mapping from names to arrays, got {checks.type_name(state)}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, got {checks.type_name(prefix)}")
+    if other := [name for name in state if not isinstance(name, str)]:
+        raise TypeError(f"state must have strings for names, got {other[0]!r}")
     found = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     if any(found.get(name) is not None for name in ("bias_k", "bias_v")):
         raise NotImplementedError(
             "state has bias_k and bias_v (add_bias_kv=True), one more key and value, which are not implemented"
         )
     # What torch lists without having it is None in hand-made states.
-    return {name: np.asarray(x) for name, x in found.items() if x is not None}
+    return {name: np.asarray(checks.on_host(name, x)) for name, x in found.items() if x is not None}
 
 
 def to_torch(parameters: Parameters, sizes: Sizes) -> Parameters:

@@ -515,8 +515,19 @@ def test_bad_states() -> None:
         MultiHeadAttention.from_torch_state(state, 2, prefix="attn.")
     with pytest.raises(TypeError, match="state must be a mapping"):
         MultiHeadAttention.from_torch_state([], 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="state must have strings for names, got 1"):
+        MultiHeadAttention.from_torch_state({1: 2}, 2)  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="prefix must be a string"):
         MultiHeadAttention.from_torch_state(state, 2, prefix=1)  # type: ignore[arg-type]
+
+
+def test_states_of_tensors_that_do_not_fit(torch: Any) -> None:
+    module = torch.nn.MultiheadAttention(24, 4)
+    with pytest.raises(TypeError, match=r"in_proj_weight must be .* it requires gradients"):
+        MultiHeadAttention.from_torch_state(dict(module.named_parameters()), 4)
+    pytest.importorskip("ml_dtypes")
+    with pytest.raises(TypeError, match="in_proj_weight must be float32 or float64, got bfloat16"):
+        MultiHeadAttention.from_torch_state(module.bfloat16().state_dict(), 4)
 
 
 X = np.ones((2, 5, 24))
