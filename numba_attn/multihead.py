@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
+from numba_attn.arrays import Array
 from numba_attn.calls import DEFAULTS, check_names, checked_call, prepare
 from numba_attn.heads import Heads, Offsets, Projection, checked_rotary
 from numba_attn.padding import without_padding
-from numba_attn.parameters import Parameters, Sizes, checked, count, drawn, floating, from_torch, to_torch
+from numba_attn.parameters import ROLES, Parameters, Sizes, checked, count, drawn, floating, from_torch, to_torch
 from numba_attn.primitives import project, project_adjoint
 from numba_attn.problem import Aux
 
@@ -30,6 +31,7 @@ _WITH_CACHE = (
 )
 _PLAIN = tuple(name for name in DEFAULTS if name not in ("enable_gqa", "layout", "out", "attn_mask", "is_causal"))
 _FOR_VJP = tuple(name for name in _PLAIN if name != "return_aux")
+_ON_HOST = "as the layer is"
 
 
 class InputGradients(NamedTuple):
@@ -221,23 +223,24 @@ class MultiHeadAttention:
 
     def forward(
         self,
-        query: np.ndarray,
-        key: np.ndarray | None = None,
-        value: np.ndarray | None = None,
-        attn_mask: np.ndarray | None = None,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        attn_mask: Any = None,
         *,
-        key_padding_mask: np.ndarray | None = None,
+        key_padding_mask: Any = None,
         is_causal: bool | None = None,
         cache: Any = None,
         counts: Any = None,
-        out: np.ndarray | None = None,
+        out: Array | None = None,
         **options: Any,
-    ) -> np.ndarray | tuple[np.ndarray, Aux]:
+    ) -> Array | tuple[Array, Aux]:
         """The layer's result; calling the layer does the same.
 
         Parameters
         ----------
         query : (B, Lq, E), of the layer's dtype; any strides
+            Of any library, in host memory; key, value, attn_mask and out are of the same, a mask may be NumPy's.
         key, value : (B, Lk, Ek) and (B, Lk, Ev), optional
             Self-attention without key; without value the key is the value too.
         attn_mask : bool or floating point, broadcasting to (B, Hq, Lq, Lk), optional
@@ -261,38 +264,41 @@ class MultiHeadAttention:
 
         Returns
         -------
-        (B, Lq, Eo) array; (out, Aux) if `return_aux` names anything, each number a row being (B, Hq, Lq).
-            A row that attends to nothing is the bias of the output projection.
+        (B, Lq, Eo) array of query's library; (out, Aux) if `return_aux` names anything.
+            What is a number for each row is (B, Hq, Lq).  A row that attends to nothing is the bias of the output
+            projection.
 
         Raises
         ------
         ValueError, TypeError
             Shapes, values or types that do not fit; nothing has been computed or written then, in a cache neither.
         """
-        heads = self._projection.allocate(*_distinct(query, key, value))
+        given = dict(zip(ROLES, _distinct(query, key, value), strict=True)) | {"attn_mask": attn_mask, "out": out}
+        caller = arrays.adopt(given, tuple(given), _ON_HOST)
+        heads = self._projection.allocate(*(given[name] for name in ROLES))
         if cache is None:
             if counts is not None:
                 raise ValueError("counts must be given with a cache; without one there is query_lengths")
-            attend = self._attention(heads, attn_mask, key_padding_mask, is_causal, options)
+            attend = self._attention(heads, given["attn_mask"], key_padding_mask, is_causal, options)
         else:
             if not all(x is None for x in (key, value, attn_mask, key_padding_mask)):
                 raise ValueError("cache must be given without key, value, attn_mask and key_padding_mask")
             attend = self._cached_attention(heads, cache, counts, is_causal, options)
-        result = self._result(out, heads)
+        result = self._result(given["out"], heads)
         attended, aux = attend()
         project(attended, *self._output_weights(), result)
-        return result if aux is None else (result, aux)
+        return caller.give(result if aux is None else (result, aux))  # type: ignore[no-any-return]
 
     __call__ = forward
 
     def project(
         self,
-        query: np.ndarray,
-        key: np.ndarray | None = None,
-        value: np.ndarray | None = None,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
         *,
         query_offset: Any = 0,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[Array, Array, Array]:
         """What the layer's attention is of: query, key and value heads in layout "BLHD", normalised and rotated.
 
         For `diagnose` and `attention_weights`.
@@ -302,12 +308,14 @@ class MultiHeadAttention:
         >>> query.shape
         (5, 2, 4)
         """
-        heads = self._projection.allocate(*_distinct(query, key, value))
+        given = dict(zip(ROLES, _distinct(query, key, value), strict=True))
+        caller = arrays.adopt(given, ROLES, _ON_HOST)
+        heads = self._projection.allocate(**given)
         _, problem = prepare(*heads.operands, enable_gqa=True, layout="BLHD", query_offset=query_offset)
         offsets = Offsets(problem.intervals.table[:, 0], 0)
         self._projection.check_positions(heads, offsets, "query_offset")
         self._projection.compute(heads, offsets)
-        return heads.query, heads.key, heads.value
+        return caller.give(heads.operands)  # type: ignore[no-any-return]
 
     # Each of the next two checks, and returns what computes (B, Lq, Hq Dv) and statistics.
 
@@ -387,16 +395,16 @@ class MultiHeadAttention:
 
     def vjp(
         self,
-        query: np.ndarray,
-        key: np.ndarray | None = None,
-        value: np.ndarray | None = None,
-        attn_mask: np.ndarray | None = None,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        attn_mask: Any = None,
         *,
-        key_padding_mask: np.ndarray | None = None,
+        key_padding_mask: Any = None,
         is_causal: bool | None = None,
         score_mod_grad: Any = None,
         **options: Any,
-    ) -> tuple[np.ndarray, Callable[..., tuple[InputGradients, Parameters]]]:
+    ) -> tuple[Array, Callable[..., tuple[InputGradients, Parameters]]]:
         """The layer's result, and the function that takes a gradient back from it: reverse-mode differentiation.
 
         Parameters
@@ -408,12 +416,12 @@ class MultiHeadAttention:
 
         Returns
         -------
-        out : (B, Lq, Eo) array
+        out : (B, Lq, Eo) array of query's library
         vjp : function (grad_out, wanted=None)
             Takes the gradient of a loss with respect to out; returns those with respect to the inputs,
-            `InputGradients`, and to the parameters, a dict of arrays with their names and shapes.  `wanted` is as in
-            the function that `scaled_dot_product_attention_vjp` returns.  It may be called more than once, but not
-            after inputs or parameters have been written to.
+            `InputGradients` of that library, and to the parameters, a dict of NumPy's arrays with their names and
+            shapes.  `wanted` is as in the function that `scaled_dot_product_attention_vjp` returns.  It may be called
+            more than once, but not after inputs or parameters have been written to.
 
         Raises
         ------
@@ -432,8 +440,10 @@ class MultiHeadAttention:
         from numba_attn.gradients import scaled_dot_product_attention_vjp
 
         check_names("vjp", options, _FOR_VJP)
-        heads = self._projection.allocate(query, key, value)
-        call = _call(heads, attn_mask, key_padding_mask, is_causal, options)
+        given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+        caller = arrays.adopt(given, tuple(given), _ON_HOST)
+        heads = self._projection.allocate(*(given[name] for name in ROLES))
+        call = _call(heads, given["attn_mask"], key_padding_mask, is_causal, options)
         _, problem = prepare(*heads.operands, **call)
         offsets = Offsets(problem.intervals.table[:, 0], 0)
         self._projection.check_positions(heads, offsets, "query_offset")
@@ -461,9 +471,9 @@ class MultiHeadAttention:
             inner = attention_vjp(grad_joined.reshape(attended.shape), wanted=wanted)
             inputs = self._projection.adjoint(heads, offsets, before, (inner.query, inner.key, inner.value), gradients)
             rest = {name: getattr(inner, name) for name in ("attn_mask", "sinks", "alibi_slopes")}
-            return InputGradients(**inputs, **rest), gradients
+            return caller.give(InputGradients(**inputs, **rest)), gradients
 
-        return out, vjp
+        return caller.give(out), vjp
 
 
 def _distinct(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "primitives": {"rotary"},
     "heads": {"checks", "parameters", "primitives"},
     "multihead": {
-        *("calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
+        *("arrays", "calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
         *("gradients", "kv_attention", "kv_cache", "paged_kv_cache"),  # when they are asked for
     },
     "row_weights": {"block_mask", "calls", "checks", "problem"},

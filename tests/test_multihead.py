@@ -318,6 +318,26 @@ def test_torch_loads_our_state(torch: Any) -> None:
         np.testing.assert_allclose(layer(x, y, z), expected, atol=1e-13)
 
 
+def test_tensors(torch: Any) -> None:
+    """Results are tensors, with the bits of NumPy's; gradients of parameters are as these are."""
+    layer, x, mask = layer_of(qk_norm=True), numbers(2, 5, 24), numbers(4, 5, 5)
+    t, bias = torch.from_numpy(x), torch.from_numpy(mask)
+    out = torch.empty(2, 5, 24, dtype=torch.float64)
+    assert layer(t, attn_mask=bias, out=out) is out and same_bits(out.numpy(), layer(x, attn_mask=mask))
+    for given, arrays in (((t,), (x,)), ((t, t + 1), (x, x + 1))):
+        (result, aux), (expected, statistics) = (layer(*some, return_aux=("lse",)) for some in (given, arrays))
+        assert same_bits((result.numpy(), aux.lse.numpy()), (expected, statistics.lse))
+        assert same_bits(tuple(y.numpy() for y in layer.project(*given)), layer.project(*arrays))
+    (result, vjp), (expected, theirs) = layer.vjp(t, attn_mask=bias), layer.vjp(x, attn_mask=mask)
+    (inputs, parameters), gradients = vjp(result), theirs(expected)
+    assert same_bits((inputs.query.numpy(), inputs.attn_mask.numpy()), (gradients[0].query, gradients[0].attn_mask))
+    assert all(same_bits(parameters[name], grad) for name, grad in gradients[1].items())
+    step = layer(t, cache=KVCache(2, 2, 5, 6, dtype=np.float64))
+    assert same_bits(step.numpy(), layer(x, cache=KVCache(2, 2, 5, 6, dtype=np.float64)))
+    with pytest.raises(TypeError, match=r"query and key must be arrays of one library, got torch\.Tensor and numpy"):
+        layer(t, x)
+
+
 def test_states() -> None:
     """What a state becomes, and is again, without PyTorch."""
     layer = layer_of(num_kv_heads=4)
