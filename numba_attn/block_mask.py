@@ -78,7 +78,7 @@ class BlockMask:
     def shared(self, B: int, Hq: int) -> BlockMask:
         """The mask of so many sequences and heads: what is made for one of them is, with b or h of 0, that of all.
 
-        >>> create_block_mask(documents([[0, 0, 1]]), Lq=3, Lk=3, block_size=2).shared(4, 8).mask_mod(3, 7, 0, 1)
+        >>> bool(create_block_mask(documents([[0, 0, 1]]), Lq=3, Lk=3).shared(4, 8).mask_mod(3, 7, 0, 1))
         True
         """
         if self.shape[:2] == (B, Hq):

@@ -96,6 +96,20 @@ def test_a_constant_added_to_rows_changes_no_probability(rows: int, dtype: type,
         )
 
 
+def test_norms_of_few_rows_are_those_of_their_own_sequence() -> None:
+    """Whether scores are large, and products to be made again, is found for each sequence by itself."""
+    rng, lengths = np.random.default_rng(5), [5, 40, 3, 8]
+    query, key, value, grad_out = rng.standard_normal((4, 4, 2, 40, 16), dtype=np.float32)
+    query[2] *= 300
+    options = {"query_lengths": lengths, "kv_lengths": lengths}
+    together = numba_attn.scaled_dot_product_attention_vjp(query, key, value, **options)[1](grad_out)
+    for b, n in enumerate(lengths):
+        arrays = (x[b, :, :n] for x in (query, key, value))
+        _, vjp = numba_attn.scaled_dot_product_attention_vjp(*arrays)
+        for name, x in zip(("query", "key", "value"), vjp(grad_out[b, :, :n]), strict=False):
+            assert same_bits(getattr(together, name)[b, :, :n], x), (b, name)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 1e30}, {"attn_mask": True}], ids=str)
 @pytest.mark.parametrize("size", [1e2, 3e4, 1e9])
 @pytest.mark.parametrize("rows", [3, 90])

@@ -46,18 +46,26 @@ def forward(problem: Problem) -> MakeRepeat | None:
 def make_norms_alike(problem: Problem) -> None:
     """Write the norms of sequences with few rows again, by products in the order of those that gradients make.
 
-    Where scores are large, what another order rounds differently would change their probabilities.
+    Where scores are large, what another order rounds differently would change their probabilities.  In other sequences
+    every reference is 0.
     """
-    sizes = problem.sizes
-    few, _ = _by_rows(problem, sizes.B, sizes.Lq, decode.most_rows(statistics_dtype(problem.query.dtype).itemsize))
-    assert problem.norms is not None
-    if len(few) and problem.norms[few[:, 0], ..., 0].any():  # references are 0 where no score is large
+    sizes, norms, lengths = problem.sizes, problem.norms, problem.intervals.table[:, 1]
+    assert norms is not None
+    few, _ = _by_rows(problem, sizes.B, sizes.Lq, decode.most_rows(norms.itemsize))
+    large = [b for b in few[:, 0].tolist() if norms[b, :, : lengths[b], 0].any()]
+    if large:
         value, out = problem.value[..., :0], problem.out[..., :0]
-        forward(replace(problem, value=value, out=out, lse=None, max_score=None, entropy=None, key_weight=None))
+        anew = replace(problem, value=value, out=out, lse=None, max_score=None, entropy=None, key_weight=None)
+        steps, alive = _steps(anew, anew.sizes, threads.count(), np.array(large)[:, None])
+        for cut, sequences, arrays in steps:
+            cut(sequences)(arrays)
+        del alive
 
 
-def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step], list[Any]]:
-    """What is to be done for a problem, and what must live until it is."""
+def _steps(
+    problem: Problem, sizes: Sizes, threads_used: int, wanted: np.ndarray | None = None
+) -> tuple[list[Step], list[Any]]:
+    """What is to be done for a problem, and what must live until it is; for those `wanted`, as for many rows."""
     B, Hq, _, Lq, Lk, D, Dv = sizes
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind
@@ -68,6 +76,8 @@ def _steps(problem: Problem, sizes: Sizes, threads_used: int) -> tuple[list[Step
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize) if Dv else 0)
+    if wanted is not None:
+        few, many = numbers(0), wanted
     key_weights = None if problem.key_weight is None else problem.first_sequence().key_weight
     steps: list[Step] = []
     for some_numbers, kernels in ((few, decode), (many, prefill)):
