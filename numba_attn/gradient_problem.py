@@ -39,7 +39,7 @@ class SequenceGradients(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GradientProblem:
-    """A validated call for the gradient of `problem`, whose results, lse among them, have been written.
+    """A validated call for the gradient of `problem`, whose results and norms have been written.
 
     Arrays have heads before rows, as those of the problem; what is to be written is 0 at first.
     """

@@ -105,7 +105,7 @@ def scaled_dot_product_attention_vjp(*args: Any, score_mod_grad: Any = None, **o
 
     Notes
     -----
-    Probabilities are computed again from the lse, one tile at a time: beside the results, memory grows with the
+    Probabilities are computed again from sums of rows, one tile at a time: beside the results, memory grows with the
     lengths, not with their product.  Rows that attend to nothing, and what is masked, have gradients of 0.  The same
     bits come out for any number of threads.  For bfloat16 arrays, probabilities and gradients of scores are rounded to
     bfloat16 for their products where the processor does these faster.

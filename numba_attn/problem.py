@@ -220,7 +220,7 @@ class Problem:
     ) -> Problem:
         """Check the arguments of `numba_attn.scaled_dot_product_attention`, allocate the results, compute nothing.
 
-        `cu_seqlens` are those of `numba_attn.varlen_attention`.  A `differentiable` problem has an lse in any case, and
+        `cu_seqlens` are those of `numba_attn.varlen_attention`.  A `differentiable` problem has norms, and
         the `score_mod_grad` of the gradient functions.  The key may be the `Storage` of a cache, without value.
         """
         storage, packed = None, None
