@@ -164,6 +164,19 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
     return values
 
 
+def out_of_positions(name: str, offset: Any, n: int, positions: int, unplaced: str) -> str | None:
+    """What is wrong with n rows from each offset on, where rotary tables have so many positions; None if nothing is.
+
+    `unplaced` says what rows before the first position would need.
+    """
+    first, last = int(np.min(offset, initial=1 << 62)), int(np.max(offset, initial=0)) + n
+    if first < 0:
+        return f"{unplaced}, got {first}"
+    if last > positions:
+        return f"rotary must have a position for each row, got {positions}, {name} needs {last}"
+    return None
+
+
 def beyond_64_bits(x: Any) -> bool:
     """Whether these are Python's integers of which one is so large that NumPy has no integers for all of them."""
     exact = np.asarray(x, object)

@@ -91,13 +91,10 @@ class Projection:
         """There are angles for all rows; `name` is what the offset of the queries is from."""
         if self.rotary is None:
             return
-        positions = len(self.rotary[0])
+        positions, unplaced = len(self.rotary[0]), f"{name} must be 0 or more with rotary positions"
         for role, x, offset in (("query", heads.query, offsets.query), ("key", heads.key, offsets.key)):
-            first, last = int(np.min(offset, initial=1 << 62)), int(np.max(offset, initial=0)) + x.shape[-3]
-            if first < 0:
-                raise ValueError(f"{name} must be 0 or more with rotary positions, got {first}")
-            if last > positions:
-                raise ValueError(f"rotary must have a position for each row, got {positions}, {role} needs {last}")
+            if wrong := checks.out_of_positions(role, offset, x.shape[-3], positions, unplaced):
+                raise ValueError(wrong)
 
     def compute(self, heads: Heads, offsets: Offsets, keep: bool = False) -> list[np.ndarray | None]:
         """Write the heads; if `keep`, queries and keys as they were before their normalisation are returned."""

@@ -242,18 +242,12 @@ def _rotated(
             tokens = tokens._replace(key=apply_rotary(tokens.key, cos, sin, position_offset=offset))
         return apply_rotary(query, cos, sin, position_offset=offset), tokens
     except ValueError:
-        _check_positions(cos, offset, query.shape[2])
+        # Looked for only where there is an error, to say it in terms of arguments that there are.
+        positions = np.shape(cos)[-2] if np.ndim(cos) > 1 else 1 << 62
+        unplaced = "query must have a position of 0 or more for each row with rotary"
+        if wrong := checks.out_of_positions("query", offset, query.shape[2], positions, unplaced):
+            raise ValueError(wrong) from None
         raise
-
-
-def _check_positions(table: Any, offset: np.ndarray, n: int) -> None:
-    """The error of rows without a position, in terms of arguments that there are; only where there is an error."""
-    first, last = int(offset.min(initial=1 << 62)), int(offset.max(initial=0)) + n
-    if first < 0:
-        raise ValueError(f"query must have a position of 0 or more for each row with rotary, got {first}") from None
-    positions = np.shape(table)[-2] if np.ndim(table) > 1 else last
-    if last > positions:
-        raise ValueError(f"rotary must have a position for each row, got {positions}, query needs {last}") from None
 
 
 def _query(query: Any, cache: KVCache | PagedBatch) -> np.ndarray:

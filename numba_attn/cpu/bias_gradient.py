@@ -81,8 +81,9 @@ def bias_types(element_type: types.Type) -> types.Type:
     return types.NamedTuple([mask, types.Array(types.int64, 2, "C"), sums, types.Array(types.float64, 2, "C")], Bias)
 
 
-def has_rows(mask: np.ndarray) -> bool:
-    return mask.shape[2] > 1
+def has_rows(shape: tuple[int, ...]) -> bool:
+    """Of a mask (places, heads, rows, keys)."""
+    return shape[2] > 1
 
 
 def bias_of(
@@ -97,7 +98,7 @@ def bias_of(
 
     `places` (B,) says which part of the mask's batch each sequence has used.
     """
-    written = mask is not None and has_rows(mask)
+    written = mask is not None and has_rows(mask.shape)
     return Bias(
         mask if written else np.zeros((0, 0, 0, 0), dtype),
         places[:, None],
@@ -110,6 +111,8 @@ def finish(
     bias: Bias, mask: np.ndarray | None, slopes: np.ndarray | None, places: np.ndarray, tasks: np.ndarray
 ) -> None:
     """Add up the sums of tasks, in order: to a mask without rows, and to slopes (1 or B, Hq)."""
+    if slopes is None and not bias.keys.size:
+        return
     group = bias.slopes.shape[1]
     for number, (b, shared, _, _, row, low, high, *_) in enumerate(tasks.tolist()):
         heads = slice(shared * group, (shared + 1) * group)

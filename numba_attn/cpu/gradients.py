@@ -41,7 +41,7 @@ def backward(gradient: GradientProblem) -> None:
     if problem.mask is not None and problem.mask.dtype != bool:
         shape, places = mask_shape(problem, B)
         mask = None if mask is None else mask.reshape(shape)
-        added = added_of(shape, places) if shape[2] > 1 else None
+        added = added_of(shape, places) if bias_gradient.has_rows(shape) else None
     tables = tables_of(call, cut, added, in_chains=mask is not None)
     if len(tables.tasks):
         bias = bias_gradient.bias_of(mask, slopes, places, tables.tasks, Hq // Hkv, dtype)

@@ -18,15 +18,7 @@ from numba_attn.cpu import dropout, edges, pack, softmax, tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.pointers import address, as_bfloat16, as_element, holds_pairs, moved
-from numba_attn.cpu.score import (
-    ON_TILES,
-    columns_of,
-    copies_keys,
-    element,
-    is_settled,
-    score,
-    slope,
-)
+from numba_attn.cpu.score import ON_TILES, columns_of, copies_keys, element, is_settled, score, slope
 from numba_attn.cpu.stored import gather, is_gathered
 from numba_attn.cpu.visible import Matrix
 
