@@ -10,8 +10,9 @@ import numpy as np
 from numba_attn import arrays, checks
 from numba_attn.api import scaled_dot_product_attention
 from numba_attn.arrays import Array
-from numba_attn.kv_cache import KVCache, Tokens, counts_of, quantized, restored
-from numba_attn.paged_kv_cache import PagedBatch
+from numba_attn.kv_cache import KVCache
+from numba_attn.kv_pools import Tokens, counts_of, quantized, restored
+from numba_attn.paged_batch import PagedBatch
 from numba_attn.problem import Aux
 
 STEP = 8  # tokens of a sequence at once, up to which checking and laying out a call is a good part of its time

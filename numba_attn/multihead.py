@@ -344,7 +344,7 @@ class MultiHeadAttention:
     ) -> Callable[[], tuple[np.ndarray, Aux | None]]:
         from numba_attn.kv_attention import attention_with_kv_cache
         from numba_attn.kv_cache import KVCache
-        from numba_attn.paged_kv_cache import PagedBatch
+        from numba_attn.paged_batch import PagedBatch
 
         if not isinstance(cache, KVCache | PagedBatch):
             raise TypeError(f"cache must be a KVCache or a batch of a PagedKVCache, got {checks.type_name(cache)}")

@@ -53,10 +53,13 @@ MAY_IMPORT = {
     "varlen": {"arrays", "dispatch", "problem"},
     "gradient_problem": {"checks", "problem"},
     "gradients": {"api", "arrays", "checks", "dispatch", "gradient_problem", "problem", "varlen"},
-    "kv_cache": {"checks", "cpu.quantization", "storage"},  # the second when tokens are quantised
-    "paged_kv_cache": {"checks", "kv_cache", "storage"},
+    "kv_pools": {"checks", "cpu.quantization", "storage"},  # the second when tokens are quantised
+    "kv_cache": {"checks", "kv_pools", "storage"},
+    "page_pool": {"checks", "kv_pools"},
+    "paged_batch": {"kv_pools", "page_pool", "storage"},
+    "paged_kv_cache": {"checks", "kv_pools", "page_pool", "paged_batch"},
     # Rotary when it is asked for.
-    "kv_attention": {"api", "arrays", "checks", "kv_cache", "paged_kv_cache", "problem", "rotary", "storage"},
+    "kv_attention": {"api", "arrays", "checks", "kv_cache", "kv_pools", "paged_batch", "problem", "rotary", "storage"},
     "calls": {"api", "dispatch", "problem"},
     "padding": {"block_mask", "checks"},
     "parameters": {"checks"},
@@ -64,7 +67,7 @@ MAY_IMPORT = {
     "heads": {"checks", "parameters", "primitives"},
     "multihead": {
         *("arrays", "calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
-        *("gradients", "kv_attention", "kv_cache", "paged_kv_cache"),  # when they are asked for
+        *("gradients", "kv_attention", "kv_cache", "paged_batch"),  # when they are asked for
     },
     "row_weights": {"block_mask", "calls", "checks", "problem"},
     "moments": {"problem", "row_weights"},
@@ -126,10 +129,11 @@ MAY_IMPORT = {
         *("cpu.results", "cpu.row_block", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
         *("cpu.tiles", "cpu.visible", "block_mask"),
     },
+    "cpu.splits": {"cpu.jit", "cpu.plan", "cpu.pointers", "cpu.reading", "cpu.score"},
     "cpu.decode": {
         *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
-        *("cpu.stored", "cpu.target", "block_mask", "storage"),
+        *("cpu.splits", "cpu.stored", "cpu.target", "block_mask", "storage"),
     },
     "cpu.call": {"cpu.blocks", "cpu.launch", "cpu.narrow", "cpu.score", "cpu.user_functions", "problem", "random"},
     "cpu.attention": {
@@ -156,7 +160,8 @@ MAY_IMPORT = {
         *("cpu.score_gradients", "gradient_problem", "problem", "threads"),
     },
     "cpu.inside": {
-        *("cpu.blocks", "cpu.decode", "cpu.forward", "cpu.jit", "cpu.narrow", "cpu.plan", "cpu.score", "cpu.target"),
+        *("cpu.blocks", "cpu.decode", "cpu.forward", "cpu.jit", "cpu.narrow", "cpu.plan", "cpu.score", "cpu.splits"),
+        "cpu.target",
     },
     "overloads": {"api", "cpu.inside", "cpu.jit", "masks"},  # the kernels when it is called in compiled code
     "cuda.elements": {"cuda.arguments", "storage"},

@@ -17,7 +17,7 @@ from kv_tokens import DV, HKV, D, numbers
 from tolerances import same_bits
 
 from numba_attn import storage
-from numba_attn.kv_cache import Tokens
+from numba_attn.kv_pools import Tokens
 from numba_attn.paged_kv_cache import PagedKVCache
 
 FORMS: list[tuple[Any, str | None]] = [(dtype, None) for dtype in (np.float32, np.float64, np.float16, "bfloat16")]
@@ -46,7 +46,7 @@ def filled(cache: PagedKVCache, *lengths: int, seed: int = 1) -> tuple[list[int]
 
 def bookkeeping(cache: PagedKVCache) -> tuple[Any, ...]:
     sequences = [(i, cache.length(i), cache.pages_of(i)) for i in cache.sequences]
-    return sequences, sorted(cache._free), list(cache._users), cache._next
+    return sequences, sorted(cache._pool.free_pages), list(cache._pool.users), cache._pool._next
 
 
 def state(cache: PagedKVCache) -> tuple[Any, ...]:
@@ -194,7 +194,7 @@ def test_free_and_truncate_give_back_what_no_other_has() -> None:
     assert cache.length(b) == 0 and cache.pages_of(b) == () and cache.pages_used == 2
     assert_holds(cache, c, piece(both, 0, 0, 5))
     cache.free(range(b, c + 1))
-    assert cache.free_pages == 8 and cache.sequences == () and not any(cache._users)
+    assert cache.free_pages == 8 and cache.sequences == () and not any(cache._pool.users)
     assert cache.add() not in (a, b, c)
 
 
@@ -299,7 +299,7 @@ def test_other_sequences_may_change_meanwhile() -> None:
     assert_holds(cache, c, piece(tokens(18, 8), 0, 0, 8))
     assert cache.pages_of(b) == (0,) and cache.free_pages == 0
     cache.free([b, c, d])
-    assert cache.free_pages == 4 and not any(cache._users)
+    assert cache.free_pages == 4 and not any(cache._pool.users)
 
 
 def test_sequences_that_are_appended_to_do_not_change_meanwhile() -> None:
@@ -725,8 +725,8 @@ class AgainstLists(RuleBasedStateMachine):
     @invariant()
     def every_page_is_accounted_for(self) -> None:
         owners, free = self.owners(), self.free()
-        assert self.cache._users == [owners[page] for page in range(self.pages)]
-        assert sorted(self.cache._free) == free
+        assert self.cache._pool.users == [owners[page] for page in range(self.pages)]
+        assert sorted(self.cache._pool.free_pages) == free
         assert (self.cache.free_pages, self.cache.pages_used) == (len(free), len(owners))
         for i, held_tokens in self.lists.items():
             pages = self.cache.pages_of(i)

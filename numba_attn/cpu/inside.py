@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import types
 
-from numba_attn.cpu import decode, forward, plan
+from numba_attn.cpu import decode, forward, plan, splits
 from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import Compiled, compiled, counting_kernel, device, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, STORED
@@ -19,11 +19,6 @@ from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
 
 tile_keys, short_keys = device(plan.tile_keys), device(plan.short_keys)
-
-
-@device
-def whole_lines(elements):
-    return (elements + 15) // 16 * 16
 
 
 @counting_kernel
@@ -61,16 +56,16 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     if min(Lq, query_length) <= most:
         group, rows = Hq // Hkv, max(1, min(Lq, query_length))
         end, first = min(kv_length, offset + rows + right), max(0, offset - left)
-        splits = decode.splits_between(first, end, decode.split_of(kv_length - first))
-        cut_rows = decode.cut_by_rows(rows, group, group, splits, lanes)
-        height, columns = decode.power_of_two(cut_rows.heads * rows), decode.padded(Dv, lanes)
-        size = decode.memory_map(decode.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size
-        state = whole_lines(cut_rows.blocks * (4 * lanes + height * columns))
-        partials = np.empty((B * Hkv * splits, state), out.dtype)
-        counters[0, 1] = B * Hkv * splits
+        count = splits.splits_between(first, end, splits.split_size(kv_length - first))
+        cut_rows = splits.cut_by_rows(rows, group, group, count, lanes)
+        height, columns = splits.power_of_two(cut_rows.heads * rows), splits.padded(Dv, lanes)
+        size = splits.memory_map(splits.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size
+        state = splits.whole_lines(splits.state_size(cut_rows.blocks, height, columns, lanes))
+        partials = np.empty((B * Hkv * count, state), out.dtype)
+        counters[0, 1] = B * Hkv * count
         decode.decode_through_pointer(
-            codes[1:], np.empty(whole_lines(size), out.dtype), 0, counters,
-            np.empty((1, 4, decode.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
+            codes[1:], np.empty(splits.whole_lines(size), out.dtype), 0, counters,
+            np.empty((1, 4, splits.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
             arrays, sequences, functions, settings, cut_rows,
         )  # fmt: skip
         return
@@ -79,7 +74,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     at = forward.memory_map(forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
     counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
     forward.work_through_pointer(
-        codes, np.empty(whole_lines(at.state + at.state_size), out.dtype), 0, counters,
+        codes, np.empty(splits.whole_lines(at.state + at.state_size), out.dtype), 0, counters,
         arrays, sequences, functions, settings, cut,
     )  # fmt: skip
 
