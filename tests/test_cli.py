@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import numba_attn
-from numba_attn import _bench, cli
+from numba_attn import cli
+from numba_attn.commands import bench, common, comparison, pieces, progress
 
 
 @pytest.fixture
@@ -173,13 +174,13 @@ def test_output_is_complete_or_not_there(tmp_path, archive, monkeypatch, error, 
 def test_a_run_in_pieces_is_the_run_in_one(tmp_path, archive, monkeypatch, capsys):
     arguments = [archive, "--causal", "--lse", "--query-offset", "2"]
     assert run(*arguments, "-o", tmp_path / "one.npz") == 0
-    pieces = []
+    parts = []
     forward = numba_attn.dispatch.forward("reference")
-    monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: lambda x: (pieces.append(x), forward(x)))
-    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: lambda x: (parts.append(x), forward(x)))
+    monkeypatch.setattr(pieces, "PIECE_FLOP", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(*arguments, "-o", tmp_path / "pieces.npz") == 0
-    assert len(pieces) == 8
+    assert len(parts) == 8
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "pieces.npz") as several:
         np.testing.assert_array_equal(several["out"], one["out"])
         np.testing.assert_array_equal(several["lse"], one["lse"])
@@ -232,18 +233,18 @@ def compare_results(compare, got, expected):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("name", SPLITS)
 def test_pieces_write_the_results_of_the_whole(name, rows, monkeypatch):
-    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
-    monkeypatch.setattr(cli, "ROW_UNIT", 4)
+    monkeypatch.setattr(pieces, "PIECE_FLOP", 1)
+    monkeypatch.setattr(pieces, "ROW_UNIT", 4)
     whole, cut = problem_to_cut(name)
     forward = numba_attn.dispatch.forward("reference")
     forward(whole)
-    pieces = list(cli._pieces(cut, rows))
-    assert all(np.shares_memory(piece.out, cut.out) for piece in pieces)
-    assert sum(piece.out.size for piece in pieces) == cut.out.size
-    assert sum(map(cli._flop, pieces)) == cli._flop(whole)
+    parts = list(pieces.pieces_of(cut, rows))
+    assert all(np.shares_memory(piece.out, cut.out) for piece in parts)
+    assert sum(piece.out.size for piece in parts) == cut.out.size
+    assert sum(map(pieces.flop_of, parts)) == pieces.flop_of(whole)
     cut_rows = rows and not whole.intervals.padded
-    assert all(piece.query.shape[-2] < 8 or cli._flop(piece) <= 1 for piece in pieces) or not cut_rows
-    for piece in pieces:
+    assert all(piece.query.shape[-2] < 8 or pieces.flop_of(piece) <= 1 for piece in parts) or not cut_rows
+    for piece in parts:
         forward(piece)
     # NumPy's products of fewer rows may differ in the last bit; those of fewer heads do not.
     compare_results(np.testing.assert_allclose if rows else np.testing.assert_array_equal, cut, whole)
@@ -251,12 +252,12 @@ def test_pieces_write_the_results_of_the_whole(name, rows, monkeypatch):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_pieces_give_the_bits_of_the_whole_in_the_kernels(name, monkeypatch):
-    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
-    monkeypatch.setattr(cli, "ROW_UNIT", 9)
+    monkeypatch.setattr(pieces, "PIECE_FLOP", 1)
+    monkeypatch.setattr(pieces, "ROW_UNIT", 9)
     whole, cut = problem_to_cut(name, "float32")
     forward = numba_attn.dispatch.forward("cpu")
     forward(whole)
-    for piece in cli._pieces(cut, rows=True):
+    for piece in pieces.pieces_of(cut, rows=True):
         forward(piece)
     compare_results(np.testing.assert_array_equal, cut, whole)
 
@@ -264,11 +265,11 @@ def test_pieces_give_the_bits_of_the_whole_in_the_kernels(name, monkeypatch):
 @pytest.mark.parametrize("option", [{"dropout_p": 0.5}, {"return_aux": ("key_weight",)},
                                     {"score_mod": lambda score, b, h, i, j: score}])  # fmt: skip
 def test_what_goes_by_number_or_sums_rows_is_not_cut(arrays, monkeypatch, option):
-    monkeypatch.setattr(cli, "PIECE_FLOP", 1)
+    monkeypatch.setattr(pieces, "PIECE_FLOP", 1)
     problems = []
     monkeypatch.setattr("numba_attn.dispatch.forward", lambda backend: problems.append)
     numba_attn.scaled_dot_product_attention(**arrays, **option)
-    assert list(cli._pieces(problems[0], rows=True)) == problems
+    assert list(pieces.pieces_of(problems[0], rows=True)) == problems
 
 
 # Progress -------------------------------------------------------------------------------------------------------------
@@ -277,14 +278,14 @@ def test_what_goes_by_number_or_sums_rows_is_not_cut(arrays, monkeypatch, option
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_drawn_on_a_terminal_after_a_second(monkeypatch, capsys, terminal):
     now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with cli._Progress("work") as progress:
+    with progress.Progress("work") as bar:
         now[0] = 0.5
-        progress(0.25)
+        bar(0.25)
         assert capsys.readouterr().err == ""
         now[0] = 2.0
-        progress(0.5)
+        bar(0.5)
         assert capsys.readouterr().err == (f"\rwork [{'#' * 15:<30}]  50%, 2 s left" if terminal else "")
     assert capsys.readouterr().err.strip() == ""
 
@@ -295,17 +296,17 @@ def test_progress_is_drawn_on_a_terminal_after_a_second(monkeypatch, capsys, ter
 @pytest.fixture
 def small_bench(monkeypatch):
     """Peers in this process, with small cases and without kernels."""
-    monkeypatch.setattr(_bench, "CASES", (_bench.Case(2, 6, 4), _bench.Case(2, 6, 4, True)))
-    monkeypatch.setattr(_bench, "QUICK", _bench.CASES[:1])
-    monkeypatch.setattr(_bench, "TURN", 1e-6)
-    monkeypatch.setattr(_bench, "PAUSE", 0)
-    monkeypatch.setattr(_bench, "Worker", _bench.Session)
-    monkeypatch.setattr(_bench, "_NEEDS", {"torch": ("no_such_module",), "onnxruntime": ("no_such_module",)})
+    monkeypatch.setattr(comparison, "CASES", (comparison.Case(2, 6, 4), comparison.Case(2, 6, 4, True)))
+    monkeypatch.setattr(comparison, "QUICK", comparison.CASES[:1])
+    monkeypatch.setattr(comparison, "TURN", 1e-6)
+    monkeypatch.setattr(comparison, "PAUSE", 0)
+    monkeypatch.setattr(comparison, "Worker", comparison.Session)
+    monkeypatch.setattr(comparison, "_NEEDS", {"torch": ("no_such_module",), "onnxruntime": ("no_such_module",)})
 
     def reference(query, key, value, causal):
         return lambda: numba_attn.scaled_dot_product_attention(query, key, value, is_causal=causal, backend="reference")
 
-    monkeypatch.setitem(_bench.PEERS, "numba_attn", reference)
+    monkeypatch.setitem(comparison.PEERS, "numba_attn", reference)
 
 
 def test_bench_table(small_bench, capsys):
@@ -318,7 +319,7 @@ def test_bench_table(small_bench, capsys):
 
 
 def test_bench_json(small_bench, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "environment", lambda: {"versions": {}})
+    monkeypatch.setattr(bench, "environment", lambda: {"versions": {}})
     assert cli.main(["bench", "--quick", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (result,) = report["results"]
@@ -332,48 +333,48 @@ def test_bench_leaves_out_who_is_wrong_or_fails(small_bench, capsys, monkeypatch
     def wrong(query, key, value, causal):
         return lambda: np.zeros_like(query)
 
-    class Refusing(_bench.Session):
+    class Refusing(comparison.Session):
         def prepare(self, case):
             if self._peer == "onnxruntime":
-                raise _bench.PeerError("it will not")
+                raise comparison.PeerError("it will not")
             return super().prepare(case)
 
-    monkeypatch.setattr(_bench, "Worker", Refusing)
-    monkeypatch.setattr(_bench, "_NEEDS", {})
-    monkeypatch.setitem(_bench.PEERS, "torch", wrong)
+    monkeypatch.setattr(comparison, "Worker", Refusing)
+    monkeypatch.setattr(comparison, "_NEEDS", {})
+    monkeypatch.setitem(comparison.PEERS, "torch", wrong)
     assert cli.main(["bench"]) == 0
     out = capsys.readouterr().out
     assert "torch left out: its result for 2 x 6 x 4 is not NumPy's" in out
     assert "onnxruntime left out: it will not" in out
-    monkeypatch.setitem(_bench.PEERS, "numba_attn", wrong)
+    monkeypatch.setitem(comparison.PEERS, "numba_attn", wrong)
     assert cli.main(["bench"]) == 2
     assert "numba_attn: its result for" in one_error_line(capsys)
 
 
 def test_bench_worker_is_a_process(monkeypatch):
-    case = _bench.Case(2, 6, 4, True)
-    worker = _bench.Worker("numpy")
+    case = comparison.Case(2, 6, 4, True)
+    worker = comparison.Worker("numpy")
     try:
         out = worker.prepare(case)
         assert worker.time() > 0
-        with pytest.raises(_bench.PeerError, match="TypeError"):
+        with pytest.raises(comparison.PeerError, match="TypeError"):
             worker._ask("time", "not an argument of it")
         worker._process.kill()
-        with pytest.raises(_bench.PeerError, match="its process ended with exit code"):
+        with pytest.raises(comparison.PeerError, match="its process ended with exit code"):
             worker.time()
     finally:
         worker.close()
-    np.testing.assert_array_equal(out, _bench.Session("numpy").prepare(case))
+    np.testing.assert_array_equal(out, comparison.Session("numpy").prepare(case))
 
 
 @pytest.mark.parametrize("peer", ["torch", "onnxruntime"])
 def test_bench_peers_compute_attention(peer, monkeypatch):
-    for module in _bench._NEEDS[peer]:
+    for module in comparison._NEEDS[peer]:
         pytest.importorskip(module)
     for causal in (False, True):
         query, key, value = np.random.default_rng(0).standard_normal((3, 2, 6, 8), dtype=np.float32)
-        expected = _bench.PEERS["numpy"](query, key, value, causal)()
-        np.testing.assert_allclose(_bench.PEERS[peer](query, key, value, causal)(), expected, rtol=0, atol=1e-5)
+        expected = comparison.PEERS["numpy"](query, key, value, causal)()
+        np.testing.assert_allclose(comparison.PEERS[peer](query, key, value, causal)(), expected, rtol=0, atol=1e-5)
 
 
 def test_bench_plot(small_bench, tmp_path, capsys):
@@ -383,7 +384,7 @@ def test_bench_plot(small_bench, tmp_path, capsys):
 
 
 def test_bench_plot_without_matplotlib(small_bench, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "--plot", str(tmp_path / "chart.png")]) == 2
     assert "--plot needs matplotlib" in one_error_line(capsys)
 
@@ -514,7 +515,7 @@ def test_inspect_takes_as_many_tokens_as_keys(archive, arrays, tmp_path, capsys)
 
 
 def test_inspect_without_matplotlib(archive, monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert look(archive, "-o", "a.png") == 2
     assert "pip install 'numba_attn[plot]'" in one_error_line(capsys)
     assert look(archive) == 0

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from numba_attn import _npz
+from numba_attn.commands import npz
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def arrays():
 )
 def test_stored_members_are_mapped_read_only(tmp_path, x):
     np.savez(tmp_path / "a.npz", before=np.ones(3), x=x)
-    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    mapped = npz.load(tmp_path / "a.npz")["x"]
     assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
     assert mapped.dtype == x.dtype and mapped.shape == x.shape
     assert mapped.flags.f_contiguous == x.flags.f_contiguous
@@ -43,18 +43,18 @@ def test_a_local_header_may_differ_from_the_central_directory(tmp_path):
         info.extra = b"\x99\x99\x04\x00abcd"
         archive.writestr(info, (tmp_path / "x.npy").read_bytes())
         info.extra = b""
-    mapped = _npz.load(tmp_path / "a.npz")["x"]
+    mapped = npz.load(tmp_path / "a.npz")["x"]
     assert isinstance(mapped, np.memmap)
     np.testing.assert_array_equal(mapped, np.arange(10.0))
 
 
 def test_what_cannot_be_mapped_is_read(tmp_path, arrays):
     np.savez_compressed(tmp_path / "packed.npz", **arrays)
-    packed = _npz.load(tmp_path / "packed.npz")
+    packed = npz.load(tmp_path / "packed.npz")
     assert not isinstance(packed["x"], np.memmap)
     np.testing.assert_array_equal(packed["x"], arrays["x"])
     np.savez(tmp_path / "empty.npz", x=np.empty((0, 3)))
-    assert _npz.load(tmp_path / "empty.npz")["x"].shape == (0, 3)
+    assert npz.load(tmp_path / "empty.npz")["x"].shape == (0, 3)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -62,19 +62,19 @@ def test_bfloat16_is_two_bytes_without_a_type(tmp_path, monkeypatch, save):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.linspace(-3, 3, 12).reshape(3, 4).astype(ml_dtypes.bfloat16)
     save(tmp_path / "a.npz", x=x, y=np.zeros(2, "V3"))
-    loaded = _npz.load(tmp_path / "a.npz")
+    loaded = npz.load(tmp_path / "a.npz")
     assert loaded["x"].dtype == x.dtype and loaded["y"].dtype == "V3"
     assert isinstance(loaded["x"], np.memmap) == (save is np.savez)
     np.testing.assert_array_equal(loaded["x"], x)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ValueError, match=r"cannot read x\.npy: bfloat16 numbers need the package ml_dtypes"):
-        _npz.load(tmp_path / "a.npz")
+        npz.load(tmp_path / "a.npz")
 
 
 def test_objects_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.array([{}], object))
     with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy: Object arrays"):
-        _npz.load(tmp_path / "a.npz")
+        npz.load(tmp_path / "a.npz")
 
 
 def test_a_header_that_promises_more_than_there_is(tmp_path):
@@ -82,7 +82,7 @@ def test_a_header_that_promises_more_than_there_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-8])
     with pytest.raises(ValueError, match="72 bytes of data, its header says 80"):
-        _npz.load(tmp_path / "a.npz")
+        npz.load(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.9])
@@ -92,7 +92,7 @@ def test_a_truncated_archive(tmp_path, arrays, keep):
     content = archive.read_bytes()
     archive.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(ValueError, match=r"is not an \.npz archive"):
-        _npz.load(archive)
+        npz.load(archive)
 
 
 @pytest.mark.parametrize("place", [60, 2000], ids=["first", "middle"])
@@ -106,7 +106,7 @@ def test_damaged_compressed_data(tmp_path, compression, place):
     content[place : place + 100] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy"):
-        _npz.load(path)
+        npz.load(path)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -124,7 +124,7 @@ def test_a_damaged_header(tmp_path, compression, header):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("x.npy", b"\x93NUMPY\1\0\x7f\0" + header.ljust(127).encode() + bytes(48))
     with pytest.raises(ValueError, match=r"a\.npz: cannot read x\.npy"):
-        _npz.load(path)
+        npz.load(path)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_damaged_central_directory(tmp_path, arrays, damage, message):
         content[content.index(b"PK\1\2") + place] = byte
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.npz is not an \.npz archive: {message}"):
-        _npz.load(path)
+        npz.load(path)
 
 
 @pytest.mark.parametrize("second", ["x.npy", "x"])
@@ -151,7 +151,7 @@ def test_two_members_of_one_name(tmp_path, second):
         for name in ("x.npy", second):
             archive.write(tmp_path / "x.npy", name)
     with pytest.raises(ValueError, match=r"a\.npz must have one member of each name, got x twice"):
-        _npz.load(tmp_path / "a.npz")
+        npz.load(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -160,14 +160,14 @@ def test_a_file_is_replaced_by_a_complete_one_or_not_at_all(tmp_path, error):
     path.write_bytes(b"before")
 
     def fail():
-        with _npz.replacing(path) as file:
+        with npz.replacing(path) as file:
             file.write(b"part")
             raise error
 
     with pytest.raises(error):
         fail()
     assert path.read_bytes() == b"before"
-    with _npz.replacing(path) as file:
+    with npz.replacing(path) as file:
         file.write(b"all")
         assert path.read_bytes() == b"before"
     assert path.read_bytes() == b"all" and list(tmp_path.iterdir()) == [path]
