@@ -19,7 +19,7 @@ from cases import SIXTEEN_BITS, SMALL, Case
 from contract import Contract
 from tolerances import assert_accurate
 
-from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache
+from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache, scaled_dot_product_attention
 from numba_attn.cuda import portable, simulator
 from numba_attn.cuda.arguments import Tile
 from numba_attn.problem import AUX_NAMES
@@ -209,6 +209,31 @@ def test_caches(pages: bool, quantize: str | None) -> None:
     ]
     for got, expected in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": np.array([0.5], np.float32)}, {"dtype": "float64"}])
+def test_weights_of_rows_whose_scores_are_large(options: dict[str, Any]) -> None:
+    """All keys of a row masked with a large number share it, as without one."""
+    dtype = np.dtype(options.pop("dtype", "float32"))
+    query, key, value = (np.random.default_rng(6).standard_normal((1, 9, 4)).astype(dtype) for _ in range(3))
+    mask = np.zeros((9, 9), dtype)
+    mask[3], mask[5], mask[7] = -1e9 if dtype == np.float32 else -1e17, np.finfo(dtype).min, 1e9
+    results = [
+        scaled_dot_product_attention(query, key, value, mask, return_aux=("key_weight",), backend=backend, **options)[1]
+        for backend in ("cuda", "reference")
+    ]
+    got, expected = (result.key_weight for result in results)
+    # The reference adds masks in float64, where the scores are not lost beside 1e9.
+    np.testing.assert_allclose(got.sum(), expected.sum(), rtol=1e-5)
+    if not options:
+        np.testing.assert_allclose(got.sum(), 9, rtol=1e-5)
+
+
+def test_weights_where_a_function_leaves_nothing() -> None:
+    x = np.random.default_rng(7).standard_normal((1, 5, 4), dtype=np.float32)
+    options = {"score_mod": lambda score, b, h, i, j: score if i > 1 else -np.inf, "return_aux": ("key_weight", "lse")}
+    _, aux = scaled_dot_product_attention(x, x, x, backend="cuda", **options)  # type: ignore[call-overload]
+    np.testing.assert_allclose(aux.key_weight.sum(), 3, rtol=1e-6)
 
 
 # What is quick of the rest: the others take longer than half a second a case.

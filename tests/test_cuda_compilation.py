@@ -27,7 +27,7 @@ def types_of(variant: Variant) -> tuple[object, ...]:
     stored, mask = STORED[variant.kind], STORED[variant.mask or variant.kind]
     held = np.uint8 if variant.held else stored
     tables = np.uint8, np.int64, np.int64
-    return launch.argument_types((stored, held, held, mask, stored, *[variant.real] * 6, *tables))
+    return launch.argument_types((stored, held, held, mask, stored, *[variant.real] * 7, *tables))
 
 
 def ptx(make: object, variant: Variant, cc: tuple[int, int] = (8, 0)) -> str:
@@ -42,7 +42,7 @@ def check(code: str, cc: tuple[int, int] = (8, 0)) -> None:
     assert entry is not None
     parameters = re.findall(r"\.param +(?:\.align \d+ +)?\.(\w+)", entry[1])
     assert {*parameters} <= {"u64", "b64", "f64"}, "not all of eight bytes"
-    assert len(parameters) == 14 * 7 + len(Numbers._fields) + len(Reals._fields)
+    assert len(parameters) == 15 * 7 + len(Numbers._fields) + len(Reals._fields)
 
 
 def variant_of(kind: str, mask: str | None = None, Lq: int = 100, Dv: int = 64, **rest: object) -> Variant:

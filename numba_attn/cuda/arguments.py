@@ -55,6 +55,7 @@ class Numbers(NamedTuple):
     wants_lse: int
     wants_max_score: int
     wants_entropy: int
+    wants_norms: int
     has_slopes: int
     slopes_sequence: int
     has_sinks: int

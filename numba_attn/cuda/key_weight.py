@@ -1,6 +1,6 @@
-"""The weight of each key: its probability, summed over the query rows, which takes the log-sum-exp of whole rows.
+"""The weight of each key: its probability, summed over the query rows, which takes the sums of whole rows.
 
-    key_weight[j] = sum over i of exp(score[i, j] - lse[i])
+    key_weight[j] = sum over i of exp(score[i, j] - m[i] - log(total[i]))
 
 A thread block has some keys of a head and visits the row blocks that may attend to one of them, from first to last.
 """
@@ -17,7 +17,7 @@ from numba_attn.cuda.scores import PAD, Variant, make_scores
 
 
 def make_key_weight(cuda: Any, ops: Any, *fields: Any) -> Any:
-    """The kernel of `Variant(*fields)`, with the arguments of the forward one, whose `lse` it reads."""
+    """The kernel of `Variant(*fields)`, with the arguments of the forward one, whose `norms` it reads."""
     variant = Variant(*fields)
     tile, real = variant.tile, variant.real
     rows, keys, across, down_count, depth = tile.rows, tile.keys, tile.threads_across, tile.threads_down, tile.depth
@@ -26,14 +26,12 @@ def make_key_weight(cuda: Any, ops: Any, *fields: Any) -> Any:
     zero = real(0)
     word, number = np.dtype(np.uint32), np.dtype(np.float32)
     row_pitch, key_pitch = block_rows + PAD, block_keys + PAD
-    QUERY, KEY, MASK, LSE, KEY_WEIGHT = (
-        arguments.QUERY, arguments.KEY, arguments.MASK, arguments.LSE, arguments.KEY_WEIGHT,
-    )  # fmt: skip
+    QUERY, KEY, MASK, KEY_WEIGHT = arguments.QUERY, arguments.KEY, arguments.MASK, arguments.KEY_WEIGHT
     OFFSET, QUERY_LENGTH, KV_LENGTH = arguments.OFFSET, arguments.QUERY_LENGTH, arguments.KV_LENGTH
     COLUMNS = arguments.COLUMNS
 
     def weigh(
-        q, k, v, mask, out, lse, max_score, entropy, key_weight, slopes, sinks, states, pages, table, n, x
+        q, k, v, mask, out, lse, max_score, entropy, key_weight, norms, slopes, sinks, states, pages, table, n, x
     ):  # fmt: skip
         query_stage = cuda.shared.array((depth, row_pitch), real, alignment=16)
         key_stage = cuda.shared.array((depth, key_pitch), real, alignment=16)
@@ -54,7 +52,6 @@ def make_key_weight(cuda: Any, ops: Any, *fields: Any) -> Any:
             return
         q_at = table[at + QUERY] + h * n.query_head
         k_at = table[at + KEY] + h // n.group * n.key_head
-        lse_at = table[at + LSE] + h * n.lse_head
         mask_at = table[at + MASK] + h * n.mask_head
         states_at = b * n.states_sequence + h * n.states_head
         scale, softcap = real(x.scale), real(x.softcap)
@@ -86,7 +83,8 @@ def make_key_weight(cuda: Any, ops: Any, *fields: Any) -> Any:
                         score = finish(
                             s[r, c], i, j, b, h, offset, scale, softcap, slope, mask, mask_at, n, words, floats, thread
                         )
-                        weight[c] += real(math.exp(score - lse[lse_at + i * n.lse_row]))
+                        norm = 2 * (head * n.Lq + i)
+                        weight[c] += real(math.exp(score - norms[norm] - norms[norm + 1]))
 
         for c in range(keys):
             partial[down, along * keys + c] = weight[c]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,9 @@ def run(problem: Problem, machine: Any, places: dict[str, Placed]) -> None:
     B, Hq, _, Lq, Lk, _, _ = sizes = problem.sizes
     variant = variant_of(problem, sizes, machine)
     tile, real = variant.tile, variant.real
-    if "key_weight" in places and "lse" not in places:
-        shape = problem.query.shape[:-1]
-        row = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        places = {**places, "lse": Placed(machine.empty(math.prod(shape), real), shape, row, 0)}
     arrays = [places.get(name) for name in ARRAYS]
-    buffers = _buffers(problem, variant, machine, arrays)
+    norms = machine.empty(2 * B * Hq * Lq, real) if "key_weight" in places and Lq else None
+    buffers = _buffers(problem, variant, machine, arrays, norms)
     n = _numbers(problem, sizes, tile, arrays)
     x = Reals(problem.scale, problem.softcap or 0.0, 1.0 if problem.dropout is None else 1 / (1 - problem.dropout.p))
     if Lq:
@@ -64,14 +60,18 @@ def variant_of(problem: Problem, sizes: Sizes, machine: Any) -> Variant:
     )  # fmt: skip
 
 
-def _buffers(problem: Problem, variant: Variant, machine: Any, arrays: list[Any]) -> list[Any]:
-    """The arrays that kernels take, in their order; one element in the place of what there is not."""
+def _buffers(problem: Problem, variant: Variant, machine: Any, arrays: list[Any], norms: Any) -> list[Any]:
+    """The arrays that kernels take, in their order; one element in the place of what there is not.
+
+    Norms are (B, Hq, Lq, 2), flat: of each row the largest score and the logarithm of its sum.
+    """
     real = variant.real
     stored: list[Any] = [STORED[variant.kind]] * 5 + [real] * 4
     stored[MASK] = STORED[variant.mask or variant.kind]
     buffers = [
         machine.constant(_nothing(dtype)) if x is None else x.buffer for x, dtype in zip(arrays, stored, strict=True)
     ]
+    buffers.append(machine.constant(_nothing(real)) if norms is None else norms)
     held, block = problem.storage, problem.block_mask
     tables: list[tuple[Any, type[np.generic]]] = [
         (problem.slopes, real),
@@ -114,7 +114,7 @@ def _numbers(problem: Problem, sizes: Sizes, tile: Tile, arrays: list[Placed | N
     _, Hq, Hkv, Lq, Lk, D, Dv = sizes
     query, key, value, mask, out, *statistics = ((0, 0, 0) if x is None else x.strides for x in arrays)
     lse, max_score, entropy, key_weight = (x[-2:] for x in statistics)
-    wants_lse, wants_max_score, wants_entropy = (x is not None for x in arrays[5:8])
+    wants = (x is not None for x in arrays[5:9])  # norms for key_weight
     pages, block = None if problem.storage is None else problem.storage.pages, problem.block_mask
     page_rows, page_count, key_page, value_page = 0, 0, 0, 0
     if problem.storage is not None and pages is not None:
@@ -133,7 +133,7 @@ def _numbers(problem: Problem, sizes: Sizes, tile: Tile, arrays: list[Placed | N
         *(problem.intervals.left, problem.intervals.right),
         *(*query[-3:], *key[-3:], *value[-3:], *mask[-3:], *out[-3:]),
         *(*lse, *max_score, *entropy, *key_weight),
-        *(wants_lse, wants_max_score, wants_entropy),
+        *wants,
         problem.slopes is not None,
         Hq if problem.slopes is not None and len(problem.slopes) > 1 else 0,
         problem.sinks is not None,

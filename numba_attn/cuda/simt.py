@@ -53,7 +53,7 @@ def make_forward(cuda: Any, ops: Any, *fields: Any) -> Any:
         return c // side * (across * side) + along * side + c % side
 
     def forward(
-        q, k, v, mask, out, lse, max_score, entropy, key_weight, slopes, sinks, states, pages, table, n, x
+        q, k, v, mask, out, lse, max_score, entropy, key_weight, norms, slopes, sinks, states, pages, table, n, x
     ):  # fmt: skip
         query_stage = cuda.shared.array((depth, row_pitch), real, alignment=16)
         key_stage = cuda.shared.array((depth, key_pitch), real, alignment=16)
@@ -230,5 +230,11 @@ def make_forward(cuda: Any, ops: Any, *fields: Any) -> Any:
                     if n.wants_entropy != 0:
                         place = table[at + ENTROPY] + h * n.entropy_head + i * n.entropy_row
                         entropy[place] = real(math.log(whole)) - uncertain / whole if total[r] != zero else zero
+                    if n.wants_norms != 0:
+                        # What probabilities are made of again.  Not the lse: where scores are large, as those of a
+                        # row that is masked with -1e9 are, the logarithm of the sum is lost in it.
+                        place = 2 * (head * n.Lq + i)
+                        norms[place] = reference if whole != zero else zero
+                        norms[place + 1] = real(math.log(whole)) if whole != zero else infinity
 
     return forward
