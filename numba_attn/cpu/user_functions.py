@@ -19,7 +19,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -237,21 +236,20 @@ def make_pass(kind: Kind, function: Callable[..., Any], dtype: Any) -> Pass:
 
 
 _kept: OrderedDict[Any, tuple[np.ndarray, Any]] = OrderedDict()
-_lock = threading.Lock()
 
 
+# The compiler's lock, and none of its own beside it: a child is forked while nobody has that one, see `jit`.
+@global_compiler_lock
 def _kept_pass(key: tuple[Kind, str, Any], function: Function) -> tuple[np.ndarray, Any]:
     """The address of a pass, and the library that holds its machine code."""
-    with _lock:
-        if key not in _kept:
-            _kept[key] = compile_pass(key[0], function, from_dtype(np.dtype(key[1])))
-            if len(_kept) > MOST_KEPT:
-                _kept.popitem(last=False)
-        _kept.move_to_end(key)
-        return _kept[key]
+    if key not in _kept:
+        _kept[key] = compile_pass(key[0], function, from_dtype(np.dtype(key[1])))
+        if len(_kept) > MOST_KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(key)
+    return _kept[key]
 
 
-@global_compiler_lock
 def compile_pass(kind: Kind, function: Function, element: types.Type) -> tuple[np.ndarray, Any]:
     arguments = (TABLE, *kind.arguments(element))
     user = dispatcher(function)
