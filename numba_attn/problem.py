@@ -6,7 +6,6 @@ size, Dv value head size.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from numba_attn import checks
 from numba_attn.block_mask import BlockMask
+from numba_attn.kept import kept
 from numba_attn.masks import MOST_OFFSET, UNBOUNDED, KeyIntervals
 from numba_attn.storage import Storage
 
@@ -576,12 +576,11 @@ def interval_table(
     return table
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _uniform_table(B: int, offset: int, Lq: int, Lk: int) -> np.ndarray:
-    """The table of key intervals of sequences that are all alike: making it takes longer than a small problem."""
+    """The table of key intervals of sequences that are all alike."""
     table = np.empty((B, 3), np.int64)
     table[:] = offset, Lq, Lk
-    table.flags.writeable = False
     return table
 
 

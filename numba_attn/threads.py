@@ -16,14 +16,15 @@ import os
 import site
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
 
 SPIN_COUNT = "10000"  # some 0.1 ms
 
-_pool = threading.Lock()
+# Re-entrant: a signal handler may make a call between two slices of another, when Numba's threads have nothing to do.
+_pool = threading.RLock()
 _launched = False
 _orphaned = False
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("numba_attn.threads.limit", default=None)
@@ -138,41 +139,36 @@ def _allowed(group: Path) -> float | None:
         return None
 
 
-class pool:
-    """Whether the caller has `workers` of Numba's threads for itself inside the `with` block.
+def do_together(workers: int, work: Callable[[], None]) -> bool:
+    """Do some work for which the caller has `workers` of Numba's threads for itself; False if it cannot have them.
 
     The number of threads that Numba is set to, for the calling thread, is the same afterwards.
     """
-
-    # Not a generator: entering and leaving one takes as long as a small problem.
-    __slots__ = ("_before", "_mine", "_workers")
-
-    def __init__(self, workers: int) -> None:
-        self._workers, self._before, self._mine = workers, workers, False
-
-    def __enter__(self) -> bool:
-        global _launched
-        workers = self._workers
-        if workers < 2 or _orphaned or not _pool.acquire(blocking=False):
+    global _launched
+    if workers < 2 or _orphaned:
+        return False
+    before = workers
+    # No context manager: one of Python takes as long as a small problem, and after any call of its own may come the
+    # exception of a signal, Ctrl-C for one, with the pool taken for good.  Here what gives it back always comes first.
+    try:
+        if not _pool.acquire(blocking=False):
             return False
+        _launched = True
+        if workers < numba.config.NUMBA_NUM_THREADS:
+            before = numba.get_num_threads()
         try:
-            self._mine = _launched = True
-            if workers < numba.config.NUMBA_NUM_THREADS:
-                self._before = numba.get_num_threads()
-                if workers < self._before:
-                    numba.set_num_threads(workers)
-        except BaseException:  # Ctrl-C
-            self.__exit__()
-            raise
-        return True
-
-    def __exit__(self, *exception: object) -> None:
-        if self._mine:
-            try:
-                if self._workers < self._before:
-                    numba.set_num_threads(self._before)
-            finally:
-                _pool.release()
+            if workers < before:
+                numba.set_num_threads(workers)
+            work()
+        finally:
+            if workers < before:
+                numba.set_num_threads(before)
+    finally:
+        try:  # noqa: SIM105, see above
+            _pool.release()
+        except RuntimeError:
+            pass  # another thread has it
+    return True
 
 
 def layer() -> str:
@@ -191,8 +187,13 @@ def layer() -> str:
 
 
 def _after_fork_in_child() -> None:
+    """Numba's threads are the parent's; GNU OpenMP ends a child that wants some, whoever had them started there."""
     global _orphaned
-    _orphaned = _launched
+    try:
+        started = numba.threading_layer()
+    except ValueError:
+        started = None
+    _orphaned = _launched or started == "omp"
 
 
 if hasattr(os, "register_at_fork"):

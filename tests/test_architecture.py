@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
     "arrays": {"device_array", "dlpack"},
     "checks": {"arrays", "device_array"},
-    "problem": {"block_mask", "checks", "masks", "storage"},
+    "problem": {"block_mask", "checks", "kept", "masks", "storage"},
     "reference": {"block_mask", "gradient_problem", "problem", "random"},
     "repeats": {"arrays", "storage"},
     "dispatch": {"arrays", "gradient_problem", "problem", "repeats"},
@@ -108,7 +108,7 @@ MAY_IMPORT = {
     "cpu.dropout": {"cpu.blocks", "cpu.simd", "random"},
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},
-    "cpu.launch": {"cpu.jit", "cpu.pointers", "threads"},
+    "cpu.launch": {"cpu.jit", "cpu.pointers", "kept", "threads"},
     "cpu.quantization": {
         *("cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.simd"),
         *("storage", "threads"),
@@ -143,7 +143,16 @@ MAY_IMPORT = {
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
         *("cpu.splits", "cpu.stored", "cpu.target", "block_mask", "storage"),
     },
-    "cpu.call": {"cpu.blocks", "cpu.launch", "cpu.narrow", "cpu.score", "cpu.user_functions", "problem", "random"},
+    "cpu.call": {
+        "cpu.blocks",
+        "cpu.launch",
+        "cpu.narrow",
+        "cpu.score",
+        "cpu.user_functions",
+        "kept",
+        "problem",
+        "random",
+    },
     "cpu.attention": {
         *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
         *("checks", "problem", "repeats", "threads"),
@@ -289,6 +298,19 @@ def test_public_names() -> None:
 def test_importing_the_command_line_is_cheap(python: Callable[..., str]) -> None:
     loaded = python("import sys, numba_attn.cli; print({'numpy', 'numba'} & set(sys.modules))")
     assert loaded.strip() == "set()"
+
+
+def test_without_the_compiler(python: Callable[..., str]) -> None:
+    script = """
+import numpy as np, numba_attn
+x = np.ones((2, 3))
+numba_attn.scaled_dot_product_attention(x, x, x, backend="reference")
+try:
+    numba_attn.scaled_dot_product_attention(x, x, x)
+except NotImplementedError as error:
+    print(error)
+"""
+    assert "NUMBA_DISABLE_JIT" in python(script, NUMBA_DISABLE_JIT="1")
 
 
 def test_info_without_numba(python: Callable[..., str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -128,14 +129,14 @@ def test_working_memory(case: Case, one_thread: None, monkeypatch: pytest.Monkey
     for fill in (0x00, 0x7F, 0xFF):  # zeros, large numbers, NaN
         made = []
 
-        def memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
+        def memory(workers: int, size: int, dtype: np.dtype) -> contextlib.AbstractContextManager[np.ndarray]:
             length, margin = workers * size * dtype.itemsize, 1 << 16
             buffer = np.full(length + 2 * margin, CANARY, "u1")
             start = margin - buffer.ctypes.data % 64
             inside = buffer[start : start + length]
             inside[...] = fill
             made.append(inside)
-            return inside.view(dtype).reshape(workers, size)
+            return contextlib.nullcontext(inside.view(dtype).reshape(workers, size))
 
         monkeypatch.setattr(launch, "working_memory", memory)
         results = scaled_dot_product_attention(*arrays, return_aux=AUX_NAMES, **options)

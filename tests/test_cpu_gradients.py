@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tolerances import same_bits
 
 import numba_attn
-from numba_attn.cpu import gradient_tasks, gradients
+from numba_attn.cpu import backward, gradient_tasks, gradients, launch
 
 CUTS = [
     "planned",
@@ -163,3 +163,47 @@ def test_chains_own_what_they_add_to(
             of_mask[:] = number
             used[b, shared, low:high] += 1
     assert (used == (np.arange(Lq) < np.array(lengths)[:, None])[:, None]).all()
+
+
+def test_sums_and_the_memory_of_a_worker_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one has as many elements as the other."""
+    rng = np.random.default_rng(9)
+    query, above = rng.standard_normal((2, 1, 1, 30, 16), dtype=np.float32)
+    key, value = rng.standard_normal((2, 1, 1, 6000, 16), dtype=np.float32)
+    _, vjp = numba_attn.scaled_dot_product_attention_vjp(query, key, value)
+    expected, asked = vjp(above), []
+    working_memory = launch.working_memory
+
+    def watched(*kind: Any) -> Any:
+        asked.append(kind)
+        return working_memory(*kind)
+
+    monkeypatch.setattr(launch, "working_memory", watched)
+    monkeypatch.setattr(backward, "memory_size", lambda *_: 6000 * 32)
+    got = vjp(above)
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert all(same_bits(x, y) for x, y in zip(got[:3], expected[:3], strict=True))
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_call_between_slices_of_another(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a signal handler, in the same thread, and of the same shape."""
+    rng = np.random.default_rng(10)
+    arrays = rng.standard_normal((2, 3, 1, 2, 2500, 8), dtype=np.float32)  # a head is several tasks
+    above = rng.standard_normal(arrays.shape[2:], dtype=np.float32)
+    (_, vjp), (_, other) = (numba_attn.scaled_dot_product_attention_vjp(*x) for x in arrays)
+    expected, slices, calls = vjp(above), launch.slices, []
+
+    def interrupted(*rest: Any) -> Any:
+        for counters in slices(*rest):
+            yield counters
+            if not calls:
+                calls.append(1)
+                other(above)
+
+    monkeypatch.setattr(launch, "FIRST_SLICE", 1.0)
+    monkeypatch.setattr(launch, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "slices", interrupted)
+    with numba_attn.threads.limit(most):
+        got = vjp(above)
+    assert calls and all(same_bits(x, y) for x, y in zip(got[:3], expected[:3], strict=True))

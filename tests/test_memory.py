@@ -164,21 +164,47 @@ def test_memory_does_not_depend_on_the_number_of_scores(dtype: str, options: dic
 
 def test_working_memory_is_kept() -> None:
     """The same for the next call of its kind; for another, other memory, aligned; none that is very large."""
-    first = launch.working_memory(2, 1000, np.dtype(np.float32))
-    assert launch.working_memory(2, 1000, np.dtype(np.float32)) is first
+
+    def lent(workers: int, size: int, dtype: Any = np.float32) -> np.ndarray:
+        with launch.working_memory(workers, size, np.dtype(dtype)) as memory:
+            return memory
+
+    first = lent(2, 1000)
+    assert lent(2, 1000) is first
     for workers, size, dtype in ((1, 1000, np.float32), (2, 1000, np.float64), (2, 1016, np.float32)):
-        other = launch.working_memory(workers, size, np.dtype(dtype))
+        other = lent(workers, size, dtype)
         assert other.shape == (workers, size) and other.dtype == dtype and other.ctypes.data % 64 == 0
-        assert launch.working_memory(workers, size, np.dtype(dtype)) is other
+        assert lent(workers, size, dtype) is other
     size = launch.MOST_KEPT // 4 + 16
-    large = launch.working_memory(1, size, np.dtype(np.float32))
-    assert launch.working_memory(1, size, np.dtype(np.float32)) is not large
-    assert launch.working_memory(2, 1016, np.dtype(np.float32)) is other
+    assert lent(1, size) is not lent(1, size)
+    assert lent(2, 1016) is other
     in_thread: list[np.ndarray] = []
-    thread = threading.Thread(target=lambda: in_thread.append(launch.working_memory(2, 1016, np.dtype(np.float32))))
+    thread = threading.Thread(target=lambda: in_thread.append(lent(2, 1016)))
     thread.start()
     thread.join()
     assert not np.shares_memory(in_thread[0], other)
+
+
+def test_working_memory_is_lent_once() -> None:
+    """What asks for as much while it is in use gets other memory."""
+    kind = 2, 1000, np.dtype(np.float32)
+    with launch.working_memory(*kind) as outer, launch.working_memory(*kind) as inner:
+        assert not np.shares_memory(outer, inner)
+    with launch.working_memory(*kind) as again:
+        assert again is outer or again is inner
+
+
+def test_what_is_kept_of_large_batches() -> None:
+    """Nothing: of a hundred thousand sequences, tables take megabytes."""
+    tracemalloc.start()
+    try:
+        for B in range(20_000, 20_006):
+            x = np.zeros((B, 1, 1, 1), np.float32)
+            scaled_dot_product_attention(x, x, x)
+            del x
+        assert tracemalloc.get_traced_memory()[0] < MEGABYTE
+    finally:
+        tracemalloc.stop()
 
 
 MAPPED_FILE = """

@@ -30,7 +30,7 @@ if chosen != os.environ["NUMBA_THREADING_LAYER"]:
     raise SystemExit
 warnings.simplefilter("ignore", DeprecationWarning)  # newer Python warns of any fork with threads
 x = np.random.default_rng(0).standard_normal((4, 400, 32), dtype=np.float32)
-attention = lambda: numba_attn.scaled_dot_product_attention(x, x, x)
+attention = lambda x=x: numba_attn.scaled_dot_product_attention(x, x, x)
 """
 
 
@@ -103,6 +103,23 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 @FORKS
 @LAYERS
+@pytest.mark.parametrize("use", ["few = x[:1, :2].copy(); attention(few)", "threads.count()"])
+def test_fork_after_threads_have_started(on_layer: Callable[..., str], layer: str, use: str) -> None:
+    """Though no kernel has run on them."""
+    on_layer(
+        f"""
+{use}
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if np.isfinite(attention()).all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+""",
+        layer,
+    )
+
+
+@FORKS
+@LAYERS
 def test_fork_while_another_thread_computes(on_layer: Callable[..., str], layer: str) -> None:
     on_layer(
         """
@@ -148,6 +165,37 @@ compiler.join()
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
     python(script, timeout=120, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@FORKS
+def test_fork_while_another_thread_gets_a_function_compiled(python: Callable[..., str]) -> None:
+    script = """
+import os, signal, threading, time, warnings
+import numpy as np, numba_attn
+from numba_attn.cpu import user_functions
+warnings.simplefilter("ignore", DeprecationWarning)
+x = np.ones((1, 5, 8), np.float32)
+def attend(factor):
+    numba_attn.scaled_dot_product_attention(x, x, x, score_mod=lambda score, b, h, i, j: factor * score)
+attend(1.0)
+compile_pass, begun = user_functions.compile_pass, threading.Event()
+def slowly(*arguments):
+    begun.set()
+    time.sleep(0.3)
+    return compile_pass(*arguments)
+user_functions.compile_pass = slowly
+compiler = threading.Thread(target=attend, args=(2.0,))
+compiler.start()
+begun.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    attend(3.0)
+    os._exit(0)
+compiler.join()
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    python(script, timeout=120)
 
 
 POOL = """

@@ -109,29 +109,50 @@ with threads.limit(2):
     try:
         numba_attn.scaled_dot_product_attention(x, x, x)
     except KeyboardInterrupt:
-        print(seen, numba.get_num_threads(), threads._pool.locked())
+        print(seen, numba.get_num_threads(), threads._pool._is_owned())
 """
     assert python(script, NUMBA_NUM_THREADS="3").strip() == "[2] 3 False"
 
 
 def test_interrupted_as_it_takes_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are free again."""
+    """They are free again, for other threads too."""
 
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 3)
-    monkeypatch.setattr(numba, "get_num_threads", interrupted)
-    with pytest.raises(KeyboardInterrupt), threads.pool(2):
-        pass
-    assert not threads._pool.locked()
+    class Pool:
+        """Taken, and at once there is a signal."""
+
+        def acquire(self, blocking: bool) -> bool:
+            pool.acquire(blocking)
+            return interrupted() == 0
+
+        def release(self) -> None:
+            pool.release()
+
+    pool = threads._pool
+    with monkeypatch.context() as patch:
+        patch.setattr(numba.config, "NUMBA_NUM_THREADS", 3)
+        patch.setattr(numba, "get_num_threads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            threads.do_together(2, lambda: None)
+    monkeypatch.setattr(threads, "_pool", Pool())
+    with pytest.raises(KeyboardInterrupt):
+        threads.do_together(2, lambda: None)
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(pool.acquire, False).result()
+        executor.submit(pool.release).result()
 
 
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one processor")
 def test_another_thread_has_the_workers(workers: list[int]) -> None:
     expected = scaled_dot_product_attention(X, X, X)
-    with threads._pool:
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(threads._pool.acquire).result()
         assert np.array_equal(scaled_dot_product_attention(X, X, X), expected)
-    assert workers[-1] == 1
+        executor.submit(threads._pool.release).result()
+    scaled_dot_product_attention(X, X, X)
+    assert workers[-2:] == [1, 2]
 
 
 def test_environment(python: Callable[..., str]) -> None:

@@ -20,6 +20,8 @@ from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
 from numba_attn.problem import Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
+MOST_REPEATED = 1024  # sequences of a call whose tables are kept: beside more, making them takes no time
+
 
 class Step(NamedTuple):
     """A kernel, and what it is called with."""
@@ -40,7 +42,8 @@ def forward(problem: Problem) -> MakeRepeat | None:
     steps, alive = _steps(problem, sizes, count)
     for cut, sequences, arrays in steps:
         cut(sequences)(arrays)
-    return None if alive else functools.partial(_repeat, problem, steps, count)
+    repeated = not alive and sizes.B <= MOST_REPEATED
+    return functools.partial(_repeat, problem, steps, count) if repeated else None
 
 
 def make_norms_alike(problem: Problem) -> None:

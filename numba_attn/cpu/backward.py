@@ -444,13 +444,11 @@ def run(
     D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
     chains, rows, size = len(tables.chains), rows_of_sums(tables.tasks), memory_size(cut, D, Dv)
     k_columns, v_columns = (-(-n // cut.lanes) * cut.lanes for n in (D, Dv))
-    sums = launch.working_memory(1, rows * (k_columns + v_columns), dtype)[0]
-    gradients = gradients._replace(
-        sums_k=sums[: rows * k_columns].reshape(rows, k_columns),
-        sums_v=sums[rows * k_columns :].reshape(rows, v_columns),
-    )
     start = launch.prepared(serial, parallel, kinds, min(workers, chains), chains, operations, size, dtype)
-    start(gradients, bias, tables, *call, cut)
+    with launch.working_memory(1, rows * (k_columns + v_columns), dtype) as (sums,):
+        sums_k = sums[: rows * k_columns].reshape(rows, k_columns)
+        sums_v = sums[rows * k_columns :].reshape(rows, v_columns)
+        start(gradients._replace(sums_k=sums_k, sums_v=sums_v), bias, tables, *call, cut)
 
 
 @functools.lru_cache(maxsize=256)

@@ -81,6 +81,8 @@ def fingerprint() -> str:
 class _Locator:
     """What Numba asks about a function before it caches it."""
 
+    _py_file = __file__  # for a warning
+
     @classmethod
     def from_function(cls, function: Callable[..., Any], file: str) -> _Locator:
         return cls()

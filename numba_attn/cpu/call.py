@@ -15,6 +15,7 @@ from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.narrow import bits_of, kind_of
 from numba_attn.cpu.score import Arrays, Call, Functions, Sequences, Settings
 from numba_attn.cpu.user_functions import derivative_pass, mask_pass, score_pass
+from numba_attn.kept import kept
 from numba_attn.problem import Problem, Sizes, statistics_dtype
 
 
@@ -81,7 +82,7 @@ def _offsets(problem: Problem, B: int) -> np.ndarray:
     return launch.batch_offsets(batch, *strides)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def numbers(B: int) -> np.ndarray:
     return np.arange(B)[:, None]
 

@@ -26,6 +26,9 @@ from numba.extending import intrinsic
 
 from numba_attn.cpu import cache
 
+if numba.config.DISABLE_JIT:
+    raise NotImplementedError("backend 'cpu' needs Numba's compiler, which NUMBA_DISABLE_JIT turns off")
+
 OPTIONS: dict[str, Any] = {"fastmath": False, "error_model": "numpy", "nogil": True, "boundscheck": False}
 OPTIONS["no_cfunc_wrapper"] = True  # an entry for C, which nobody calls, and which takes long to compile
 # Kernels make no arrays, and keep no count of who has one: the caller has all of them, and each change of a count is a

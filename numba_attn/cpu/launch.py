@@ -14,6 +14,7 @@ from numba import types
 from numba_attn import threads
 from numba_attn.cpu.jit import Compiled, compiled, device
 from numba_attn.cpu.pointers import fetch_add
+from numba_attn.kept import kept
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
@@ -23,7 +24,7 @@ FIRST_SLICE = 1e10
 SLICE_SECONDS = 0.5
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def batch_offsets(batch: tuple[int, ...], *strides: tuple[int, ...]) -> np.ndarray:
     """(B, arrays) int64, read-only: how many bytes after the first sequence of each array the others start."""
     offsets = np.zeros((1, len(strides)), np.int64)
@@ -51,22 +52,45 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def working_memory(workers: int, size: int, dtype: np.dtype) -> np.ndarray:
-    """(workers, size) of uninitialised memory, aligned to cache lines; each Python thread keeps the last ones."""
-    wanted = workers, size, dtype.char
-    if (memory := _kept.memory.get(wanted)) is not None:
+class working_memory:
+    """(workers, size) of uninitialised memory, aligned to cache lines, for the caller alone inside the `with` block.
+
+    Each Python thread keeps what it has had last.  Meanwhile that is lent: what the block itself asks for, or a call of
+    a signal handler or a finaliser in the middle of it, is other memory.
+    """
+
+    # Not a generator: see `threads.do_together`.
+    __slots__ = ("_memory", "_wanted")
+
+    def __init__(self, workers: int, size: int, dtype: np.dtype) -> None:
+        self._wanted = workers, size, dtype.char
+
+    def __enter__(self) -> np.ndarray:
+        memory = _kept.memory.pop(self._wanted, None)
+        if memory is None:
+            memory = _aligned(*self._wanted)
+        else:
+            _kept.bytes -= memory.nbytes
+        self._memory = memory
         return memory
-    length = workers * size * dtype.itemsize
-    buffer = np.empty(length + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    memory = buffer[start : start + length].view(dtype).reshape(workers, size)
-    if length <= MOST_KEPT:
+
+    def __exit__(self, *exception: object) -> None:
+        length = self._memory.nbytes
+        if length > MOST_KEPT or self._wanted in _kept.memory:
+            return
         if _kept.bytes + length > MOST_KEPT:
             _kept.memory.clear()
             _kept.bytes = 0
-        _kept.memory[wanted] = memory
+        _kept.memory[self._wanted] = self._memory
         _kept.bytes += length
-    return memory
+
+
+def _aligned(workers: int, size: int, char: str) -> np.ndarray:
+    dtype = np.dtype(char)
+    length = workers * size * dtype.itemsize
+    buffer = np.empty(length + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + length].view(dtype).reshape(workers, size)
 
 
 def rows_times_keys(sequences: Any) -> float:
@@ -182,15 +206,16 @@ def prepared(
     alone, together = serial(*kinds), parallel(*kinds) if workers > 1 else None
 
     def run(*arguments: Any) -> None:
-        if together is not None:
-            with threads.pool(workers) as mine:
-                if mine:
-                    memory = working_memory(workers, size, dtype)
-                    for counters in slices(workers, tasks, operations):
-                        together.call(alone.code, memory, counters, *arguments)
-                    return
-        memory = working_memory(1, size, dtype)[0]
-        for counters in slices(1, tasks, operations):
-            alone.call(memory, 0, counters, *arguments)
+        def by_all() -> None:
+            assert together is not None
+            with working_memory(workers, size, dtype) as memory:
+                for counters in slices(workers, tasks, operations):
+                    together.call(alone.code, memory, counters, *arguments)
+
+        if together is not None and threads.do_together(workers, by_all):
+            return
+        with working_memory(1, size, dtype) as memory:
+            for counters in slices(1, tasks, operations):
+                alone.call(memory[0], 0, counters, *arguments)
 
     return run

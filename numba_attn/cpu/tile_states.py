@@ -73,11 +73,14 @@ def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size
     states = np.empty((B, Hq, -(-Lq // rows), -(-Lk // keys)), np.uint8)
     lines, elements = B * Hq * states.shape[2], B * Hq * Lq * Lk
     workers = threads.count() if elements > SERIAL_ELEMENTS else 1
-    with threads.pool(workers) as mine:
-        entry = _parallel() if mine else _serial()
+
+    def run(entry: Compiled) -> None:
         for counters in launch.slices(1, lines, elements * OPERATIONS):
             first, end = counters[0, :2].tolist()
             entry.call(made.code, made.captured, states, Lq, Lk, rows, keys, first, min(end, lines))
+
+    if not threads.do_together(workers, lambda: run(_parallel())):
+        run(_serial())
     return states
 
 
