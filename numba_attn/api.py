@@ -74,7 +74,8 @@ def scaled_dot_product_attention(
         One more logit for each head in the denominator of the softmax, neither scaled nor capped, without a value.
     score_mod : function (score, b, h, i, j) -> float, optional
         Changes scores, after all of the above and before masks.  A Python or `@njit` function; it may use what Numba
-        compiles, scalars and arrays of its surroundings included, and must not raise.
+        compiles, scalars and arrays of its surroundings included, and must not raise.  Scalars are constants of what is
+        compiled: one that changes from call to call is better an array of one element.
     mask_mod : function (b, h, i, j) -> bool, optional
         Row i of head h of sequence b may attend to key j; plain indices of the arrays, not shifted by query_offset.
     block_mask : BlockMask, optional

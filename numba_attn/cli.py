@@ -6,6 +6,7 @@ Nothing but the standard library is imported before a command needs it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,13 +121,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 2 for bad input or usage, 130 if interrupted."""
+    """Run a command; the exit status: 0, 2 for bad input or usage, as a shell's 130 if interrupted, 141 if not read."""
     try:
         options = _parser().parse_args(argv)
         status: int = options.run(options)
+        sys.stdout.flush()
         return status
     except CommandError as error:
         message = str(error)
+    except BrokenPipeError:  # nobody reads on, as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so when it ends
+        return 141
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except MemoryError as error:

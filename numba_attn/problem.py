@@ -33,7 +33,7 @@ class Aux(NamedTuple):
     lse: Any = None
     """log(sum(exp(score))), natural logarithm, the sink included; -inf for a row that attends to nothing."""
     max_score: Any = None
-    """The largest score of a key; -inf for a row that attends to nothing."""
+    """The largest score of a key; -inf for a row that attends to nothing, NaN where one is NaN or infinity."""
     entropy: Any = None
     """-sum(p log(p)) of the softmax, in nats, the sink included; 0 for a row that attends to nothing."""
     key_weight: Any = None

@@ -72,12 +72,13 @@ def attend(problem: Problem, sequence: Sequence, b: int, h: int, precision: type
         # What is masked is never used, whatever it holds: selected away, not multiplied by zero.
         score = np.where(attended, scores.final, precision(-np.inf))
         sink = precision(-np.inf if problem.sinks is None else problem.sinks[h])
-        max_score = score.max(axis=1, initial=-np.inf)
-        largest = np.maximum(max_score, sink)
+        highest = score.max(axis=1, initial=-np.inf)
+        largest = np.maximum(highest, sink)
         shift = np.where(largest == -np.inf, precision(0), largest)[:, None]
         weight = np.exp(score - shift)
         sink_weight = np.exp(sink - shift[:, 0])
         total = weight.sum(axis=1) + sink_weight
+        max_score = np.where(np.isnan(total), np.nan, highest)
         whole = np.where(total == 0, precision(1), total)
         weight, sink_weight = np.where(attended, weight / whole[:, None], 0), sink_weight / whole
         lse = np.where(total == 0, -np.inf, largest + np.log(total))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -92,6 +94,21 @@ def test_run_grouped_queries_and_bottom_right(tmp_path, arrays):
         **arrays, enable_gqa=True, is_causal=True, query_offset="bottom_right", backend="reference"
     )
     np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["out"], expected)
+
+
+def test_run_does_not_replace_its_input(archive, capsys):
+    before = archive.read_bytes()
+    assert run(archive, "-o", archive) == 2
+    assert "must not be the input" in capsys.readouterr().err and archive.read_bytes() == before
+
+
+def test_nobody_reads_what_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "numba_attn", "info", "--json"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_run_json(archive, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -281,3 +282,34 @@ def test_scores_so_large_that_rounding_exceeds_the_headroom(dtype: type[np.float
         if aux is not None:
             assert (aux.key_weight >= 0).all()
             np.testing.assert_allclose(aux.key_weight.sum(axis=-1), 300, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_function_meets_no_score_that_is_masked(python: Callable[..., str], rows: int) -> None:
+    """One with a loop may not end for an infinite one, as those of keys beyond a window or a length might be."""
+    script = f"""
+import numpy as np, numba_attn
+query, key = np.ones((1, {rows}, 8), np.float32), np.ones((1, 60, 8), np.float32)
+def wrapped(score, b, h, i, j):
+    while score < -3.0: score += 6.0
+    while score > 3.0: score -= 6.0
+    return score
+padded = key.copy()
+padded[:, 50:] = np.inf
+for mask in (None, np.ones(60, np.float32)):
+    for options in (dict(window=(3, 3)), dict(is_causal=True), dict(mask_mod=lambda b, h, i, j: j < 45)):
+        out, expected = (
+            numba_attn.scaled_dot_product_attention(query, k, query[:, :1] + key, mask, score_mod=wrapped, **options)
+            for k in (padded, key)
+        )
+        np.testing.assert_array_equal(out, expected)
+"""
+    python(script, timeout=120)
+
+
+def test_the_largest_score_where_one_is_infinite() -> None:
+    x = np.ones((1, 30, 8))
+    options: dict[str, Any] = {"score_mod": lambda score, b, h, i, j: np.inf if i == 3 and j == 7 else score}
+    for backend in ("cpu", "reference"):
+        _, aux = scaled_dot_product_attention(x, x, x, return_aux=("max_score",), backend=backend, **options)
+        assert np.isnan(aux.max_score[0, 3]) and np.isfinite(np.delete(aux.max_score, 3)).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 import zipfile
 
@@ -152,6 +154,22 @@ def test_two_members_of_one_name(tmp_path, second):
             archive.write(tmp_path / "x.npy", name)
     with pytest.raises(ValueError, match=r"a\.npz must have one member of each name, got x twice"):
         npz.load(tmp_path / "a.npz")
+
+
+def test_a_link_stays_and_leads_to_what_is_new(tmp_path):
+    (tmp_path / "real.npz").write_bytes(b"before")
+    (tmp_path / "link.npz").symlink_to("real.npz")
+    with npz.replacing(tmp_path / "link.npz") as file:
+        file.write(b"after")
+    assert (tmp_path / "link.npz").is_symlink() and (tmp_path / "real.npz").read_bytes() == b"after"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a file"), npz.replacing(tmp_path / "pipe"):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -29,6 +29,11 @@ tables.weights = RNG.standard_normal(64)  # type: ignore[attr-defined]
 tables.number = 3  # type: ignore[attr-defined]
 
 
+def of_an_alias(score, b, h, i, j):
+    module = tables
+    return score * module.number
+
+
 @numba.njit(**OPTIONS)
 def score_driver(codes, index, captured, s, n, width, rows, factor, bias, bias_row, b, h, i, j):
     run_score_pass(
@@ -422,6 +427,8 @@ def jitted_apply(function, x):
         (recursive, "must not call itself"),
         (from_source("TABLE[0] = 1", TABLE=np.ones(3)), "readonly array"),
         (lambda score, b, h, i, j: jitted_apply(helper, score), "can only be called"),
+        (of_an_alias, "attribute of it"),
+        (lambda score, b, h, i, j: score + np.random.rand(), "random numbers"),  # noqa: NPY002
     ],
 )
 def test_what_a_score_mod_must_not_do(function: Callable[..., Any], reason: str) -> None:

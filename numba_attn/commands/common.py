@@ -47,6 +47,12 @@ def keywords(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_output(options: argparse.Namespace) -> None:
+    """The output must not take the place of the input, which may be all that there is of it."""
+    if options.output.exists() and options.output.samefile(options.input):
+        raise CommandError(f"-o must not be the input, got {options.output}")
+
+
 def need_matplotlib(option: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError(f"{option} needs matplotlib: pip install 'numba_attn[plot]'")

@@ -85,14 +85,20 @@ def _bfloat16(x: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends, and is removed if the block raises."""
+    """A new file that takes the place of `path` when the block ends, and is removed if the block raises.
+
+    A link stays, and what it leads to is replaced; what is no file, as a device, is refused.
+    """
+    given, path = path, Path(os.path.realpath(path))
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(given))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         file = temporary.open("xb")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # named as the user knows it
+        raise OSError(error.errno, error.strerror, str(given)) from None  # named as the user knows it
     try:
         with file:
             yield file

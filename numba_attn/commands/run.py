@@ -8,7 +8,7 @@ import json
 import time
 from typing import Any
 
-from numba_attn.commands.common import CommandError, arrays_of, keywords
+from numba_attn.commands.common import CommandError, arrays_of, check_output, keywords
 from numba_attn.commands.pieces import flop_of, pieces_of
 from numba_attn.commands.progress import Progress
 
@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from numba_attn.commands import npz
     from numba_attn.problem import Problem
 
+    check_output(options)
     try:
         arrays = arrays_of(npz.load(options.input), options)
         call = inspect.signature(scaled_dot_product_attention).bind(

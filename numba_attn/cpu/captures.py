@@ -11,6 +11,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import random
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -90,6 +91,13 @@ class Capture:
             return (kind, repr(value)), value  # tells -0.0 from 0.0, and NaN is equal to itself
         if isinstance(value, np.ndarray):
             return self.array(value)
+        if isinstance(value, ModuleType) and value.__name__.split(".")[0] not in _CONSTANT:
+            raise TypeError(
+                f"what it reads of the module {value.__name__!r} must be written as an attribute of it, not of another "
+                "name that it gives the module"
+            )
+        if isinstance(getattr(value, "__self__", None), np.random.RandomState | random.Random):
+            raise TypeError("it must not draw random numbers: the same call would have another result each time")
         value = _SUBSTITUTES.get(value, value) if callable(value) else value
         if isinstance(value, CPUDispatcher):
             return self.function(value.py_func)
@@ -130,6 +138,7 @@ class Capture:
 
 
 _MISSING = object()
+_CONSTANT = ("cmath", "math", "numba", "numpy", "operator")  # modules in which nothing changes
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:

@@ -286,7 +286,7 @@ def cap(settings, tile, width, scores, memory):
 
 @device
 def is_settled(head, tile):
-    """Whether a score_mod gets scores that include what is added to them: of that, only what masks is left then."""
+    """Whether a score_mod gets scores that include numbers that are added to them, of which nothing is left then."""
     return head.functions.codes[SCORE] != 0 and tile.row != 0 and (head.slope != 0 or head.mask_kind > BOOLEAN)
 
 
@@ -294,9 +294,9 @@ def is_settled(head, tile):
 def settle(head, tile, width, natural, scores, memory):
     """Include what is added to scores in them, for a score_mod; by what they are to be multiplied to be scores.
 
-    What is masked stays in the tile of what is added.
+    What is masked stays in the tile of what is added, and has a score of 0.
     """
-    if not is_settled(head, tile):
+    if tile.row == 0:
         return natural
     softmax.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
     return memory.dtype.type(1)

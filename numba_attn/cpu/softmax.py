@@ -106,16 +106,22 @@ def _cap(v, width, s, n, scale, softcap):
 
 
 def _settle(v, width, s, n, scale, bias, source, source_row):
-    """s = scale * s + the natural logarithm's form of what `source` adds; bias = what it masks, and 0 elsewhere."""
+    """s = scale * s + the natural logarithm's form of what `source` adds; bias = what it masks, and 0 elsewhere.
+
+    What is masked has a score of 0, so that a function meets none that nobody has given it: one with a loop may never
+    end for an infinite one.
+    """
     row = v.mul_index(width, v.bytes)
     factor, lowest, natural = v.splat(scale), v.constant(-INFINITY), v.constant(math.log(2.0))
+    zero = v.constant(0.0)
 
     def vector(here: Value) -> None:
         def key(j: Value) -> None:
             at = v.add_index(v.mul_index(j, row), here)
             extra = v.load(v.at(source, v.mul_index(j, source_row)), here)
-            v.store(v.fma(v.load(s, at), factor, v.mul(extra, natural)), s, at)
-            v.store(v.select(v.equal(extra, lowest), lowest, v.constant(0.0)), bias, at)
+            is_masked = v.equal(extra, lowest)
+            v.store(v.select(is_masked, zero, v.fma(v.load(s, at), factor, v.mul(extra, natural))), s, at)
+            v.store(v.select(is_masked, lowest, zero), bias, at)
 
         v.each(n, key)
 

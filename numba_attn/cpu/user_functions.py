@@ -282,7 +282,7 @@ def _essence(message: str) -> str:
     if "NRT required" in message:
         return "it must not make arrays or lists: kernels do not allocate"
     if "Cannot bind" in message and ARGUMENT in message:
-        return "a function that it captures can only be called, with the arguments that it takes"
+        return "a function that it captures can only be called, with the arguments that it takes, none by keyword alone"
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()]
     reasons = itertools.takewhile(lambda line: not line.startswith('File "'), lines)
     return " ".join([line for line in reasons if line and not line.startswith(_FRAMING)][:3])[:400]
