@@ -326,8 +326,12 @@ class _CuPy(Library):
 class _Interface(Library):
     """What has `__cuda_array_interface__`; see https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
 
+    def told(self, x: Any) -> dict[str, Any]:
+        """What an array says of itself."""
+        return x.__cuda_array_interface__
+
     def view(self, x: Any) -> Any:
-        told = x.__cuda_array_interface__
+        told = self.told(x)
         if told.get("mask") is not None:
             raise TypeError("it is masked")
         dtype, shape, (address, read_only) = np.dtype(told["typestr"]), told["shape"], told["data"]
@@ -337,16 +341,20 @@ class _Interface(Library):
         return self.on_device(x, address, shape, strides, dtype, stream=stream, writeable=not read_only)
 
     def located(self, x: Any) -> Located | None:
-        told = x.__cuda_array_interface__
+        told = self.told(x)
         address, read_only = told["data"]
         form = told["shape"], told.get("strides"), told["typestr"], address % _ALIGNED, read_only
         return None if told.get("mask") is not None else (form, address)
 
     def stream(self, x: Any) -> int:
-        return x.__cuda_array_interface__.get("stream") or 1
+        return self.told(x).get("stream") or 1
 
 
 class _NumbaCUDA(_Interface):
+    def told(self, x: Any) -> dict[str, Any]:
+        """With strides: Numba tells none of an array that is broadcast, which it takes for contiguous."""
+        return {**x.__cuda_array_interface__, "strides": x.strides}
+
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return sys.modules["numba.cuda"].device_array(shape, dtype)  # type: ignore[attr-defined]
 

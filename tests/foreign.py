@@ -217,17 +217,24 @@ def cupy_with_cuda() -> ModuleType:
 
 
 def numba_cuda() -> ModuleType:
-    """Device arrays, with the interface alone."""
+    """Device arrays, which tell no strides where they take themselves for contiguous: also where one of them is 0."""
     cuda, free = ModuleType("numba.cuda"), addresses()
 
     class DeviceNDArrayBase(Interface):
-        pass
+        def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> None:
+            usual = np.empty(shape, dtype).strides
+            self.strides = usual if strides is None else strides
+            contiguous = all(step in (0, one) for step, one in zip(self.strides, usual, strict=True))
+            strides = None if contiguous else self.strides
+            super().__init__(shape, dtype, next(free), stream=None, strides=strides)
 
     class DeviceNDArray(DeviceNDArrayBase):
         pass
 
-    def device_array(shape: tuple[int, ...], dtype: Any = "f4", **told: Any) -> DeviceNDArray:
-        return DeviceNDArray(shape, dtype, next(free), stream=None, strides=None, **told)
+    def device_array(
+        shape: tuple[int, ...], dtype: Any = "f4", strides: tuple[int, ...] | None = None
+    ) -> DeviceNDArray:
+        return DeviceNDArray(shape, dtype, strides)
 
     cuda.device_array = device_array  # type: ignore[attr-defined]
     return cuda

@@ -17,7 +17,7 @@ from cases import dtype_of
 from foreign import OPERANDS, Described, Interface, arguments
 
 import numba_attn
-from numba_attn import dispatch, scaled_dot_product_attention
+from numba_attn import arrays, dispatch, scaled_dot_product_attention
 from numba_attn.device_array import DeviceArray
 from numba_attn.problem import AUX_NAMES, Problem
 
@@ -199,6 +199,18 @@ def test_the_array_interface(cuda: list[Problem]) -> None:
     assert scaled_dot_product_attention(empty, strided, strided, out=empty) is empty
     with pytest.raises(NotImplementedError, match="out must be given, as no library is known that makes a foreign"):
         scaled_dot_product_attention(strided, strided, strided)
+
+
+def test_broadcast_arrays_of_numba(cuda: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read by their strides, of which Numba tells nothing."""
+    numba = foreign.numba_cuda()
+    monkeypatch.setitem(sys.modules, "numba.cuda", numba)
+    query, key = numba.device_array((2, 3, 4)), numba.device_array((2, 5, 4), strides=(0, 16, 4))
+    assert key.__cuda_array_interface__["strides"] is None
+    scaled_dot_product_attention(query, key, key)
+    assert cuda[0].query.strides == (48, 16, 4) and cuda[0].key.strides == cuda[0].value.strides == (0, 16, 4)
+    (whole, _), (broadcast, _) = map(arrays._NUMBA.located, (numba.device_array((2, 5, 4)), key))  # type: ignore[misc]
+    assert whole != broadcast
 
 
 def test_dlpack_on_a_device(cuda: list[Problem]) -> None:
