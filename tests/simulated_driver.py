@@ -1,7 +1,7 @@
 """A CUDA driver whose device is this process: memory of the host, and kernels that Numba's simulator runs.
 
-It stands in for `cuda.bindings.driver` in tests of what the launcher asks of the real one, with the names of that.  It
-knows streams only by their numbers: everything is done at once.
+It stands in for `cuda.bindings.driver` in tests of what the launcher asks of the real one, with the names of that.
+What is copied to the device arrives when its stream is waited for or does something else; the rest is done at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ from numba_attn.cuda import devices, launch, simulator
 from numba_attn.cuda.arguments import Numbers, Reals
 from numba_attn.cuda.compile import Compiled
 
+WRITING = 1000  # the stream that the launcher makes for itself
+
 
 class Driver:
     """Keeps what it is asked for in `calls`, and memory in `memory`, by address."""
@@ -27,6 +30,7 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
     )
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0)
 
     def __init__(self, capability: tuple[int, int] = (9, 0), devices: int = 1) -> None:
@@ -36,6 +40,7 @@ class Driver:
         self.kernels: dict[bytes, Any] = {}
         self._contexts = threading.local()
         self.capturing = 0
+        self._copies: defaultdict[Any, list[tuple[int, bytes]]] = defaultdict(list)  # on their way, by stream
         self._names = itertools.count()
 
     @property
@@ -97,10 +102,26 @@ class Driver:
 
     def _cuFuncSetAttribute(self, function: bytes, attribute: str, value: int) -> None: ...
 
+    def _cuStreamCreate(self, flags: int) -> int:
+        assert self.contexts and flags == 1
+        return WRITING
+
     def _cuStreamIsCapturing(self, stream: int) -> int:
         return self.capturing
 
-    def _cuStreamSynchronize(self, stream: int) -> None: ...
+    @staticmethod
+    def _itself(stream: int) -> tuple[int, int]:
+        """A stream beyond its number: 2 is another in each thread."""
+        return stream, threading.get_ident() if stream == 2 else 0
+
+    def _arrive(self, stream: int) -> None:
+        """Do what is on its way on a stream."""
+        for device, data in self._copies.pop(self._itself(stream), ()):
+            ctypes.memmove(device, data, len(data))
+
+    def _cuStreamSynchronize(self, stream: int) -> None:
+        assert not self.capturing
+        self._arrive(stream)
 
     def _cuCtxSynchronize(self) -> None:
         assert not self.capturing
@@ -112,19 +133,22 @@ class Driver:
         return buffer.ctypes.data
 
     def _cuMemFreeAsync(self, address: int, stream: int) -> None:
+        self._arrive(stream)
         del self.memory[address]
 
     def _cuMemcpyHtoDAsync(self, device: int, host: int, size: int, stream: int) -> None:
         assert size <= self.memory[device].size
-        ctypes.memmove(device, host, size)
+        self._copies[self._itself(stream)].append((device, ctypes.string_at(host, size)))
 
     def _cuMemcpyDtoHAsync(self, host: int, device: int, size: int, stream: int) -> None:
         assert size <= self.memory[device].size
+        self._arrive(stream)
         ctypes.memmove(host, device, size)
 
     def _cuLaunchKernel(self, function: bytes, x: int, y: int, z: int, threads: int, *rest: Any) -> None:
         """Run it on the memory that its arguments say."""
-        ty, tz, shared, _, parameters, extra = rest
+        ty, tz, shared, stream, parameters, extra = rest
+        self._arrive(stream)
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0) and shared == 4 * threads and self.contexts
         make, configuration, types, bounds = self.kernels[function]
         assert bounds[0] == threads
@@ -158,5 +182,6 @@ def install(patch: Any, driver: Driver) -> None:
     patch.setattr(launch, "argument_types", tuple)  # of elements alone; Numba's types are for its compiler
     patch.setattr(launch, "_tables", type(launch._tables)())
     patch.setattr(launch, "_kernels", {})
+    launch._writing_stream.cache_clear()
     for name in ("compute_capability", "_primary_context", "unavailable"):
         getattr(devices, name).cache_clear()

@@ -1,8 +1,9 @@
 """Kernels on a device: its memory, machine code as functions of the driver, and their launch.
 
 Nothing here goes through Numba's own launcher, which looks at every argument again in each call: the arguments of a
-call are one array of words.  A launch waits for nothing, takes working memory, if any, in the order of its stream, and
-can be captured in a CUDA graph, if the tables of the call are on the device already: if a call like it came before.
+call are one array of words.  A launch waits for no other work, takes working memory, if any, in the order of its
+stream, and can be captured in a CUDA graph, if the tables of the call are on the device already: if a call like it came
+before.
 """
 
 from __future__ import annotations
@@ -91,12 +92,17 @@ class _Table:
     """What is the same in many calls, on a device."""
 
     buffer: Buffer
-    stream: int  # on which it was written
-    there: bool = False  # for all streams
     captured: bool = False  # read by a graph, whenever that may run
 
 
 _tables: OrderedDict[Any, _Table] = OrderedDict()
+
+
+@functools.cache
+def _writing_stream(device: int) -> int:
+    """On which tables are written, and which waits for no other."""
+    driver = devices.api()
+    return int(check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)))
 
 
 class Machine:
@@ -161,9 +167,13 @@ class Machine:
                         "its tables are not on the device yet"
                     )
                 self._forget()
-                buffer = self._take(x.size, x.dtype.type)._replace(source=key)
-                _tables[key] = _Table(buffer, self.stream)
-                self._copy(buffer, x)
+                # By a stream of its own, of which the end is soon: so it is there for whichever stream finds it.  That
+                # of the caller may be gone by then, its number another's, or waiting for it not allowed.
+                writer = Machine(self.device, _writing_stream(self.device))
+                buffer = writer._take(x.size, x.dtype.type)._replace(source=key)
+                writer._copy(buffer, x)
+                writer.synchronize()
+                _tables[key] = _Table(buffer)
         self._sources[buffer.address] = key
         return buffer
 
@@ -173,9 +183,6 @@ class Machine:
             table = _tables.get(key)
             if table is None:
                 return None
-            if table.stream != self.stream and not table.there:
-                check(devices.api().cuStreamSynchronize(table.stream))
-                table.there = True
             table.captured |= self._is_captured()
             _tables.move_to_end(key)
             return table.buffer
