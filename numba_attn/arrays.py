@@ -119,14 +119,15 @@ def _place(x: Any) -> str:
 # Calls like an earlier one --------------------------------------------------------------------------------------------
 
 
-# How an array lies on a CUDA device, in all that `Library.view` looks at and kernels may depend on, and its address.
-Located = tuple[tuple[Any, ...], int]
+# How an array lies on a CUDA device, in all that `Library.view` looks at and kernels may depend on; its address; and
+# the stream that it names itself, if any.
+Located = tuple[tuple[Any, ...], int, int | None]
 
 
 def located(query: Any, key: Any, value: Any, out: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
     """Of arrays of one class on CUDA devices, what is the same in calls alike, and what a `repeats.Repeat` takes.
 
-    None if that cannot be found at once, as `Library.view` would find it.
+    None if that cannot be found at once, as `Library.view` would find it, or the arrays name different streams.
     """
     kind, library = type(query), library_of(query)
     if library is None or type(key) is not kind or type(value) is not kind or type(out) not in (kind, type(None)):
@@ -135,10 +136,13 @@ def located(query: Any, key: Any, value: Any, out: Any) -> tuple[tuple[Any, ...]
     if q is None or k is None or v is None:
         return None
     stream = library.stream(query)
+    one_stream = (None, stream)
+    if k[2] not in one_stream or v[2] not in one_stream:
+        return None
     if out is None:
         return (kind, q[0], k[0], v[0]), (library, query, None, (q[1], k[1], v[1]), stream)
     o = library.located(out)
-    if o is None:
+    if o is None or o[2] not in one_stream:
         return None
     return (kind, q[0], k[0], v[0], o[0]), (library, query, out, (q[1], k[1], v[1], o[1]), stream)
 
@@ -249,7 +253,7 @@ class _Torch(Library):
         return (
             x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNED,
             x.requires_grad, x.is_neg(), x.is_quantized,
-        ), address  # fmt: skip
+        ), address, None  # fmt: skip
 
     def stream(self, x: Any) -> int:
         """The current one, by a function of torch's compiled code, which is faster by microseconds, if it is there."""
@@ -313,7 +317,7 @@ class _CuPy(Library):
 
     def located(self, x: Any) -> Located | None:
         address = x.data.ptr
-        return (x.shape, x.strides, x.dtype, x.device.id, address % _ALIGNED), address
+        return (x.shape, x.strides, x.dtype, x.device.id, address % _ALIGNED), address, None
 
     def stream(self, x: Any) -> int:
         return sys.modules["cupy"].cuda.get_current_stream(x.device.id).ptr
@@ -335,16 +339,18 @@ class _Interface(Library):
         if told.get("mask") is not None:
             raise TypeError("it is masked")
         dtype, shape, (address, read_only) = np.dtype(told["typestr"]), told["shape"], told["data"]
-        strides, stream = told.get("strides"), told.get("stream") or 1
+        strides = told.get("strides")
         if strides is None:
             strides = tuple(dtype.itemsize * step for step in dlpack.contiguous(shape))
-        return self.on_device(x, address, shape, strides, dtype, stream=stream, writeable=not read_only)
+        return self.on_device(
+            x, address, shape, strides, dtype, stream=told.get("stream") or None, writeable=not read_only
+        )
 
     def located(self, x: Any) -> Located | None:
         told = self.told(x)
         address, read_only = told["data"]
         form = told["shape"], told.get("strides"), told["typestr"], address % _ALIGNED, read_only
-        return None if told.get("mask") is not None else (form, address)
+        return None if told.get("mask") is not None else (form, address, told.get("stream") or None)
 
     def stream(self, x: Any) -> int:
         return self.told(x).get("stream") or 1
@@ -356,7 +362,7 @@ class _NumbaCUDA(_Interface):
         return {**x.__cuda_array_interface__, "strides": x.strides}
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        return sys.modules["numba.cuda"].device_array(shape, dtype)  # type: ignore[attr-defined]
+        return sys.modules["numba.cuda"].device_array(shape, dtype, stream=like.stream)  # type: ignore[attr-defined]
 
 
 class _DLPack(Library):
@@ -368,11 +374,12 @@ class _DLPack(Library):
             raise TypeError(
                 f"it is on a device of DLPack's type {int(kind)}, neither in host memory nor on a CUDA device"
             )
-        # On a device, the contents are asked to be ready on the legacy default stream.
+        # On a device, the contents are asked to be ready on the legacy default stream; and results are awaited, as the
+        # library cannot be told on which stream they come.
         found = dlpack.export(x) if kind in dlpack.HOST else dlpack.export(x, stream=1)
         if found.device[0] in dlpack.HOST:
             return _in_host_memory((x, found.capsule), *_described(found), bool(found.writeable))
-        return self.on_device(x, *_described(found), **_kept(found))
+        return self.on_device(x, *_described(found), awaited=True, **_kept(found))
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         if not hasattr(like, "__array_namespace__"):

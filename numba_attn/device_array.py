@@ -7,7 +7,7 @@ indexing), so that those are written once, and what a launcher needs besides:
     strides     in bytes, as NumPy's
     device      number of the device, None if the array's owner does not tell
     stream      CUstream as an int, on which the contents are ready and results are expected; 1 is the legacy default
-                stream, 2 that of the thread
+                stream, 2 that of the thread; None if the contents are ready on any, and results expected on the first
     owner       the caller's array, kept alive; of results, what the caller gets
     awaited     whether results have to be there when a call returns, as their owner's library knows of no stream
     empty       a method: a new contiguous array beside this one, allocated by the caller's own library
@@ -46,7 +46,7 @@ class DeviceArray:
     strides: tuple[int, ...]
     dtype: np.dtype
     device: int | None = None
-    stream: int = 1
+    stream: int | None = 1
     writeable: bool = True
     owner: Any = None
     alive: Any = None  # what else must live as long as the memory is used

@@ -221,20 +221,21 @@ def numba_cuda() -> ModuleType:
     cuda, free = ModuleType("numba.cuda"), addresses()
 
     class DeviceNDArrayBase(Interface):
-        def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> None:
+        def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, stream: int) -> None:
             usual = np.empty(shape, dtype).strides
             self.strides = usual if strides is None else strides
             contiguous = all(step in (0, one) for step, one in zip(self.strides, usual, strict=True))
             strides = None if contiguous else self.strides
-            super().__init__(shape, dtype, next(free), stream=None, strides=strides)
+            self.stream = stream
+            super().__init__(shape, dtype, next(free), stream=stream or None, strides=strides)
 
     class DeviceNDArray(DeviceNDArrayBase):
         pass
 
     def device_array(
-        shape: tuple[int, ...], dtype: Any = "f4", strides: tuple[int, ...] | None = None
+        shape: tuple[int, ...], dtype: Any = "f4", strides: tuple[int, ...] | None = None, stream: int = 0
     ) -> DeviceNDArray:
-        return DeviceNDArray(shape, dtype, strides)
+        return DeviceNDArray(shape, dtype, strides, stream)
 
     cuda.device_array = device_array  # type: ignore[attr-defined]
     return cuda

@@ -30,6 +30,7 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
     )
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0)
 
@@ -38,6 +39,7 @@ class Driver:
         self.calls: list[tuple[Any, ...]] = []
         self.memory: dict[int, np.ndarray] = {}
         self.kernels: dict[bytes, Any] = {}
+        self.events: dict[int, int | None] = {}  # on which stream they are recorded
         self._contexts = threading.local()
         self.capturing = 0
         self._copies: defaultdict[Any, list[tuple[int, bytes]]] = defaultdict(list)  # on their way, by stream
@@ -114,6 +116,10 @@ class Driver:
         """A stream beyond its number: 2 is another in each thread."""
         return stream, threading.get_ident() if stream == 2 else 0
 
+    def send(self, data: bytes, device: int, stream: int) -> None:
+        """A copy to memory of the device that arrives later."""
+        self._copies[self._itself(stream)].append((device, data))
+
     def _arrive(self, stream: int) -> None:
         """Do what is on its way on a stream."""
         for device, data in self._copies.pop(self._itself(stream), ()):
@@ -122,6 +128,22 @@ class Driver:
     def _cuStreamSynchronize(self, stream: int) -> None:
         assert not self.capturing
         self._arrive(stream)
+
+    def _cuEventCreate(self, flags: int) -> int:
+        assert self.contexts and flags == 2
+        self.events[event := len(self.calls)] = None
+        return event
+
+    def _cuEventRecord(self, event: int, stream: int) -> None:
+        self.events[event] = stream
+
+    def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        recorded = self.events[event]
+        assert recorded is not None and flags == 0
+        self._arrive(recorded)
+
+    def _cuEventDestroy(self, event: int) -> None:
+        del self.events[event]
 
     def _cuCtxSynchronize(self) -> None:
         assert not self.capturing
@@ -138,7 +160,7 @@ class Driver:
 
     def _cuMemcpyHtoDAsync(self, device: int, host: int, size: int, stream: int) -> None:
         assert size <= self.memory[device].size
-        self._copies[self._itself(stream)].append((device, ctypes.string_at(host, size)))
+        self.send(ctypes.string_at(host, size), device, stream)
 
     def _cuMemcpyDtoHAsync(self, host: int, device: int, size: int, stream: int) -> None:
         assert size <= self.memory[device].size

@@ -34,13 +34,13 @@ def driver() -> Iterator[Driver]:
         install(patch, driver)
         patch.setattr(devices, "unavailable", lambda: None)
         yield driver
-    assert not driver.contexts
+    assert not driver.contexts and not driver.events
 
 
 class OnDevice:
     """An array that only says where it is; its memory is the host's, as the driver's is."""
 
-    def __init__(self, x: np.ndarray, stream: int = 77) -> None:
+    def __init__(self, x: np.ndarray, stream: int | None = 77) -> None:
         self.numbers = x
         self.__cuda_array_interface__ = {
             "version": 3,
@@ -80,6 +80,30 @@ def test_device_arrays_of_any_strides(driver: Driver, storage: str) -> None:
     assert same_bits(out.numbers, expected)
     (launched,) = driver.called("cuLaunchKernel")
     assert launched[8] == 77, "not on the array's stream"
+
+
+def test_arrays_of_different_streams(driver: Driver) -> None:
+    """The call is after what is on each stream that they name, and before what comes there later."""
+    arrays = _arrays()
+    expected = scaled_dot_product_attention(*arrays, backend="cuda")
+    out = np.zeros_like(expected)
+    for streams, joined in (((77, 77, 77, 77), set()), ((77, 88, None, 99), {88, 99}), ((None, 1, 88, None), {88})):
+        own = streams[0] or 1
+        given = [OnDevice(np.zeros_like(x), stream) for x, stream in zip(arrays, streams, strict=False)]
+        for x, array, stream in zip(arrays, given, streams, strict=False):
+            driver.send(x.tobytes(), array.numbers.ctypes.data, stream or own)
+        driver.calls.clear()
+        scaled_dot_product_attention(*given, out=OnDevice(out, streams[-1]))
+        assert same_bits(out, expected)
+        launched = [name for name, *_ in driver.calls].index("cuLaunchKernel")
+        assert _ordered(driver.calls[:launched]) == {(stream, own) for stream in joined}
+        assert _ordered(driver.calls[launched:]) == {(own, stream) for stream in joined}
+
+
+def _ordered(calls: list[tuple[Any, ...]]) -> set[tuple[int, int]]:
+    """Pairs of a stream and another that waits for it."""
+    records, waits = ([call for call in calls if call[0] == name] for name in ("cuEventRecord", "cuStreamWaitEvent"))
+    return {(record[2], wait[1]) for record, wait in zip(records, waits, strict=True)}
 
 
 def test_a_call_like_another_neither_allocates_nor_waits(driver: Driver) -> None:

@@ -80,7 +80,7 @@ def test_libraries_on_a_device(library: Any, cuda: list[Problem], layout: str) -
     out, aux = attend(given, return_aux=AUX_NAMES, layout=layout, backend="cuda" if layout == "BHLD" else None)
     (problem,) = cuda
     assert problem.sizes == (B, HQ, HKV, LQ, LK, D, DV)
-    number, stream = {"torch": (1, 77), "cupy": (0, 1000), "numba.cuda": (None, 1)}[library.__name__]
+    number, stream = {"torch": (1, 77), "cupy": (0, 1000), "numba.cuda": (None, None)}[library.__name__]
     for x in (problem.query, problem.key, problem.value, problem.mask, problem.out, problem.lse, problem.key_weight):
         assert isinstance(x, DeviceArray) and (x.device, x.stream) == (number, stream)
     assert [x.owner for x in (problem.query, problem.key, problem.value)] == [given[name] for name in OPERANDS]
@@ -209,8 +209,16 @@ def test_broadcast_arrays_of_numba(cuda: list[Problem], monkeypatch: pytest.Monk
     assert key.__cuda_array_interface__["strides"] is None
     scaled_dot_product_attention(query, key, key)
     assert cuda[0].query.strides == (48, 16, 4) and cuda[0].key.strides == cuda[0].value.strides == (0, 16, 4)
-    (whole, _), (broadcast, _) = map(arrays._NUMBA.located, (numba.device_array((2, 5, 4)), key))  # type: ignore[misc]
-    assert whole != broadcast
+    whole, broadcast = map(arrays._NUMBA.located, (numba.device_array((2, 5, 4)), key))
+    assert whole and broadcast and whole[0] != broadcast[0]
+
+
+def test_results_of_numba_name_the_stream_of_the_query(cuda: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = foreign.numba_cuda()
+    monkeypatch.setitem(sys.modules, "numba.cuda", numba)
+    query, key = numba.device_array((2, 3, 4), stream=77), numba.device_array((2, 5, 4), stream=88)
+    out, aux = scaled_dot_product_attention(query, key, key, return_aux=("lse",))
+    assert out.stream == aux.lse.stream == cuda[0].out.stream == 77 and cuda[0].key.stream == 88  # type: ignore[union-attr]
 
 
 def test_dlpack_on_a_device(cuda: list[Problem]) -> None:
@@ -223,6 +231,7 @@ def test_dlpack_on_a_device(cuda: list[Problem]) -> None:
     view: Any = cuda[0].query[0]
     assert (view.address, view.strides, view.device, view.stream) == (1 << 40, (2, 6), 5, 1)
     assert query.streams == [1] and view.owner is query and view.alive is not None
+    assert view.awaited, "the library does not know of the stream"
     with pytest.raises(NotImplementedError, match="out must be given"):
         scaled_dot_product_attention(query, key, key)
 

@@ -1,9 +1,9 @@
 """Kernels on a device: its memory, machine code as functions of the driver, and their launch.
 
 Nothing here goes through Numba's own launcher, which looks at every argument again in each call: the arguments of a
-call are one array of words.  A launch waits for no other work, takes working memory, if any, in the order of its
-stream, and can be captured in a CUDA graph, if the tables of the call are on the device already: if a call like it came
-before.
+call are one array of words.  The host waits for no work but that of copying a table, and what a launch needs of memory
+is taken in the order of its stream; it can be captured in a CUDA graph, if the tables of the call are on the device
+already: if a call like it came before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numba_attn.cuda.devices import check
 
 MOST_KEPT = 256  # tables on a device
 STATIC_SHARED = 48 * 1024  # bytes that a kernel has without asking
-_BY_THREAD = 2  # the driver's default stream of a thread
+_LEGACY, _BY_THREAD = 1, 2  # the driver's default streams, of all threads and of one
 
 
 Source = str | int | tuple[Any, ...]
@@ -113,12 +113,13 @@ class Machine:
         self.started: list[Started] = []
         self.sizes: list[int] = []  # in bytes, of temporary memory
         self._temporary: list[Buffer] = []
+        self._others: list[int] = []  # streams, of arrays
         self._sources: dict[int, Source] = {}  # by address, of what is not the caller's
         self._capturing: bool | None = None
 
     @contextmanager
     def active(self) -> Iterator[Machine]:
-        """What has been taken is given back at the end."""
+        """What has been taken is given back at the end, and the streams of other arrays wait for what has been done."""
         with devices.on(self.device):
             try:
                 yield self
@@ -126,9 +127,18 @@ class Machine:
                 for buffer in self._temporary:
                     self._free(buffer)
                 self._temporary.clear()
+                for stream in self._others:
+                    _order(self.stream, stream)
+                self._others.clear()
 
-    def buffer(self, name: str, address: int, behind: int, dtype: type[np.generic]) -> Buffer:
-        """Memory of the caller's array of that name, that begins so many bytes behind an address."""
+    def buffer(self, name: str, address: int, behind: int, dtype: type[np.generic], stream: int | None) -> Buffer:
+        """Memory of the caller's array of that name, that begins so many bytes behind an address.
+
+        It is used after what is on the stream that the array names, and before what comes there later.
+        """
+        if stream is not None and stream not in (self.stream, *self._others):
+            _order(stream, self.stream)
+            self._others.append(stream)
         return Buffer(address + behind, dtype, source=name, behind=behind)
 
     def empty(self, count: int, dtype: type[np.generic]) -> Buffer:
@@ -256,11 +266,23 @@ class Machine:
                 self._free(_tables.pop(key).buffer)
 
 
+def _order(earlier: int, later: int) -> None:
+    """Let what comes on one stream wait for what is on another now."""
+    driver = devices.api()
+    event = check(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+    try:
+        check(driver.cuEventRecord(event, earlier))
+        check(driver.cuStreamWaitEvent(later, event, 0))
+    finally:
+        check(driver.cuEventDestroy(event))
+
+
 def machine(query: Any) -> Machine:
     """The device and the stream of an array; of NumPy's, the current device, and the default stream of the thread."""
     if isinstance(query, np.ndarray):
         return Machine(devices.current_device(), _BY_THREAD)
-    return Machine(devices.current_device() if query.device is None else query.device, query.stream)
+    device = devices.current_device() if query.device is None else query.device
+    return Machine(device, _LEGACY if query.stream is None else query.stream)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def _on_device(machine: Any, name: str, x: Any) -> Placed:
             f"got {name} at {x.address} with strides {x.strides}"
         )
     behind = sum(s * (n - 1) for n, s in zip(x.shape, used, strict=True) if s < 0)
-    buffer = machine.buffer(name, x.address, behind, STORED[kind_of(x.dtype)])
+    buffer = machine.buffer(name, x.address, behind, STORED[kind_of(x.dtype)], x.stream)
     return Placed(buffer, x.shape, _elements(x.shape, used, x.itemsize), -behind // x.itemsize)
 
 
