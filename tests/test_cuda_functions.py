@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import mods
@@ -54,6 +55,19 @@ def test_globals_and_modules_are_captured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(globals(), "LIMIT", 3)
     assert key(mod) == before
     monkeypatch.setattr(mods, "prefix", mods.scattered)
+    assert key(mod) != before
+
+
+def test_modules_inside_modules_are_captured() -> None:
+    package, module = ModuleType("package"), ModuleType("package.module")
+    package.module, module.package, module.LIMIT = module, package, 3  # type: ignore[attr-defined]
+
+    def mod(b, h, i, j):  # type: ignore[no-untyped-def]
+        return i < package.module.LIMIT and j < package.module.package.module.LIMIT  # type: ignore[attr-defined]
+
+    before = key(mod)
+    assert key(mod) == before
+    module.LIMIT = 4  # type: ignore[attr-defined]
     assert key(mod) != before
 
 

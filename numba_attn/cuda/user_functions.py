@@ -89,10 +89,8 @@ def _captured(function: Any) -> dict[str, Any]:
     for name in _global_names(function.__code__):
         if name not in values and name in function.__globals__:
             values[name] = function.__globals__[name]
-    for name, value in values.items():
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _KNOWN_TO_NUMBA:
-            values[name] = _Attributes(value, _attribute_names(function.__code__))
-    return values
+    names = _attribute_names(function.__code__)
+    return {name: _opened(value, names, ()) for name, value in values.items()}
 
 
 def _global_names(code: CodeType) -> list[str]:
@@ -107,10 +105,23 @@ _KNOWN_TO_NUMBA = ("math", "cmath", "operator", "numpy", "numba")
 class _Attributes(ModuleType):
     """A module with those of its attributes that a function may name, of which Numba is to find other forms."""
 
-    def __init__(self, module: ModuleType, names: Iterable[str]) -> None:
-        super().__init__(module.__name__)
+    def __init__(self, name: str, attributes: dict[str, Any]) -> None:
+        super().__init__(name)
         vars(self).clear()
-        vars(self).update({name: getattr(module, name) for name in names if hasattr(module, name)})
+        vars(self).update(attributes)
+
+
+def _opened(value: Any, names: Iterable[str], outer: tuple[ModuleType, ...]) -> Any:
+    """A module that Numba does not know, and those in it, as `_Attributes`; any other value as it is.
+
+    `outer` are the modules that it was found in, of which one inside of itself is not opened again.
+    """
+    known = not isinstance(value, ModuleType) or value.__name__.partition(".")[0] in _KNOWN_TO_NUMBA
+    if known or value in outer:
+        return value
+    outer = (*outer, value)
+    found = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return _Attributes(value.__name__, {name: _opened(x, names, outer) for name, x in found.items()})
 
 
 def _attribute_names(code: CodeType) -> list[str]:
