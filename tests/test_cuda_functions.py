@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,8 @@ def test_functions_that_do_the_same_are_alike() -> None:
     assert key(near(2)) == key(near(2)) != key(near(3))
     assert key(near(0.0)) != key(near(-0.0)) and key(near(math.nan)) == key(near(math.nan))
     assert key(near(1)) != key(near(True)) and key(near((1, 2))) != key(near((1, 3)))
+    one, other = namedtuple("one", "left right"), namedtuple("other", "right left")
+    assert key(near(one(1, 2))) == key(near(one(1, 2))) != key(near(other(1, 2)))
     assert key(through(near(2))) == key(through(near(2))) != key(through(near(3)))
     assert key(through(numba.njit(near(2)))) == key(through(near(2)))
 

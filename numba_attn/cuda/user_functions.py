@@ -150,7 +150,7 @@ def _value_key(value: Any, active: tuple[Any, ...]) -> Any:
         contents = hashlib.blake2b(np.ascontiguousarray(value), digest_size=32).digest()
         return "array", value.dtype.char, value.shape, contents
     if isinstance(value, tuple):
-        return tuple(_value_key(x, active) for x in value)
+        return type(value), *(_value_key(x, active) for x in value)
     if _is_function(value):
         return _key(value, active)
     if isinstance(value, _Attributes):
