@@ -80,7 +80,7 @@ def test_key_weight() -> None:
 
 
 def test_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that capture functions and arrays included, of which the address becomes part of the kernel."""
+    """Those that capture functions and arrays included, also without axes; addresses become part of the kernel."""
 
     class Buffer:
         address = 0x123456780
@@ -98,10 +98,16 @@ def test_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     def both(b, h, i, j):  # type: ignore[no-untyped-def]
         return mods.prefix(b, h, i, j) and mods.scattered(b, h, i, j)
 
+    factor = np.array(2.5)
+
+    def scaled(score, b, h, i, j):  # type: ignore[no-untyped-def]
+        return mods.relative_bias(score, b, h, i, j) * factor[()]
+
     score_mod, mask_mod = (user_functions.portable("mod", f, 0) for f in (mods.relative_bias, both))
     assert user_functions.portable("mod", mods.relative_bias, 0) is score_mod
     assert user_functions.portable("mod", mods.biased(mods.BIAS.copy()), 0) is score_mod
     assert user_functions.portable("mod", mods.biased(mods.BIAS + 1), 0) is not score_mod
+    score_mod = user_functions.portable("mod", scaled, 0)
     code = ptx(make_forward, variant_of("float32", score_mod=score_mod, mask_mod=mask_mod, block_mod=mask_mod))
     check(code)
     assert str(Buffer.address) in code or hex(Buffer.address)[2:] in code.lower()

@@ -30,7 +30,7 @@ class CapturedArray:
     def __init__(self, x: np.ndarray, device: int) -> None:
         from numba_attn.cuda.launch import Machine
 
-        x = np.ascontiguousarray(x)
+        x = np.asarray(x, order="C")  # `ascontiguousarray` would give one without axes one
         # On the legacy stream and waited for, so that it is there for whichever stream; and never given back.
         machine = Machine(device, 1)
         self._buffer = machine.upload(x if x.size else np.zeros(1, x.dtype))
