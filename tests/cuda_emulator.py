@@ -161,6 +161,11 @@ def _bits16(kind: str, x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FFF, rounded)
 
 
+def _flushed(x: Any) -> Any:
+    """With zeros for numbers that are too small to be normal, as of instructions with `ftz`."""
+    return np.where(np.abs(F32(x)) < np.finfo(F32).tiny, np.copysign(F32(0), x), F32(x))[()]
+
+
 def _alike(x: np.ndarray) -> int:
     """The one number that all threads have."""
     assert (x == x[0]).all()
@@ -370,9 +375,9 @@ class _Ops:
 
     # Numbers
 
-    exp2 = staticmethod(lambda x: np.exp2(F32(x)))
-    log2 = staticmethod(lambda x: np.log2(F32(x)))
-    reciprocal = staticmethod(lambda x: F32(1) / F32(x))
+    exp2 = staticmethod(lambda x: _flushed(np.exp2(_flushed(x))))
+    log2 = staticmethod(lambda x: np.log2(_flushed(x)))
+    reciprocal = staticmethod(lambda x: _flushed(F32(1) / _flushed(x)))
     maximum = staticmethod(lambda x, y: np.maximum(F32(x), F32(y)))
     larger = staticmethod(lambda x, y: np.fmax(F32(x), F32(y)))
     product = staticmethod(lambda x, y: F32(x) * F32(y))

@@ -235,6 +235,13 @@ def test_infinite_values_reach_the_rows_that_attend_to_them() -> None:
     assert np.isfinite(out[:7]).all() and np.isfinite(out[:, 5:]).all()
 
 
+@pytest.mark.parametrize("softcap", [2.0**-126, 2.0**125, 3e38])
+def test_smallest_and_largest_softcap(softcap: float) -> None:
+    arrays = Case("softcap", 1, 3, 40, 16, dtype="float16").arrays()
+    out, aux = run(*arrays, softcap=softcap, return_aux=STATISTICS)
+    assert_accurate(out, aux, *arrays, rounded_weights=True, softcap=softcap)
+
+
 # Where arrays are -----------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from numba_attn.problem import Problem, Sizes
 
 LARGEST_HEAD = 256
 LEAST_SCALE = 2.0**-100  # of those by which the largest score can be found before it is scaled
+LARGEST_CAP = 2.0**125  # far beyond most scores, and its reciprocal is none of those that a device takes for 0
 CHUNK = 256  # keys of a part of few rows; of more rows, as many times more
 FEW, SOME = 16, 64  # packed rows that are computed in parts
 STATISTICS = "lse", "max_score", "entropy"
@@ -283,7 +284,7 @@ def _arguments(
         "seed_high": _signed(seed >> 32),
         "scale": problem.scale,
         "unit": problem.scale * LOG2_E,
-        "cap": problem.softcap or 1.0,
+        "cap": min(problem.softcap or 1.0, LARGEST_CAP),
         "gain": 1 / (1 - p),
     }
 
