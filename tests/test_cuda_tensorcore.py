@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import SIXTEEN_BITS, SMALL, Case
+from cases import SIXTEEN_BITS, SMALL, Case, dtype_of
 from contract import STORAGE, attended
 from cuda_emulator import Machine, Memory
-from tolerances import DEFAULTS, assert_accurate, same_bits
+from tolerances import DEFAULTS, assert_accurate, exact, same_bits
 
 from numba_attn.cuda import tensorcore
 from numba_attn.cuda.combine import make_combine
@@ -233,6 +233,37 @@ def test_infinite_values_reach_the_rows_that_attend_to_them() -> None:
     np.testing.assert_array_equal(out[:, 3][rows >= 7], np.where(rows >= 20, np.nan, np.inf)[rows >= 7])
     np.testing.assert_array_equal(out[:, 4][rows >= 11], -np.inf)
     assert np.isfinite(out[:7]).all() and np.isfinite(out[:, 5:]).all()
+
+
+@pytest.mark.parametrize("rows", [3, 20, 70])  # in parts by several warps, in parts, whole
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_scores_of_any_size(dtype: str, rows: int) -> None:
+    """Where they are so large that any two that differ are far apart, the largest of a row share it."""
+    rng = np.random.default_rng(rows)
+    query, key = np.zeros((1, rows, 16)), np.zeros((1, 90, 16))
+    value = rng.standard_normal((1, 90, 16)).astype(dtype_of(dtype))
+    # Products are exact, so that those that are equal stay so; rows have them of either sign.
+    query[..., 0], key[..., 0] = rng.choice([-1.5, -1, 1, 1.25], rows), rng.choice([0.5, 1, 1.25, 1.5], 90)
+    for exponent in (*range(12, 30), *((32, 60, 90, 120) if dtype == "bfloat16" else ())):
+        lower, upper, scale = exponent // 2, exponent - exponent // 2, 4.0 if exponent % 2 else 0.25
+        arrays = *(x.astype(value.dtype) for x in (query * 2.0**lower, key * 2.0**upper)), value
+        with np.errstate(all="ignore"):
+            expected = exact(*arrays, scale=scale)
+        out, aux = run(*arrays, tiling="32 x 32", scale=scale, return_aux=STATISTICS)
+        atol = 2e-2 if dtype == "bfloat16" else 2e-3
+        np.testing.assert_allclose(out.astype(float), expected["out"], atol=atol, err_msg=f"2**{exponent}")
+        np.testing.assert_allclose(aux.max_score, expected["max_score"], rtol=1e-6)
+        np.testing.assert_allclose(aux.lse, expected["lse"], rtol=1e-6)
+        np.testing.assert_allclose(aux.entropy, expected["entropy"], atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1.7e38, -1.7e38])
+def test_smallest_and_largest_scale(scale: float) -> None:
+    pytest.importorskip("ml_dtypes")
+    query, key, value = Case("scale", 1, 3, 40, 16, dtype="bfloat16").arrays()
+    query *= query.dtype.type(2.0**-120)
+    out = run(query, key, value, scale=scale)
+    np.testing.assert_allclose(out.astype(float), exact(query, key, value, scale=scale)["out"], atol=1e-2)
 
 
 @pytest.mark.parametrize("softcap", [2.0**-126, 2.0**125, 3e38])

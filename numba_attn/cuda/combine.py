@@ -36,7 +36,7 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
         mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
         statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
         query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide,
-        seed_low, seed_high, scale, unit, cap, gain,
+        seed_low, seed_high, scale, unit, coarse, limit, cap, gain,
     ):  # fmt: skip
         thread = i32(cuda.threadIdx.x)
         lane = i32(thread & 31)
@@ -98,7 +98,7 @@ def make_combine(cuda: Any, ops: Any, kind: str, Dv: int, rows: int, general: bo
             weight = f32(weight + ops.exchange_f32(weight, 1 << bit))
             moment = f32(moment + ops.exchange_f32(moment, 1 << bit))
         sink = ops.load_f32(sinks != 0, i64(sinks + 4 * h), f32(nothing))
-        factor, row_lse, largest, row_entropy = finish(high, weight, moment, sink)
+        factor, row_lse, largest, row_entropy = finish(high, weight, moment, sink, scale, coarse)
         x = ops.product(x, ops.product(factor, gain))
         at = i64(out + at_out + i64(h) * out_head + i64(i) * out_row + i64(thread) * out_column)
         ops.store_i16(thread < Dv, at, i16(pack(x, x)))

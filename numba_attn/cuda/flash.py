@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from numba_attn.cuda.flash_results import make_join_warps, make_write_parts, make_write_results, part_row
 from numba_attn.cuda.products import make_accumulate, make_add_odd, make_scores
-from numba_attn.cuda.row_results import LOG2_E
+from numba_attn.cuda.row_results import LOG2_E, make_unit
 from numba_attn.cuda.sequences import make_sequence
 from numba_attn.cuda.shared_tiles import make_copy, make_copy_packed, make_not_finite, tile_bytes
 from numba_attn.cuda.tile_scores import ROW, make_drop, make_hide, make_transform, row_bytes
@@ -85,14 +85,15 @@ class Configuration(NamedTuple):
 def make_softmax(
     cuda: Any, ops: Any, tiles: int, key_tiles: int, value_tiles: int, general: bool, entropy: bool
 ) -> Any:
-    """A procedure (s, sums, top, total, spread, unit): scores to exponentials below the largest of their rows so far.
+    """A procedure (s, sums, top, total, spread, unit, coarse, limit): scores to exponentials.
 
-    What has been summed is brought to that too.  `spread` is the sum of p log2(p), of p before division by `total`.
+    They are below `top`, the largest score of each row so far, as a product; what has been summed is brought to that
+    too.  `spread` is the sum of p log2(p), of p before division by `total`.
     """
-    f32, halves, nothing = ops.f32, 2 * tiles, -math.inf
+    f32, halves, nothing, unit_of = ops.f32, 2 * tiles, -math.inf, make_unit(cuda, ops)
 
     @cuda.jit(device=True, inline="always")
-    def softmax(s, sums, top, total, spread, unit):
+    def softmax(s, sums, top, total, spread, unit, coarse, limit):
         for row in range(halves):
             first = 4 * (row // 2) * key_tiles + 2 * (row % 2)
             high = ops.maximum(s[first], s[first + 1])
@@ -100,13 +101,15 @@ def make_softmax(
                 high = ops.maximum(high, ops.maximum(s[first + 4 * n], s[first + 4 * n + 1]))
             high = ops.maximum(high, ops.exchange_f32(high, 1))
             high = ops.maximum(high, ops.exchange_f32(high, 2))
-            if not general:
-                high = ops.product(high, unit)
             high = ops.maximum(high, top[row])
             level = cuda.selp(high == f32(nothing), f32(0), high)
-            fall = f32(top[row] - level)
             if general:
-                fall = ops.product(fall, f32(LOG2_E))
+                fall = ops.product(f32(top[row] - level), f32(LOG2_E))
+            else:
+                by = unit_of(level, unit, coarse, limit)
+                # Negative once for all, as a sign that each use would turn takes a register more.
+                shift = ops.product(f32(-level), by)
+                fall = f32(ops.product(top[row], by) + shift)
             shrink = ops.exp2(fall)
             if entropy:
                 fall = cuda.selp(shrink == f32(0), f32(0), fall)
@@ -119,7 +122,7 @@ def make_softmax(
                     if general:
                         x = ops.product(f32(s[at] - level), f32(LOG2_E))
                     else:
-                        x = ops.multiply_add(s[at], unit, f32(-level))
+                        x = ops.multiply_add(s[at], by, shift)
                     p = ops.exp2(x)
                     if entropy:
                         spread[row] = ops.multiply_add(p, ops.larger(x, f32(-1024)), spread[row])
@@ -161,6 +164,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
     transform = make_transform(cuda, ops, tiles, key_tiles, c.softcap, alibi, row_step)
     hide = make_hide(cuda, ops, tiles, key_tiles, c.mask, row_step)
     softmax = make_softmax(cuda, ops, tiles, key_tiles, value_tiles, general, c.entropy)
+    unit_of = make_unit(cuda, ops)
     drop = make_drop(cuda, ops, tiles, key_tiles, row_step)
     accumulate = make_accumulate(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
     add_odd = make_add_odd(cuda, ops, c.kind, c.Dv, tiles, key_tiles)
@@ -182,7 +186,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
         mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
         statistic_batch, statistic_head, statistic_row, slopes_batch, offset, left, right, threshold,
         query_row, key_row, value_row, heads, group, Lq, Lk, blocks, chunk, fewest, most, padded, wide,
-        seed_low, seed_high, scale, unit, cap, gain,
+        seed_low, seed_high, scale, unit, coarse, limit, cap, gain,
     ):  # fmt: skip
         thread = i32(cuda.threadIdx.x)
         lane, warp = i32(thread & 31), i32(thread >> 5)
@@ -305,7 +309,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
                 transform(s, scale, cap, own_rows, thread_key)
             if partial:
                 hide(s, seen, own_rows, mask_column, thread_key)
-            softmax(s, sums, top, total, spread, unit)
+            softmax(s, sums, top, total, spread, unit, coarse, limit)
             if dropout:
                 first = i32(first_key + warp_key)
                 drop(s, first, own_rows, sequence, seed_low, seed_high, threshold, lane)
@@ -327,6 +331,8 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             for step in range(1, 3):
                 total[row] = f32(total[row] + ops.exchange_f32(total[row], step))
                 spread[row] = f32(spread[row] + ops.exchange_f32(spread[row], step))
+            if not general:
+                top[row] = ops.product(top[row], unit_of(top[row], unit, coarse, limit))
         ops.wait_for_all_copies()
         cuda.syncthreads()
         # Found once more, instead of being kept in registers all the while.
@@ -350,7 +356,7 @@ def make_flash(cuda: Any, ops: Any, *configuration: Any) -> Any:
             write_results(
                 sums, top, total, spread, shared, warp_row, first_row, valid, every, lane,
                 i64(out + at_out), out_head, out_row, out_column, wide, lse, max_score, entropy,
-                at_statistic, statistic_head, statistic_row, sinks, head, group, gain,
+                at_statistic, statistic_head, statistic_row, sinks, head, group, scale, coarse, gain,
             )  # fmt: skip
 
     return flash

@@ -34,7 +34,7 @@ def make_write_results(cuda: Any, ops: Any, kind: str, Dv: int, tiles: int, gene
     def write_results(
         sums, top, total, spread, shared, warp_row, first_row, valid, every, lane,
         out, out_head, out_row, out_column, wide, lse, max_score, entropy,
-        statistic, statistic_head, statistic_row, sinks, head, group, gain,
+        statistic, statistic_head, statistic_row, sinks, head, group, scale, coarse, gain,
     ):  # fmt: skip
         for row in range(halves):
             inside = i32(warp_row + 8 * row + (lane >> 2))
@@ -46,7 +46,7 @@ def make_write_results(cuda: Any, ops: Any, kind: str, Dv: int, tiles: int, gene
             best = cuda.selp(attends, top[row], f32(nothing))
             weight = cuda.selp(attends, total[row], f32(0))
             moment = cuda.selp(attends, spread[row], f32(0))
-            factor, row_lse, largest, row_entropy = finish(best, weight, moment, sink)
+            factor, row_lse, largest, row_entropy = finish(best, weight, moment, sink, scale, coarse)
             once = exists & ((lane & 3) == 0)
             at = i64(statistic + i64(h) * statistic_head + i64(i) * statistic_row)
             ops.store_f32(once & (lse != 0), i64(lse + at), row_lse)

@@ -18,7 +18,7 @@ PARAMETERS = {
     **dict.fromkeys(("query_row", "key_row", "value_row"), "int32"),
     **dict.fromkeys(("heads", "group", "Lq", "Lk", "blocks", "chunk", "fewest", "most", "padded", "wide"), "int32"),
     **dict.fromkeys(("seed_low", "seed_high"), "int32"),
-    **dict.fromkeys(("scale", "unit", "cap", "gain"), "float32"),
+    **dict.fromkeys(("scale", "unit", "coarse", "limit", "cap", "gain"), "float32"),
 }
 
 ADDRESSES = tuple(PARAMETERS)[: tuple(PARAMETERS).index("part_sums") + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import struct
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from numba_attn.checks import is_bfloat16
 from numba_attn.cuda.combine import Combination, make_combine
 from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.flash_results import STATISTICS_BYTES, part_columns
-from numba_attn.cuda.row_results import LOG2_E
+from numba_attn.cuda.row_results import FAR, LOG2_E
 from numba_attn.cuda.sequences import ADDRESSES, PARAMETERS
 from numba_attn.problem import Problem, Sizes
 
@@ -249,6 +250,8 @@ def _arguments(
     _, Hq, Hkv, Lq, Lk, _, Dv = sizes
     intervals, slopes, sinks = problem.intervals, problem.slopes, problem.sinks
     p, seed = problem.dropout or (0.0, 0)
+    unit = min(max(problem.scale, LEAST_SCALE), 1 / LEAST_SCALE) * LOG2_E  # of other scales, nobody asks
+    coarse = 2.0 ** math.frexp(unit)[1]
     names = "query", "key", "value", "mask", "out", *STATISTICS
     given = {name: where(name) for name in names if (x := getattr(problem, name)) is not None and x.size}
     strides = {name: _used(getattr(problem, name).shape, given[name].strides) for name in given}
@@ -283,7 +286,9 @@ def _arguments(
         "seed_low": _signed(seed & 0xFFFFFFFF),
         "seed_high": _signed(seed >> 32),
         "scale": problem.scale,
-        "unit": problem.scale * LOG2_E,
+        "unit": unit,
+        "coarse": coarse,
+        "limit": FAR / coarse,
         "cap": min(problem.softcap or 1.0, LARGEST_CAP),
         "gain": 1 / (1 - p),
     }
