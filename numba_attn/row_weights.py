@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from numba_attn import checks
+from numba_attn import arrays, checks
+from numba_attn.arrays import Array
 from numba_attn.block_mask import MaskMod, and_masks
 from numba_attn.calls import DEFAULTS, check_names, prepare
 from numba_attn.problem import Problem, statistics_dtype
@@ -21,8 +22,8 @@ _OPTIONS = tuple(name for name in DEFAULTS if name not in ("out", "return_aux"))
 
 
 def attention_weights(
-    query: np.ndarray, key: np.ndarray, attn_mask: np.ndarray | None = None, *, query_rows: Any = None, **options: Any
-) -> np.ndarray:
+    query: Array, key: Array, attn_mask: Any = None, *, query_rows: Any = None, **options: Any
+) -> Array:
     """The probabilities softmax(scale * Q K^T + mask) of some query rows, as `scaled_dot_product_attention` has them.
 
     Shape letters: B batch (any number of axes, none included), Hq and Hkv heads, Lq and Lk lengths, D head size, R rows
@@ -39,7 +40,7 @@ def attention_weights(
 
     Returns
     -------
-    (B, Hq, R, Lk) array, in both layouts; (R, Lk) for inputs of rank 2
+    (B, Hq, R, Lk) array of query's library, in both layouts; (R, Lk) for inputs of rank 2
         Of query's dtype, but float32 for 16 bits.  A row that attends to nothing is 0; with a sink the sum of a row is
         less than 1.
 
@@ -61,11 +62,13 @@ def attention_weights(
            [0.25, 0.25, 0.25, 0.25]], dtype=float32)
     """
     check_names("attention_weights", options, _OPTIONS)
-    key = checks.floating_array("key", key)
-    run, problem = prepare(query, key, key[..., :0], attn_mask=attn_mask, **options)
-    rows = chosen_rows(query_rows, problem.sizes.Lq)
-    weights = weights_of_rows(run, problem, rows)
-    return weights[0] if query.ndim == 2 else weights
+    call: dict[str, Any] = {"query": query, "key": key, "attn_mask": attn_mask}
+    caller = arrays.adopt(call, tuple(call), on_host="for the weights of rows")
+    held = checks.floating_array("key", call["key"])
+    run, problem = prepare(call["query"], held, held[..., :0], attn_mask=call["attn_mask"], **options)
+    weights = weights_of_rows(run, problem, chosen_rows(query_rows, problem.sizes.Lq))
+    result: Array = caller.give(weights[0] if held.ndim == 2 else weights)
+    return result
 
 
 def weights_of_rows(run: Callable[[Problem], object], problem: Problem, rows: np.ndarray) -> np.ndarray:

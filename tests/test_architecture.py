@@ -69,7 +69,7 @@ MAY_IMPORT = {
         *("arrays", "calls", "checks", "heads", "padding", "parameters", "primitives", "problem"),
         *("gradients", "kv_attention", "kv_cache", "paged_batch"),  # when they are asked for
     },
-    "row_weights": {"block_mask", "calls", "checks", "problem"},
+    "row_weights": {"arrays", "block_mask", "calls", "checks", "problem"},
     "moments": {"problem", "row_weights"},
     "diagnostics": {"block_mask", "calls", "checks", "moments", "problem"},
     "plot": {"calls", "checks", "diagnostics", "moments", "row_weights"},

@@ -145,8 +145,10 @@ def test_the_other_functions(convert: Callable[[np.ndarray], Any]) -> None:
         first = numba_attn.attention_with_kv_cache(q, cache, k, v, rotary=tuple(map(wrap, tables)))
         paged = numba_attn.PagedKVCache(10, 2, 4, 8)
         second = numba_attn.attention_with_kv_cache(q, paged.batch([paged.add() for _ in range(10)]), k, v)
-        assert all(type(x) is type(q) for x in (out, rotated, merged, lse, first, second))
-        results.append(tuple(map(plain, (out, rotated, merged, lse, first, second))))
+        weights = numba_attn.attention_weights(q, k, wrap(np.arange(1) > -1), query_rows=[0])
+        found = out, rotated, merged, lse, first, second, weights
+        assert all(type(x) is type(q) for x in found)
+        results.append(tuple(map(plain, found)))
     assert same_bits(*results)
 
 
