@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from numba_attn import arrays
-from numba_attn.arrays import type_name as type_name
 from numba_attn.device_array import DeviceArray
+from numba_attn.libraries import type_name as type_name
 
 LAYOUTS = ("BHLD", "BLHD")
 

@@ -41,8 +41,9 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
     "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
-    "arrays": {"device_array", "dlpack"},
-    "checks": {"arrays", "device_array"},
+    "libraries": {"device_array", "dlpack"},
+    "arrays": {"device_array", "libraries"},
+    "checks": {"arrays", "device_array", "libraries"},
     "problem": {"block_mask", "checks", "kept", "masks", "storage"},
     "reference": {"block_mask", "gradient_problem", "problem", "random"},
     "repeats": {"arrays", "storage"},

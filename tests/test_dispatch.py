@@ -17,7 +17,7 @@ from cases import dtype_of
 from foreign import OPERANDS, Described, Interface, arguments
 
 import numba_attn
-from numba_attn import arrays, dispatch, scaled_dot_product_attention
+from numba_attn import dispatch, libraries, scaled_dot_product_attention
 from numba_attn.device_array import DeviceArray
 from numba_attn.problem import AUX_NAMES, Problem
 
@@ -209,7 +209,7 @@ def test_broadcast_arrays_of_numba(cuda: list[Problem], monkeypatch: pytest.Monk
     assert key.__cuda_array_interface__["strides"] is None
     scaled_dot_product_attention(query, key, key)
     assert cuda[0].query.strides == (48, 16, 4) and cuda[0].key.strides == cuda[0].value.strides == (0, 16, 4)
-    whole, broadcast = map(arrays._NUMBA.located, (numba.device_array((2, 5, 4)), key))
+    whole, broadcast = map(libraries._NUMBA.located, (numba.device_array((2, 5, 4)), key))
     assert whole and broadcast and whole[0] != broadcast[0]
 
 

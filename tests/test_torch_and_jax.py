@@ -15,7 +15,7 @@ from foreign import OPERANDS, SIZES, arguments
 from tolerances import same_bits
 
 import numba_attn
-from numba_attn import arrays, scaled_dot_product_attention
+from numba_attn import libraries, scaled_dot_product_attention
 from numba_attn.cpu import attention
 from numba_attn.problem import AUX_NAMES, Problem
 
@@ -360,4 +360,4 @@ def test_devices_of_jax(jax: Any, python: Callable[..., str]) -> None:
 def test_classes_are_looked_up_once(torch: Any) -> None:
     """By a dict, whatever is loaded later."""
     x = torch.ones(3)
-    assert arrays.library_of(x) is arrays.library_of(torch.nn.Parameter(x)) is arrays._known[torch.Tensor]
+    assert libraries.library_of(x) is libraries.library_of(torch.nn.Parameter(x)) is libraries._known[torch.Tensor]
