@@ -14,7 +14,15 @@ from autograd.extend import primitive
 
 from numba_attn import scaled_dot_product_attention, scaled_dot_product_attention_vjp
 
-attention = primitive(scaled_dot_product_attention)
+_attention = primitive(scaled_dot_product_attention)
+
+
+def attention(*args: Any, **options: Any) -> Any:
+    """`numba_attn.scaled_dot_product_attention`, with gradients."""
+    if (len(args) > 4 or "dropout_p" in options) and options.get("dropout_seed") is None:
+        # The gradient runs the forward pass again, which is to drop the same.
+        options["dropout_seed"] = int.from_bytes(np.random.bytes(8), "little")  # noqa: NPY002
+    return _attention(*args, **options)
 
 
 def _vjp(
@@ -29,4 +37,4 @@ def _vjp(
     return gradients
 
 
-defvjp_argnums(attention, _vjp)
+defvjp_argnums(_attention, _vjp)
