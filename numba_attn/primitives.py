@@ -19,7 +19,8 @@ from numba_attn.rotary import apply_rotary
 
 def project(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
     """out = x W^T + b, for x (L, m), weight (n, m), bias (n,) and contiguous out (L, n): one product of BLAS."""
-    np.matmul(_rows(x), weight.T, out=_rows(out))
+    with np.errstate(invalid="ignore"):  # of padding, in which there may be anything
+        np.matmul(_rows(x), weight.T, out=_rows(out))
     if bias is not None:
         out += bias
 
@@ -32,13 +33,24 @@ def project_adjoint(
     grad_weight: np.ndarray,
     grad_bias: np.ndarray | None,
 ) -> None:
-    """Add to grad_x (L, m), contiguous, and write grad_weight (n, m) and grad_bias (n,), for grad (L, n)."""
-    grad = _rows(grad)
+    """Add to grad_x (L, m), contiguous, and write grad_weight (n, m) and grad_bias (n,), for grad (L, n).
+
+    Rows whose gradient is 0 have no part in those of weights, whatever they are.
+    """
+    grad, rows = _rows(grad), _rows(x)
     grad_rows = _rows(grad_x)
     grad_rows += grad @ weight
-    np.matmul(grad.T, _rows(x), out=grad_weight)
+    with np.errstate(invalid="ignore"):
+        np.matmul(grad.T, rows, out=grad_weight)
+    if not np.isfinite(grad_weight).all():
+        np.matmul(grad.T, _used(rows, grad), out=grad_weight)
     if grad_bias is not None:
         np.sum(grad, axis=0, out=grad_bias)
+
+
+def _used(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+    """x, with zeros where all of a row's gradient is 0, as of padding, which may be NaN."""
+    return np.where(grad.any(axis=-1, keepdims=True), x, x.dtype.type(0))
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -54,7 +66,8 @@ def rms_normalize(x: np.ndarray, gain: np.ndarray, epsilon: float, out: np.ndarr
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
     """
-    np.multiply(x, _inverse_rms(x, epsilon), out=out)
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.multiply(x, _inverse_rms(x, epsilon), out=out)
     out *= gain
 
 
@@ -64,8 +77,10 @@ def rms_normalize_adjoint(
     """Gradients with respect to x (L, D) and gain (D,).
 
     With r = 1 / sqrt(mean(x^2) + epsilon), n = r x and g the gradient times the gain, that of x is
-    r (g - n mean(g n)).
+    r (g - n mean(g n)).  Rows whose gradient is 0 have no part in either, whatever they are.
     """
+    if not np.isfinite(x).all():
+        x = _used(x, grad)
     inverse = _inverse_rms(x, epsilon)
     normalized = x * inverse
     grad_gain = (grad * normalized).reshape(-1, x.shape[-1]).sum(axis=0) if x.size else np.zeros_like(gain)

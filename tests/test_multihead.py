@@ -433,6 +433,28 @@ def test_gradients_of_options() -> None:
     check_gradients(layer, (x,), key_padding_mask=padding[:, ::-1])
 
 
+@pytest.mark.parametrize("padding", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["lengths", "key_padding_mask"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_padding_has_no_part_in_gradients(padding: float, how: str, qk_norm: bool) -> None:
+    layer, above = layer_of(qk_norm=qk_norm), numbers(2, 5, 24, seed=3)
+    x, y = numbers(2, 5, 24, seed=1), numbers(2, 7, 24, seed=2)
+    options: dict[str, Any] = {"kv_lengths": [7, 4]}
+    y[1, 4:] = 0
+    if how == "lengths":
+        options["query_lengths"], x[1, 3:], above[1, 3:] = [5, 3], 0, 0
+    else:
+        options = {"key_padding_mask": np.arange(7) >= np.array([[7], [4]])}
+    expected = layer.vjp(x, y, **options)[1](above)
+    y[1, 4:] = padding
+    if how == "lengths":
+        x[1, 3:] = padding
+    inputs, parameters = layer.vjp(x, y, **options)[1](above)
+    assert same_bits(inputs.query, expected[0].query) and same_bits(inputs.key, expected[0].key)
+    for name, grad in parameters.items():
+        np.testing.assert_allclose(grad, expected[1][name], atol=1e-12, err_msg=name)
+
+
 def test_one_array_as_several_arguments() -> None:
     """Given as three arguments it has three gradients, whose sum is the one that it has as one."""
     layer, x = layer_of(), numbers(2, 5, 24)
@@ -553,6 +575,7 @@ def test_states_of_tensors_that_do_not_fit(torch: Any) -> None:
 X = np.ones((2, 5, 24))
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a NumPy array"),
+    ({"query": None}, TypeError, "query must be a NumPy array, got NoneType"),
     ({"query": X.astype(np.float32)}, TypeError, "query must be float64, as the layer is, got float32"),
     ({"query": X[..., :5]}, ValueError, r"query must have shape \(\.\.\., length, 24\), got \(2, 5, 5\)"),
     ({"query": X[0, 0]}, ValueError, "query must have shape"),
