@@ -68,6 +68,11 @@ class BlockMask:
     """(B, Hq, query tiles, key tiles) uint8: EMPTY, PARTIAL or FULL."""
 
     def __post_init__(self) -> None:
+        for name, numbers, count, low in (("shape", self.shape, 4, 0), ("block_size", self.block_size, 2, 1)):
+            if not isinstance(numbers, tuple) or len(numbers) != count:
+                raise TypeError(f"{name} must be a tuple of {count} integers, got {numbers!r}")
+            for n in numbers:
+                _at_least(name, n, low)
         B, Hq, Lq, Lk = self.shape
         expected = (B, Hq, -(-Lq // self.block_size[0]), -(-Lk // self.block_size[1]))
         if not isinstance(self.states, np.ndarray) or self.states.dtype != np.uint8:
@@ -183,10 +188,11 @@ def create_block_mask(
         rows = keys = block_size
     tile = _at_least("block_size", rows, 1), _at_least("block_size", keys, 1)
     _check_function("mask_mod", mask_mod)
+    B, Hq, Lq, Lk = shape
+    check_reach(mask_mod, B, Lq, Lk)
 
     from numba_attn.cpu import tile_states
 
-    B, Hq, Lq, Lk = shape
     return BlockMask(mask_mod, (B, Hq, Lq, Lk), tile, tile_states.tile_states(mask_mod, (B, Hq, Lq, Lk), tile))
 
 
@@ -206,7 +212,26 @@ def _at_least(name: str, x: Any, low: int) -> int:
     n = checks.integer(name, x)
     if n < low:
         raise ValueError(f"{name} must be {low} or more, got {n}")
-    return n
+    return min(n, _UNBOUNDED)
+
+
+def _reaching(mask_mod: Any, B: int = _UNBOUNDED, L: int = _UNBOUNDED) -> MaskMod:
+    """A function that has tables for so many sequences and positions, and says so."""
+    mask_mod.reach = B, L
+    return mask_mod
+
+
+def _reach(mask_mod: Any) -> tuple[int, int]:
+    return getattr(checks.plain_function(mask_mod), "reach", (_UNBOUNDED, _UNBOUNDED))
+
+
+def check_reach(mask_mod: Any, B: int, Lq: int, Lk: int) -> None:
+    """A ready-made mask must have something for each position: compiled, it would read beyond its end."""
+    (sequences, positions), L = _reach(mask_mod), max(Lq, Lk)
+    if sequences < B:
+        raise ValueError(f"mask_mod was made for {sequences} sequences, got a problem of {B}")
+    if positions < L and Lq and Lk:
+        raise ValueError(f"mask_mod was made for {positions} positions, got a problem of Lq = {Lq} and Lk = {Lk}")
 
 
 def _check_function(name: str, function: Any) -> None:
@@ -245,7 +270,10 @@ def _combined(name: str, combine: Callable[[MaskMod, MaskMod], MaskMod], mask_mo
         raise TypeError(f"{name} must be given at least one mask function")
     for mask_mod in mask_mods:
         _check_function("mask_mod", mask_mod)
-    return functools.reduce(combine, mask_mods)
+    if len(mask_mods) == 1:
+        return mask_mods[0]
+    reaches = zip(*map(_reach, mask_mods), strict=True)
+    return _reaching(functools.reduce(combine, mask_mods), *map(min, reaches))
 
 
 # Without short circuits, which would keep compilers from evaluating several elements at once.
@@ -293,7 +321,7 @@ def sliding_window(left: int | None, right: int | None) -> MaskMod:
     ...###
     """
     before, after = (
-        1 << 62 if n is None else _at_least(name, n, 0)
+        _UNBOUNDED if n is None else _at_least(name, n, 0)
         for name, n in zip(("left", "right"), (left, right), strict=True)
     )
 
@@ -320,7 +348,7 @@ def prefix_lm(prefix_length: Any) -> MaskMod:
         def prefixes(b, h, i, j):  # type: ignore[no-untyped-def]
             return (j < lengths[b]) | (j <= i)
 
-        return prefixes
+        return _reaching(prefixes, B=len(lengths))
     length = _at_least("prefix_length", prefix_length, 0)
 
     def prefix(b, h, i, j):  # type: ignore[no-untyped-def]
@@ -350,12 +378,12 @@ def documents(ids: Any) -> MaskMod:
         def document(b, h, i, j):  # type: ignore[no-untyped-def]
             return numbers[i] == numbers[j]
 
-        return document
+        return _reaching(document, L=len(numbers))
 
     def document_of_sequence(b, h, i, j):  # type: ignore[no-untyped-def]
         return numbers[b, i] == numbers[b, j]
 
-    return document_of_sequence
+    return _reaching(document_of_sequence, *numbers.shape)
 
 
 def global_local(n_global: int, window: int) -> MaskMod:
@@ -426,12 +454,12 @@ def tree(parents: Any) -> MaskMod:
     def descends(b, h, i, j):  # type: ignore[no-untyped-def]
         return is_ancestor[i, j]
 
-    return descends
+    return _reaching(descends, L=n)
 
 
 def _integers(name: str, x: Any, axes: tuple[int, ...]) -> np.ndarray:
     """A copy of integers, as int64."""
-    numbers = np.asarray(x)
+    numbers = checks.as_array(name, x)
     if numbers.dtype.kind not in "iu":
         if checks.beyond_64_bits(x):
             raise ValueError(f"{name} must be integers of 64 bits, got larger ones")

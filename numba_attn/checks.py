@@ -123,6 +123,14 @@ def number(name: str, x: Any) -> float:
         raise ValueError(f"{name} must be a number: {error}") from None
 
 
+def as_array(name: str, x: Any) -> np.ndarray:
+    """A NumPy array of lists, or of an array in host memory."""
+    try:
+        return np.asarray(on_host(name, x))
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{name} must be an array: {error}") from None
+
+
 def integer(name: str, x: Any) -> int:
     if isinstance(x, bool | np.bool_):
         raise TypeError(f"{name} must be integers, got {type_name(x)}")

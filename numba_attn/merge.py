@@ -69,6 +69,9 @@ def merge_attention(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[Array
     >>> bool(np.allclose(out, scaled_dot_product_attention(query, key, value), atol=1e-6))
     True
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"{name} must be arrays, one for each part, got {checks.type_name(parts)}")
     merged: _Merged | None = None
     for n, (out, lse) in enumerate(itertools.zip_longest(outs, lses, fillvalue=_MISSING)):
         if out is _MISSING or lse is _MISSING:

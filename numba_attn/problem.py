@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
-from numba_attn.block_mask import BlockMask
+from numba_attn.block_mask import BlockMask, check_reach
 from numba_attn.kept import kept
 from numba_attn.masks import MOST_OFFSET, UNBOUNDED, KeyIntervals
 from numba_attn.storage import Storage
@@ -266,6 +266,8 @@ class Problem:
         keys = (len(key), Hq) if packed else _per_key(rows, Lk, layout)
         numbers = statistics_dtype(query.dtype)
         aux = {name: _empty(query, rows if name != "key_weight" else keys, numbers) for name in names}
+        if mask_mod is not None:
+            check_reach(mask_mod, B, Lq, Lk)
         if differentiable:
             _check_differentiable(score_mod, score_mod_grad, precision)
 
@@ -367,9 +369,9 @@ def _packed(query: np.ndarray, key: np.ndarray, value: np.ndarray, query_starts:
 
 def _starts(name: str, starts: Any, T: int, of: str) -> np.ndarray:
     """(B + 1,) int64 that rise from 0 to T."""
-    starts = checks.on_host(name, starts)
-    if np.ndim(starts) != 1 or not np.size(starts):
-        raise ValueError(f"{name} must have shape (B + 1,), got {np.shape(starts)}")
+    starts = starts if isinstance(starts, np.ma.MaskedArray) else checks.as_array(name, starts)
+    if starts.ndim != 1 or not starts.size:
+        raise ValueError(f"{name} must have shape (B + 1,), got {starts.shape}")
     flat = np.asarray(checks.integers(name, starts, np.shape(starts), 0, T)).astype(np.int64)
     if flat[0] != 0:
         raise ValueError(f"{name} must begin with 0, got {flat[0]}")

@@ -220,6 +220,11 @@ def test_description() -> None:
         ({"block_size": 0}, ValueError, "block_size must be 1 or more, got 0"),
         ({"block_size": (1, 2, 3)}, ValueError, "block_size must be an integer or a pair"),
         ({"block_size": (1, True)}, TypeError, "block_size must be integers, got bool"),
+        ({"mask_mod": documents([0, 0, 1])}, ValueError, "made for 3 positions, got a problem of Lq = 4 and Lk = 4"),
+        ({"mask_mod": tree([-1, 0])}, ValueError, "mask_mod was made for 2 positions"),
+        ({"mask_mod": prefix_lm(np.array([3, 1])), "B": 3}, ValueError, "made for 2 sequences, got a problem of 3"),
+        ({"mask_mod": and_masks(causal, documents([[0] * 5]), tree([-1] * 4)), "Lk": 5}, ValueError, "4 positions"),
+        ({"mask_mod": or_masks(documents([[0] * 5]), causal), "B": 2}, ValueError, "made for 1 sequences"),
     ],
 )
 def test_errors_of_create_block_mask(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -245,6 +250,7 @@ def test_errors_of_create_block_mask(arguments: dict[str, Any], error: type[Exce
         (lambda: tree([-2, 0]), ValueError, "parents must be between -1 and 1, got -2"),
         (lambda: tree([-1, 2**70]), ValueError, "parents must be integers of 64 bits, got larger ones"),
         (lambda: tree([1, 0]), ValueError, "parents must not form a cycle"),
+        (lambda: documents([[1], [2, 3]]), ValueError, "ids must be an array: "),
         (lambda: tree([-1, 1]), ValueError, "parents must not form a cycle"),
     ],
 )
@@ -264,7 +270,25 @@ def test_errors_of_what_a_mask_is_asked() -> None:
             method(h=0.5)
 
 
+def test_numbers_beyond_every_array() -> None:
+    expected = evaluated(causal, 5, 5)
+    check(and_masks(sliding_window(2**70, 0), global_local(2**64, 2**64), dilated(1, 2**70)), expected, 2**63)
+
+
+def test_a_mask_function_has_tables_for_every_position() -> None:
+    x = np.zeros((2, 1, 6, 4), np.float32)
+    with pytest.raises(ValueError, match="made for 5 positions, got a problem of Lq = 6 and Lk = 6"):
+        scaled_dot_product_attention(x, x, x, mask_mod=documents(np.zeros(5, int)))
+    with pytest.raises(ValueError, match="made for 1 sequences, got a problem of 2"):
+        scaled_dot_product_attention(x, x, x, mask_mod=and_masks(causal, documents(np.zeros((1, 6), int))))
+
+
 def test_errors_of_states() -> None:
+    for shape, tile in (((1, 4, 4), (2, 2)), ((1, 1, 4, 4), 2), ((1, 1, 4, 4), (2, 2, 2))):
+        with pytest.raises(TypeError, match="must be a tuple of"):
+            BlockMask(causal, shape, tile, np.zeros((1, 1, 2, 2), np.uint8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="block_size must be 1 or more, got 0"):
+        BlockMask(causal, (1, 1, 4, 4), (2, 0), np.zeros((1, 1, 2, 2), np.uint8))
     with pytest.raises(TypeError, match="states must be a uint8 array"):
         BlockMask(causal, (1, 1, 4, 4), (2, 2), np.zeros((1, 1, 2, 2)))
     with pytest.raises(ValueError, match=re.escape("states must have shape (1, 1, 2, 3), got (1, 1, 2, 2)")):

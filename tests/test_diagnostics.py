@@ -92,6 +92,7 @@ def test_choices_of_rows() -> None:
         ({"query_rows": 5}, ValueError, "query_rows must be between -5 and 4, got 5"),
         ({"query_rows": [2**70]}, ValueError, f"query_rows must be between -5 and 4, got {2**70}"),
         ({"query_rows": [0.5]}, TypeError, "query_rows must be integers"),
+        ({"query_rows": [[1], [2, 3]]}, ValueError, "query_rows must be an array: "),
         ({"query_rows": [[1]]}, ValueError, "query_rows must be an integer, a slice or"),
         ({"out": None}, TypeError, "attention_weights got an unexpected option 'out'"),
         ({"softcap": -1.0}, ValueError, "softcap must be positive"),

@@ -229,6 +229,8 @@ OUT, LSE = three_parts()[0]
     ("error", "message", "outs", "lses"),
     [
         (ValueError, "outs must have one part or more, got none", [], []),
+        (TypeError, "outs must be arrays, one for each part, got NoneType", None, [LSE]),
+        (TypeError, "lses must be arrays, one for each part, got float", [OUT], 5.0),
         (ValueError, "outs and lses must be as many, got 1 lses and more outs", [OUT, OUT], [LSE]),
         (ValueError, "outs and lses must be as many, got 1 outs and more lses", [OUT], [LSE, LSE]),
         (TypeError, r"outs\[1\] must be a NumPy array, got list", [OUT, OUT.tolist()], [LSE, LSE]),

@@ -177,6 +177,7 @@ QUERY, KEY, VALUE = packed([3, 4], [5, 2])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"cu_seqlens_q": [[1], [3, 7]]}, ValueError, "cu_seqlens_q must be an array: "),
         ({"cu_seqlens_q": [1, 3, 7]}, ValueError, "cu_seqlens_q must begin with 0, got 1"),
         ({"cu_seqlens_q": [0, 3, 6]}, ValueError, "cu_seqlens_q must end with the 7 tokens of query, got 6"),
         ({"cu_seqlens_q": [0, 8, 7]}, ValueError, "cu_seqlens_q must be between 0 and 7, got 8"),
