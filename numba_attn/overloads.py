@@ -21,6 +21,7 @@ from numba_attn.cpu.jit import OPTIONS, counting_device
 from numba_attn.masks import MOST_OFFSET, UNBOUNDED
 
 KINDS = {types.float32: "f", types.float64: "d"}
+_NUMBERS = int | float | types.Integer | types.Float
 SCALARS = (
     "is_causal", "scale", "enable_gqa", "query_offset", "window", "query_lengths", "kv_lengths", "softcap",
 )  # fmt: skip
@@ -33,7 +34,12 @@ def init() -> None:
 
 def _is_default(name: str, given: Any) -> bool:
     """Whether an argument, or its type, is what it would be if it were left out."""
-    given = getattr(given, "value", given) if isinstance(given, types.Omitted) else given
+    if isinstance(given, types.Omitted):
+        given = given.value
+    elif isinstance(given, types.Literal):
+        given = given.literal_value
+    elif isinstance(given, types.BaseTuple) and not len(given):
+        given = ()
     default = _PARAMETERS[name].default
     if default is None:
         return given is None or isinstance(given, types.NoneType)
@@ -56,7 +62,7 @@ def _check_operands(operands: Sequence[tuple[str, Any]]) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     for name, given in options.items():
-        if name == "dropout_p" and isinstance(given, types.Float):  # which is looked at when it is known
+        if name == "dropout_p" and isinstance(given, _NUMBERS):  # which is looked at when it is known
             continue
         if name not in SCALARS and not _is_default(name, given):
             raise TypingError(f"{name} is not available in compiled code, where options are {', '.join(SCALARS)}")
@@ -64,6 +70,9 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(options[name], bool | types.Boolean):
             raise TypingError(f"{name} must be True or False, got {options[name]}")
+    for name in ("scale", "softcap"):
+        if not (_is_none(options[name]) or isinstance(options[name], _NUMBERS)):
+            raise TypingError(f"{name} must be a real number, got {options[name]}")
     for name in ("query_offset", "query_lengths", "kv_lengths"):
         if not (_is_none(options[name]) or isinstance(options[name], int | types.Integer)):
             raise TypingError(f"{name} must be an integer in compiled code, got {options[name]}")
@@ -197,11 +206,11 @@ def _attend(
             right = 0
         factor, cap = np.nan, 0.0
         if has_scale:
-            factor = float(scale)
+            factor = np.float64(scale)  # `float` would leave one of 32 bits as it is
             if not abs(factor) < most / 2:
                 raise ValueError("scale must be finite, in the arrays' dtype too")
         if has_softcap:
-            cap = float(softcap)
+            cap = np.float64(softcap)
             if not tiny <= cap <= most:
                 raise ValueError("softcap must be positive and finite, in the arrays' dtype too")
         result = np.empty((B, Hq, Lq, Dv), query.dtype)

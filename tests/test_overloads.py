@@ -66,6 +66,34 @@ def test_options_and_a_fast_caller(dtype: Any) -> None:
     assert np.isnan(expected[0, 0]).all() and same_bits(windowed(query, key, spoilt), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numbers_of_32_bits(dtype: Any) -> None:
+    """As an argument, a constant and an expression."""
+    x = arrays(dtype, 20, 20)[1]
+
+    @numba.njit
+    def given(x: Any, scale: Any, cap: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x, scale=scale, softcap=cap)
+
+    @numba.njit
+    def written(x: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x, scale=np.float32(0.25) / np.sqrt(np.float32(x.shape[-1])))
+
+    for scale, cap in ((np.float32(0.3), np.float32(2)), (np.float32(0.3), 2), (1, np.float32(2))):
+        assert same_bits(given(x, scale, cap), scaled_dot_product_attention(x, x, x, scale=scale, softcap=cap))
+    scale = np.float32(0.25) / np.sqrt(np.float32(x.shape[-1]))
+    assert same_bits(written(x), scaled_dot_product_attention(x, x, x, scale=scale))
+
+
+def test_defaults_that_are_given() -> None:
+    @numba.njit
+    def attend(x: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x, None, 0, layout="BHLD", return_aux=(), out=None)
+
+    x = arrays(np.float32, 20, 20)[1]
+    assert same_bits(attend(x), scaled_dot_product_attention(x, x, x))
+
+
 def test_inside_a_parallel_loop() -> None:
     query, key, value = arrays(np.float32, 64, 64)
     out = np.empty_like(query)
@@ -124,6 +152,9 @@ def test_numbers_out_of_range() -> None:
         (lambda x: scaled_dot_product_attention(x, x, x, window=(True, None)), "window must be a pair of integers"),
         (lambda x: scaled_dot_product_attention(x, x, x, is_causal=2), "is_causal must be True or False"),
         (lambda x: scaled_dot_product_attention(x, x, x, enable_gqa=1), "enable_gqa must be True or False"),
+        (lambda x: scaled_dot_product_attention(x, x, x, scale="1"), "scale must be a real number"),
+        (lambda x: scaled_dot_product_attention(x, x, x, softcap="1"), "softcap must be a real number"),
+        (lambda x: scaled_dot_product_attention(x, x, x, layout="BLHD"), "layout is not available"),
     ],
 )
 def test_what_is_not_there(call: Callable[[np.ndarray], Any], reason: str) -> None:
