@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import PERF, SIXTEEN_BITS, SMALL, dtype_of
 
-from numba_attn import repeats, scaled_dot_product_attention, threads
+from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
 from numba_attn.cpu import attention, decode, forward, key_weight, score
 from numba_attn.cpu.plan import plan
 
@@ -313,3 +313,20 @@ def test_the_largest_score_where_one_is_infinite() -> None:
     for backend in ("cpu", "reference"):
         _, aux = scaled_dot_product_attention(x, x, x, return_aux=("max_score",), backend=backend, **options)
         assert np.isnan(aux.max_score[0, 3]) and np.isfinite(np.delete(aux.max_score, 3)).all()
+
+
+@pytest.mark.parametrize("Lq", [1, 5, 20])
+def test_how_a_mask_lies_changes_no_bit(Lq: int) -> None:
+    """Of keys that are masked at either end, as of padding on the left."""
+    rng = np.random.default_rng(4)
+    query, key, value = (rng.standard_normal((1, 2, L, 64), dtype=np.float32) for L in (Lq, 511, 511))
+    for low, high in ((17, 511), (40, 300), (255, 256), (333, 500)):
+        mask = (np.arange(511) >= low) & (np.arange(511) < high) & (rng.random((Lq, 511)) < 0.9)
+        apart, backwards = np.zeros((Lq, 1022), bool)[:, ::2], np.zeros((Lq, 511), bool)[:, ::-1]
+        apart[...] = backwards[...] = mask
+        expected, vjp = scaled_dot_product_attention_vjp(query, key, value, mask)
+        gradients = vjp(query)
+        for other in (apart, backwards, np.asfortranarray(mask)):
+            out, vjp = scaled_dot_product_attention_vjp(query, key, value, other)
+            assert np.array_equal(out, expected)
+            assert all(np.array_equal(x, y) for x, y in zip(vjp(query)[:3], gradients[:3], strict=True))

@@ -10,7 +10,7 @@ from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import mask_tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import MASKS, STORED
-from numba_attn.cpu.pointers import moved
+from numba_attn.cpu.pointers import get, moved
 from numba_attn.cpu.simd import BYTES
 
 # A matrix in memory: the address of its first element, the bytes from row to row and from column to column.
@@ -49,10 +49,20 @@ def glance(mask, kind, rows, n):
 
 @device
 def none_true(mask, kind, rows, first):
-    """Whether a boolean mask with contiguous keys, and no other, excludes the TRIM keys from `first` for all rows."""
-    if mask.step != 1 or kind != BOOLEAN:
+    """Whether a boolean mask, and no other, excludes the TRIM keys from `first` for all rows.
+
+    However it lies in memory: what is trimmed decides in which order a row is summed.
+    """
+    if kind != BOOLEAN:
         return False
-    return not mask_tiles.any_true(moved(mask.data, first), mask.row, rows if mask.row != 0 else 1)
+    seen = rows if mask.row != 0 else 1
+    if mask.step == 1:
+        return not mask_tiles.any_true(moved(mask.data, first), mask.row, seen)
+    for i in range(seen):
+        for j in range(first, first + mask_tiles.TRIM):
+            if get(mask.data, i * mask.row + j * mask.step) != 0:
+                return False
+    return True
 
 
 @device
