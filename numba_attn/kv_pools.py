@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
+from numba_attn.memory import aligned
 from numba_attn.storage import QUANTIZED, dequantize, row_bytes
 
 # Of keys and values, (Hkv, 1, D) and (Hkv, 1, Dv); see `numba_attn.storage`.
@@ -33,7 +34,7 @@ def pools(
     if buffers is not None:
         return buffers_of(buffers, shapes, dtype)
     try:
-        return np.empty(shapes[0], dtype), np.empty(shapes[1], dtype)
+        return aligned(shapes[0], dtype), aligned(shapes[1], dtype)
     except ValueError as error:
         raise ValueError(
             f"sizes must be those of arrays, got {shapes[0]} and {shapes[1]} of {dtype}: {error}"

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "varlen": {"arrays", "dispatch", "problem"},
     "gradient_problem": {"checks", "problem"},
     "gradients": {"api", "arrays", "checks", "dispatch", "gradient_problem", "problem", "varlen"},
-    "kv_pools": {"checks", "cpu.quantization", "storage"},  # the second when tokens are quantised
+    "kv_pools": {"checks", "cpu.quantization", "memory", "storage"},  # the second when tokens are quantised
     "kv_cache": {"checks", "kv_pools", "storage"},
     "page_pool": {"checks", "kv_pools"},
     "paged_batch": {"kv_pools", "page_pool", "storage"},
@@ -109,7 +109,7 @@ MAY_IMPORT = {
     "cpu.dropout": {"cpu.blocks", "cpu.simd", "random"},
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},
-    "cpu.launch": {"cpu.jit", "cpu.pointers", "kept", "threads"},
+    "cpu.launch": {"cpu.jit", "cpu.pointers", "kept", "memory", "threads"},
     "cpu.quantization": {
         *("cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.simd"),
         *("storage", "threads"),

@@ -193,7 +193,7 @@ FROZEN.flags.writeable = False
         ((1, 2, 8, -4), {}, ValueError, "D must be 0 or more, got -4"),
         ((1, 2, 2**80, 4), {}, ValueError, f"capacity must be at most {2**63 - 1}, got {2**80}"),
         ((1, 2, None, 4), {"window": 2**80}, ValueError, f"window must be at most {2**63 - 1}, got {2**80}"),
-        ((1, 2, 2**62, 4), {}, ValueError, rf"sizes must be .* got \(1, 2, {2**62}, 4\) and .* of float32: array is"),
+        ((1, 2, 2**62, 4), {}, ValueError, rf"sizes must be .* got \(1, 2, {2**62}, 4\) and .* of float32: Maximum"),
         ((1, 2, 8, 4, "5"), {}, TypeError, "Dv must be integers, got str"),
         ((1, 2, 8, 4), {"window": 0}, ValueError, "window must be 1 or more, got 0"),
         ((1, 2, 8, 4), {"window": (4, 0)}, TypeError, "window must be integers, got tuple"),

@@ -15,6 +15,7 @@ from numba_attn import threads
 from numba_attn.cpu.jit import Compiled, compiled, device
 from numba_attn.cpu.pointers import fetch_add
 from numba_attn.kept import kept
+from numba_attn.memory import aligned
 
 SERIAL_WORK = 1 << 20  # multiply-adds that are done sooner than the threads are woken
 MOST_KEPT = 1 << 26  # bytes of working memory that a thread keeps between calls
@@ -68,7 +69,8 @@ class working_memory:
     def __enter__(self) -> np.ndarray:
         memory = _kept.memory.pop(self._wanted, None)
         if memory is None:
-            memory = _aligned(*self._wanted)
+            workers, size, char = self._wanted
+            memory = aligned((workers, size), np.dtype(char))
         else:
             _kept.bytes -= memory.nbytes
         self._memory = memory
@@ -83,14 +85,6 @@ class working_memory:
             _kept.bytes = 0
         _kept.memory[self._wanted] = self._memory
         _kept.bytes += length
-
-
-def _aligned(workers: int, size: int, char: str) -> np.ndarray:
-    dtype = np.dtype(char)
-    length = workers * size * dtype.itemsize
-    buffer = np.empty(length + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + length].view(dtype).reshape(workers, size)
 
 
 def rows_times_keys(sequences: Any) -> float:
