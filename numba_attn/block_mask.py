@@ -226,7 +226,7 @@ def _reach(mask_mod: Any) -> tuple[int, int]:
 
 
 def check_reach(mask_mod: Any, B: int, Lq: int, Lk: int) -> None:
-    """A ready-made mask must have something for each position: compiled, it would read beyond its end."""
+    """A ready-made mask must have something for each position that is not padding, as it would read beyond its end."""
     (sequences, positions), L = _reach(mask_mod), max(Lq, Lk)
     if sequences < B:
         raise ValueError(f"mask_mod was made for {sequences} sequences, got a problem of {B}")

@@ -267,7 +267,7 @@ class Problem:
         numbers = statistics_dtype(query.dtype)
         aux = {name: _empty(query, rows if name != "key_weight" else keys, numbers) for name in names}
         if mask_mod is not None:
-            check_reach(mask_mod, B, Lq, Lk)
+            check_reach(mask_mod, B, *intervals.table[:, 1:].max(axis=0, initial=0).tolist())
         if differentiable:
             _check_differentiable(score_mod, score_mod_grad, precision)
 

@@ -281,6 +281,8 @@ def test_a_mask_function_has_tables_for_every_position() -> None:
         scaled_dot_product_attention(x, x, x, mask_mod=documents(np.zeros(5, int)))
     with pytest.raises(ValueError, match="made for 1 sequences, got a problem of 2"):
         scaled_dot_product_attention(x, x, x, mask_mod=and_masks(causal, documents(np.zeros((1, 6), int))))
+    out = scaled_dot_product_attention(x, x, x, mask_mod=tree([-1] * 4), query_lengths=[4, 1], kv_lengths=3)
+    assert out.shape == x.shape
 
 
 def test_errors_of_states() -> None:

@@ -13,7 +13,7 @@ from cases import SIXTEEN_BITS, dtype_of
 from kv_tokens import DV, HKV, HQ, B, D, held, in_pieces, new, numbers, state, streaming
 from tolerances import assert_accurate, same_bits
 
-from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache, scaled_dot_product_attention
+from numba_attn import KVCache, PagedKVCache, attention_with_kv_cache, block_mask, scaled_dot_product_attention
 from numba_attn.cpu import launch
 
 DTYPES = ["float32", "float64", *SIXTEEN_BITS]
@@ -389,3 +389,21 @@ def test_bad_calls_change_nothing(changes: dict[str, Any], error: Any, message: 
     if {"key", "value", "counts"} & set(changes):
         with pytest.raises(error, match=message):
             cache.append(**{name: call.get(name) for name in ("key", "value", "counts")})
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_masks_made_for_what_is_held(paged: bool) -> None:
+    """Ready-made ones have tables for the tokens, not for all that a cache has room for."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 5, 8), dtype=np.float32)
+    cache: Any = KVCache(1, 1, 64, 8)
+    if paged:
+        pages = PagedKVCache(9, 1, 4, 8)
+        cache = pages.batch([pages.add()])
+    documents = block_mask.documents([0, 0, 1, 1, 1])
+    out = attention_with_kv_cache(x, cache, x, x, mask_mod=documents)
+    np.testing.assert_array_equal(
+        out, scaled_dot_product_attention(x, x, x, is_causal=True, mask_mod=documents, query_lengths=5)
+    )
+    with pytest.raises(ValueError, match="made for 5 positions"):
+        attention_with_kv_cache(x[:, :, :1], cache, x[:, :, :1], x[:, :, :1], mask_mod=documents)
+    assert cache.lengths.tolist() == [5]
