@@ -16,6 +16,7 @@ make arrays, are refused.  An index is not checked, as in all Numba code: that i
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import re
@@ -238,16 +239,19 @@ def make_pass(kind: Kind, function: Callable[..., Any], dtype: Any) -> Pass:
 _kept: OrderedDict[Any, tuple[np.ndarray, Any]] = OrderedDict()
 
 
-# The compiler's lock, and none of its own beside it: a child is forked while nobody has that one, see `jit`.
-@global_compiler_lock
 def _kept_pass(key: tuple[Kind, str, Any], function: Function) -> tuple[np.ndarray, Any]:
     """The address of a pass, and the library that holds its machine code."""
-    if key not in _kept:
-        _kept[key] = compile_pass(key[0], function, from_dtype(np.dtype(key[1])))
-        if len(_kept) > MOST_KEPT:
-            _kept.popitem(last=False)
-    _kept.move_to_end(key)
-    return _kept[key]
+    found = _kept.get(key)  # without the lock: others may compile for seconds
+    if found is None:
+        # The compiler's lock, and none of its own beside it: a child is forked while nobody has that one, see `jit`.
+        with global_compiler_lock:
+            found = _kept.get(key) or compile_pass(key[0], function, from_dtype(np.dtype(key[1])))
+            _kept[key] = found
+            if len(_kept) > MOST_KEPT:
+                _kept.popitem(last=False)
+    with contextlib.suppress(KeyError):  # another thread may have removed it
+        _kept.move_to_end(key)
+    return found
 
 
 def compile_pass(kind: Kind, function: Function, element: types.Type) -> tuple[np.ndarray, Any]:
