@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks
+from numba_attn.masks import UNBOUNDED
 
 # What a mask leaves of a tile of scores.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 MaskMod = Callable[..., Any]
 _PARAMETERS = ("b", "h", "i", "j")
-_UNBOUNDED = 1 << 62  # further than any array reaches
 
 
 class TileLists(NamedTuple):
@@ -209,20 +209,18 @@ def _lists(chosen: np.ndarray) -> TileLists:
 
 
 def _at_least(name: str, x: Any, low: int) -> int:
-    n = checks.integer(name, x)
-    if n < low:
-        raise ValueError(f"{name} must be {low} or more, got {n}")
-    return min(n, _UNBOUNDED)
+    """An integer, no larger than what reaches over every array."""
+    return min(checks.at_least(name, x, low), UNBOUNDED)
 
 
-def _reaching(mask_mod: Any, B: int = _UNBOUNDED, L: int = _UNBOUNDED) -> MaskMod:
+def _reaching(mask_mod: Any, B: int = UNBOUNDED, L: int = UNBOUNDED) -> MaskMod:
     """A function that has tables for so many sequences and positions, and says so."""
     mask_mod.reach = B, L
     return mask_mod
 
 
 def _reach(mask_mod: Any) -> tuple[int, int]:
-    return getattr(checks.plain_function(mask_mod), "reach", (_UNBOUNDED, _UNBOUNDED))
+    return getattr(checks.plain_function(mask_mod), "reach", (UNBOUNDED, UNBOUNDED))
 
 
 def check_reach(mask_mod: Any, B: int, Lq: int, Lk: int) -> None:
@@ -321,7 +319,7 @@ def sliding_window(left: int | None, right: int | None) -> MaskMod:
     ...###
     """
     before, after = (
-        _UNBOUNDED if n is None else _at_least(name, n, 0)
+        UNBOUNDED if n is None else _at_least(name, n, 0)
         for name, n in zip(("left", "right"), (left, right), strict=True)
     )
 
@@ -417,7 +415,7 @@ def dilated(step: int, window: int | None = None) -> MaskMod:
     ...#.#
     """
     stride = _at_least("step", step, 1)
-    reach = _UNBOUNDED if window is None else _at_least("window", window, 0)
+    reach = UNBOUNDED if window is None else _at_least("window", window, 0)
 
     def is_on_step(b, h, i, j):  # type: ignore[no-untyped-def]
         return (abs(i - j) % stride == 0) & (abs(i - j) <= reach)

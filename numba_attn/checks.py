@@ -123,12 +123,15 @@ def number(name: str, x: Any) -> float:
         raise ValueError(f"{name} must be a number: {error}") from None
 
 
-def as_array(name: str, x: Any) -> np.ndarray:
-    """A NumPy array of lists, or of an array in host memory."""
+def as_array(name: str, x: Any, expected: str = "be an array") -> np.ndarray:
+    """A NumPy array of lists, or of an array in host memory; `expected` is what the error of other lists says."""
+    x = on_host(name, x)
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array")
     try:
-        return np.asarray(on_host(name, x))
+        return np.asarray(x)
     except ValueError as error:  # lists of different lengths
-        raise ValueError(f"{name} must be an array: {error}") from None
+        raise ValueError(f"{name} must {expected}: {error}") from None
 
 
 def integer(name: str, x: Any) -> int:
@@ -140,6 +143,13 @@ def integer(name: str, x: Any) -> int:
         raise TypeError(f"{name} must be integers, got {type_name(x)}") from None
 
 
+def at_least(name: str, x: Any, low: int) -> int:
+    n = integer(name, x)
+    if n < low:
+        raise ValueError(f"{name} must be {low} or more, got {n}")
+    return n
+
+
 def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> Any:
     """An integer, or one for each sequence of the batch as a flat array, within [low, high]."""
     if type(x) is int:
@@ -147,12 +157,7 @@ def integers(name: str, x: Any, batch: tuple[int, ...], low: int, high: int) -> 
         smallest = largest = x
     else:
         x = on_host(name, x)
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError(f"{name} must not be a masked array")
-        try:
-            values = np.asarray(x)
-        except ValueError as error:  # lists of different lengths
-            raise ValueError(f"{name} must be an integer or have shape {batch or (1,)}: {error}") from None
+        values = as_array(name, x, f"be an integer or have shape {batch or (1,)}")
         if values.size == 0 and isinstance(x, list | tuple):
             values = values.astype(np.int64)
         if values.dtype.kind not in "iu":

@@ -18,8 +18,6 @@ from numba_attn.commands.common import ARRAYS, AUX_NAMES, REQUIRED, CommandError
 
 Command = Callable[[argparse.Namespace], int]
 
-BACKENDS = ("cpu", "cuda", "reference")
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -52,7 +50,7 @@ def _add_keywords(command: argparse.ArgumentParser) -> None:
     command.add_argument("--query-offset", type=_offset, metavar="N|bottom_right", help="key position of query row 0")
     command.add_argument("--softcap", type=float, metavar="C", help="scores s become C * tanh(s / C)")
     command.add_argument("--layout", choices=("BHLD", "BLHD"), default="BHLD", help="heads before or after rows")
-    command.add_argument("--backend", choices=BACKENDS, default="cpu", help="default cpu")
+    command.add_argument("--backend", choices=tuple(info.BACKENDS), default="cpu", help="default cpu")
     command.add_argument("--precision", choices=("bfloat16",), help="of the products, where the processor has these")
 
 

@@ -210,12 +210,8 @@ def diagnose(
 
 def sample(sample_rows: Any, seed: Any, Lq: int) -> np.ndarray:
     """Rows in order."""
-    wanted = max(16, Lq // 64) if sample_rows is None else checks.integer("sample_rows", sample_rows)
-    if wanted < 1:
-        raise ValueError(f"sample_rows must be 1 or more, got {wanted}")
-    seed = checks.integer("seed", seed)
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
+    wanted = max(16, Lq // 64) if sample_rows is None else checks.at_least("sample_rows", sample_rows, 1)
+    seed = checks.at_least("seed", seed, 0)
     return np.sort(np.random.default_rng(seed).choice(Lq, min(wanted, Lq), replace=False))
 
 

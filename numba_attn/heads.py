@@ -148,11 +148,9 @@ class Projection:
         """Of query, key and value heads, checked."""
         if key is None and value is not None:
             raise ValueError("value must not be given without key")
-        if query is None:
-            raise TypeError("query must be a NumPy array, got NoneType")
         dtype = self.parameters["out_proj.weight"].dtype
         given = [
-            None if x is None else checks.numpy_array(name, x)
+            None if x is None and name != "query" else checks.numpy_array(name, x)
             for name, x in zip(ROLES, (query, key, value), strict=True)
         ]
         inputs = []

@@ -19,16 +19,15 @@ from numba_attn.kv_pools import (
     ChannelScales,
     Tokens,
     channel_scales_of,
-    counts_of,
     dtype_of,
     freeze,
     indices_of,
-    operand,
     pools,
     read_only,
     restored,
     size_of,
     stored,
+    tokens_of,
 )
 from numba_attn.storage import Storage
 
@@ -321,14 +320,8 @@ class KVCache:
 
     def checked(self, key: Any, value: Any, counts: Any) -> Tokens:
         """What may be appended, or an error."""
-        key, value = (
-            operand(name, x, self._dtype, (*self._key.shape[:2], columns), (self._key, self._value))
-            for name, x, columns in zip(("key", "value"), (key, value), self._sizes, strict=True)
-        )
-        n = key.shape[2]
-        if value.shape[2] != n:
-            raise ValueError(f"key and value must have the same length, got {n} and {value.shape[2]}")
-        added = counts_of(counts, len(self._totals), n)
+        tokens = tokens_of(key, value, counts, self._dtype, self.shape, (self._key, self._value))
+        added = tokens.counts
         totals = self._totals + added
         for b in np.flatnonzero(totals > self.capacity):
             if self._window is None:
@@ -341,7 +334,7 @@ class KVCache:
                     f"key must be no longer than the window of {self._window} where there is no room for it, got "
                     f"{added[b]} tokens for sequence {b}, which holds {self._lengths[b]} of at most {self.capacity}"
                 )
-        return Tokens(key, value, added)
+        return tokens
 
     @contextmanager
     def appended(self, tokens: Tokens) -> Iterator[None]:

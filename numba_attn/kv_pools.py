@@ -105,6 +105,26 @@ def operand(
     return x.copy() if any(np.may_share_memory(x, pool) for pool in pools) else x
 
 
+def tokens_of(
+    key: Any,
+    value: Any,
+    counts: Any,
+    dtype: np.dtype,
+    shape: tuple[int, int, int, int],
+    pools: tuple[np.ndarray, np.ndarray],
+) -> Tokens:
+    """What may be appended to sequences of a shape (B, Hkv, D, Dv), if there is room for it."""
+    B, Hkv, *sizes = shape
+    key, value = (
+        operand(name, x, dtype, (B, Hkv, columns), pools)
+        for name, x, columns in zip(("key", "value"), (key, value), sizes, strict=True)
+    )
+    n = key.shape[2]
+    if value.shape[2] != n:
+        raise ValueError(f"key and value must have the same length, got {n} and {value.shape[2]}")
+    return Tokens(key, value, counts_of(counts, B, n))
+
+
 def counts_of(counts: Any, B: int, n: int) -> np.ndarray:
     """(B,) how many of n rows each sequence has."""
     added = np.full(B, n, np.int64)
@@ -114,9 +134,7 @@ def counts_of(counts: Any, B: int, n: int) -> np.ndarray:
 
 
 def size_of(name: str, x: Any, low: int = 0) -> int:
-    n = checks.integer(name, x)
-    if n < low:
-        raise ValueError(f"{name} must be {low} or more, got {n}")
+    n = checks.at_least(name, x, low)
     if n > MOST:
         raise ValueError(f"{name} must be at most {MOST}, got {n}")
     return n

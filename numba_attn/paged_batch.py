@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from numba_attn.kv_pools import ChannelScales, Tokens, counts_of, operand, stored
+from numba_attn.kv_pools import ChannelScales, Tokens, stored, tokens_of
 from numba_attn.page_pool import PagePool, Sequence
 from numba_attn.storage import Storage
 
@@ -113,17 +113,9 @@ class PagedBatch:
     def checked(self, key: Any, value: Any, counts: Any) -> Tokens:
         """What may be appended, or an error."""
         pool, sequences = self._pool, self._growing()
-        B, Hkv, *sizes = self.shape
-        key, value = (
-            operand(name, x, pool.dtype, (B, Hkv, columns), (pool.key, pool.value))
-            for name, x, columns in zip(("key", "value"), (key, value), sizes, strict=True)
-        )
-        n = key.shape[2]
-        if value.shape[2] != n:
-            raise ValueError(f"key and value must have the same length, got {n} and {value.shape[2]}")
-        added = counts_of(counts, len(sequences), n)
-        pool.plan(sequences, added)
-        return Tokens(key, value, added)
+        tokens = tokens_of(key, value, counts, pool.dtype, self.shape, (pool.key, pool.value))
+        pool.plan(sequences, tokens.counts)
+        return tokens
 
     @contextmanager
     def appended(self, tokens: Tokens) -> Iterator[None]:

@@ -86,10 +86,7 @@ def checked(parameters: Any, num_heads: Any, num_kv_heads: Any) -> tuple[Paramet
 
 
 def count(name: str, x: Any) -> int:
-    n = checks.integer(name, x)
-    if n < 1:
-        raise ValueError(f"{name} must be 1 or more, got {n}")
-    return n
+    return checks.at_least(name, x, 1)
 
 
 def floating(name: str, dtype: np.dtype) -> np.dtype:

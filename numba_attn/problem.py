@@ -369,10 +369,10 @@ def _packed(query: np.ndarray, key: np.ndarray, value: np.ndarray, query_starts:
 
 def _starts(name: str, starts: Any, T: int, of: str) -> np.ndarray:
     """(B + 1,) int64 that rise from 0 to T."""
-    starts = starts if isinstance(starts, np.ma.MaskedArray) else checks.as_array(name, starts)
+    starts = checks.as_array(name, starts)
     if starts.ndim != 1 or not starts.size:
         raise ValueError(f"{name} must have shape (B + 1,), got {starts.shape}")
-    flat = np.asarray(checks.integers(name, starts, np.shape(starts), 0, T)).astype(np.int64)
+    flat = np.asarray(checks.integers(name, starts, starts.shape, 0, T)).astype(np.int64)
     if flat[0] != 0:
         raise ValueError(f"{name} must begin with 0, got {flat[0]}")
     if flat[-1] != T:

@@ -141,8 +141,7 @@ def chosen_rows(query_rows: Any, Lq: int) -> np.ndarray:
         return np.arange(Lq)
     if isinstance(query_rows, slice):
         return np.arange(Lq)[query_rows]
-    if not isinstance(query_rows, np.ma.MaskedArray):
-        query_rows = checks.as_array("query_rows", query_rows)
+    query_rows = checks.as_array("query_rows", query_rows)
     if query_rows.ndim > 1:
         raise ValueError(f"query_rows must be an integer, a slice or (R,) integers, got shape {query_rows.shape}")
     flat = query_rows.reshape(-1) if query_rows.size else np.empty(0, np.int64)

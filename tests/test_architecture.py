@@ -40,7 +40,7 @@ MAY_IMPORT = {
         *("diagnostics", "multihead", "plot", "row_weights", "threads", "varlen"),
     },
     "__main__": {"cli"},
-    "block_mask": {"checks", "cpu.tile_states"},  # the latter when a mask is made
+    "block_mask": {"checks", "cpu.tile_states", "masks"},  # the latter when a mask is made
     "libraries": {"device_array", "dlpack"},
     "arrays": {"device_array", "libraries"},
     "checks": {"arrays", "device_array", "libraries"},

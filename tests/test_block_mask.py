@@ -251,6 +251,7 @@ def test_errors_of_create_block_mask(arguments: dict[str, Any], error: type[Exce
         (lambda: tree([-1, 2**70]), ValueError, "parents must be integers of 64 bits, got larger ones"),
         (lambda: tree([1, 0]), ValueError, "parents must not form a cycle"),
         (lambda: documents([[1], [2, 3]]), ValueError, "ids must be an array: "),
+        (lambda: documents(np.ma.array([0, 1], mask=[0, 1])), TypeError, "ids must not be a masked array"),
         (lambda: tree([-1, 1]), ValueError, "parents must not form a cycle"),
     ],
 )

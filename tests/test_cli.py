@@ -102,6 +102,14 @@ def test_run_does_not_replace_its_input(archive, capsys):
     assert "must not be the input" in capsys.readouterr().err and archive.read_bytes() == before
 
 
+def test_inspect_does_not_replace_its_input(archive, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    before = archive.read_bytes()
+    (tmp_path / "link.png").symlink_to(archive)
+    assert cli.main(["inspect", str(archive), "-o", str(tmp_path / "link.png"), "--backend", "reference"]) == 2
+    assert "must not be the input" in capsys.readouterr().err and archive.read_bytes() == before
+
+
 def test_nobody_reads_what_is_printed():
     read, write = os.pipe()
     os.close(read)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from numba_attn.commands.common import CommandError, arrays_of, keywords, need_matplotlib
+from numba_attn.commands.common import CommandError, arrays_of, check_output, keywords, need_matplotlib
 
 PICTURES = (".png", ".pdf", ".svg")
 DPI = (10, 1200)  # with less, letters are too small for FreeType; with more, a picture takes gigabytes
@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--dpi must be between {DPI[0]} and {DPI[1]}, got {options.dpi}")
     if options.output:
         need_matplotlib("-o")
+        check_output(options)
     try:
         loaded = npz.load(options.input)
         tokens: Any = loaded.pop("tokens", None)

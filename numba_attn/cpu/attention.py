@@ -40,8 +40,7 @@ def forward(problem: Problem) -> MakeRepeat | None:
         return None
     count = threads.count()
     steps, alive = _steps(problem, sizes, count)
-    for cut, sequences, arrays in steps:
-        cut(sequences)(arrays)
+    _take(steps)
     repeated = not alive and sizes.B <= MOST_REPEATED
     return functools.partial(_repeat, problem, steps, count) if repeated else None
 
@@ -60,8 +59,7 @@ def make_norms_alike(problem: Problem) -> None:
         value, out = problem.value[..., :0], problem.out[..., :0]
         anew = replace(problem, value=value, out=out, lse=None, max_score=None, entropy=None, key_weight=None)
         steps, alive = _steps(anew, anew.sizes, threads.count(), np.array(large)[:, None])
-        for cut, sequences, arrays in steps:
-            cut(sequences)(arrays)
+        _take(steps)
         del alive
 
 
@@ -106,6 +104,11 @@ def _steps(
             weigh = key_weight.prepared(some, of_kernels, key_weights, whole, threads_used)
             steps.append(Step(weigh, some.sequences, some.arrays))
     return steps, alive
+
+
+def _take(steps: list[Step]) -> None:
+    for cut, sequences, arrays in steps:
+        cut(sequences)(arrays)
 
 
 def _has_plain_arrays(problem: Problem) -> bool:
