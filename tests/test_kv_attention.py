@@ -36,6 +36,32 @@ def test_one_piece_is_the_plain_call() -> None:
     assert same_bits(out, scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 2, 5, 8])
+def test_rows_wherever_they_are(dtype: str, group: int) -> None:
+    """The same bits of more keys than a task has, from rows in order, the other way round, apart, and in pages."""
+    rng, n = np.random.default_rng(group), 2600
+    query, key, value = (
+        rng.standard_normal((1, heads, length, 32)).astype(dtype_of(dtype))
+        for heads, length in ((group, 1), (1, n), (1, n))
+    )
+    backwards, apart = ([x[:, :, ::step].repeat(times, axis=axis) for x in (key, value)]
+                        for step, times, axis in ((-1, 1, 2), (1, 3, 3)))  # fmt: skip
+    forms = [(key, value), [x[:, :, ::-1] for x in backwards], [x[..., ::3] for x in apart]]
+    for options in ({}, {"window": (2307, 0), "query_offset": "bottom_right"}):
+        expected, *others = (scaled_dot_product_attention(query, *x, enable_gqa=True, **options) for x in forms)
+        assert_accurate(expected, None, query, key, value, enable_gqa=True, **options)
+        for page_size in (7, 16, 100):
+            pages = -(-n // page_size)
+            cache, table = PagedKVCache(pages, 1, page_size, 32, dtype=dtype_of(dtype)), rng.permutation(pages)
+            for j in range(0, n, page_size):
+                for to, x in ((cache.key, key), (cache.value, value)):
+                    to[table[j // page_size], :, : n - j] = x[0, :, j : j + page_size]
+            options.pop("query_offset", None)  # that of a cache's newest token
+            others.append(attention_with_kv_cache(query, cache.tables(table[None], n), **options))
+        assert all(same_bits(x, expected) for x in others)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": (3, None)},
     "scale": {"scale": 0.5},

@@ -1,8 +1,8 @@
 """The forward pass of a few query rows, as of one new token: the keys are split over the workers, and read once.
 
-A task is one key-value head and some of the keys.  The query rows of all heads that share it are done together, or one
-head after the other where masks and functions tell them apart; tile by tile as in `forward`, with the products of
-`dots` and `rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.
+A task is one key-value head and a tile of the keys.  The query rows of all heads that share it are done together, or
+one head after the other where masks and functions tell them apart, as in `forward`, with the products of `dots` and
+`rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.
 
 Flash-Decoding (Dao et al., 2023) for the split along the keys.
 """
@@ -17,10 +17,9 @@ from numba import prange, types
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import dropout, launch, pack, rows, softmax, target
 from numba_attn.cpu.dots import dots
-from numba_attn.cpu.factors import round_queries, weights_of
+from numba_attn.cpu.factors import SUMMED, round_queries, weights_of
 from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import DECODED_KEYS
 from numba_attn.cpu.pointers import (
     address,
     align_stack,
@@ -30,7 +29,7 @@ from numba_attn.cpu.pointers import (
     holds_pairs,
     moved,
 )
-from numba_attn.cpu.reading import copy_rows, is_read_in_place, keys_ahead, list_copies, list_rows, values_ahead
+from numba_attn.cpu.reading import is_read_in_place, keys_ahead, pages_from, place, values_ahead
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     NO_NOTES,
@@ -53,6 +52,7 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.splits import (
+    MOST_SPLIT,
     TABLE,
     Cut,
     cut_of,
@@ -98,7 +98,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
     height = power_of_two(cut.heads * Lq)
     wide = factors_of_vector(arrays, lanes)
-    sizes = Sizes(padded(D, wide), padded(Dv, lanes), DECODED_KEYS, lanes, lanes)
+    sizes = Sizes(padded(D, wide), padded(Dv, lanes), MOST_SPLIT, lanes, lanes)
     at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
     moments, correction, step = element(memory, at.moments), element(memory, at.correction), element(memory, at.step)
@@ -110,99 +110,80 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
     head = head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES)
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
-    keys = as_element(element(memory, at.keys), arrays.k)
-    values = as_element(element(memory, at.values), arrays.v)
-    k_in_place, v_in_place = is_read_in_place(k, D, lanes), is_read_in_place(v, Dv, lanes)
-    held = D if k_in_place and not is_quantized(k) else sizes.D  # elements of a row of K that may be read
-    # Where the rows of K and V are, and where those of a tile are that have been copied.
-    k_table, v_table, k_copies, v_copies = tables[0], tables[1], tables[2], tables[3]
-    k_ahead = v_ahead = 0
-    if low < high:
-        if k_in_place:
-            k_ahead = keys_ahead(k, sizes.D, height)
-        else:
-            list_copies(DECODED_KEYS, sizes.D * arrays.k.itemsize, k_copies)
-        if v_in_place:
-            v_ahead = values_ahead(v, sizes.Dv, height)
-        else:
-            list_copies(DECODED_KEYS, sizes.Dv * arrays.v.itemsize, v_copies)
-        list_rows(k, low, high - low + k_ahead, kv_length, k_table)
-        list_rows(v, low, high - low + v_ahead, kv_length, v_table)
-    weighted = arrays.entropy.size > 0
-    # Of the tiles of scores, see `rows`: functions and dropout tell the lanes of a vector apart.
+    copies = as_element(element(memory, at.keys), arrays.k), as_element(element(memory, at.values), arrays.v)
+    k_table, v_table = tables[0], tables[1]
+    k_ahead = v_ahead = held = 0
+    placed, weighted = False, arrays.entropy.size > 0
+    # Of the tile of scores, see `rows`: functions and dropout tell the lanes of a vector apart.
     stride = lanes if functions.codes[SCORE] != 0 or settings.threshold != 0 else height
-    rising = 0  # bit i: scores of block i have been out of their reference's range
-    for start in range(low, high, DECODED_KEYS):
-        stop, copied = min(start + DECODED_KEYS, high), False
-        for i in range(cut.blocks):
-            first = shared * group + i * cut.heads
-            heads = min(cut.heads, (shared + 1) * group - first)
-            count = heads * Lq
-            if 4 * count > 3 * height:
-                count = height  # with rows of zeros: in one piece, which is faster
-            head = head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES)
-            here = select(head, settings, 0, Lq, heads, start, stop, False, sizes, memory, at)
-            if here.kept == EMPTY:
-                continue
-            n = here.stop - here.start
-            k_base, k_at = k.data, moved(address(k_table), (here.start - low) * 8)
-            v_base, v_at = v.data, moved(address(v_table), (here.start - low) * 8)
-            if not k_in_place:
-                if not copied:
-                    copy_rows(k, k_table[start - low :], stop - start, D, sizes.D, keys)
-                k_base, k_at = keys, moved(address(k_copies), (here.start - start) * 8)
-            if not v_in_place:
-                if not copied:
-                    copy_rows(v, v_table[start - low :], stop - start, Dv, sizes.Dv, values)
-                v_base, v_at = values, moved(address(v_copies), (here.start - start) * 8)
-            copied = True
-            state = state_of(partial, i, height, Dv, lanes)
-            queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
-            q_step = element(memory, at.steps + i * lanes)
-            # As in `forward`: where scores have risen once, they are expected to go on.
-            tile, done = packed(here, stride, lanes, memory, at), False
-            raising = np.bool_(rising >> i & 1 or is_settled(head, tile))
-            vectors = tile.stop - tile.start
-            while not done:
-                dots(height, k_base, k_at, k_ahead, n, held, sizes.D, queries, q_step, scores)
-                if stride != height:
-                    rows.spread(n, height, scores)
-                unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
-                moving = 2 if raising else 0
-                for _ in range(2):
-                    if moving == 2:
-                        softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
-                        rows.highest_across(stride, top)
-                        moving = softmax.move_reference(
-                            1, top, state.reference, state.best, state.total, state.moment, correction
-                        )
-                        if moving:
-                            rows.weigh_rows(count, state.o, sizes.Dv, correction)
-                if weighted:
-                    softmax.powers_weighted(
-                        1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments
-                    )
+    for i in range(cut.blocks):
+        first = shared * group + i * cut.heads
+        heads = min(cut.heads, (shared + 1) * group - first)
+        count = heads * Lq
+        if 4 * count > 3 * height:
+            count = height  # with rows of zeros: in one piece, which is faster
+        head = head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES)
+        here = select(head, settings, 0, Lq, heads, low, high, False, sizes, memory, at)
+        if here.kept == EMPTY:
+            continue
+        if not placed:
+            held = D if is_read_in_place(k, D, lanes) and not is_quantized(k) else sizes.D
+            k_ahead, v_ahead = keys_ahead(k, sizes.D, height), values_ahead(v, sizes.Dv, height)
+            k = place(k, low, high, kv_length, D, sizes.D, lanes, k_ahead, k_table, copies[0])
+            v = place(v, low, high, kv_length, Dv, sizes.Dv, lanes, v_ahead, v_table, copies[1])
+            placed = True
+        n = here.stop - here.start
+        k_at, (until, page) = moved(address(k_table), (here.start - low) * 8), pages_from(k, here.start)
+        state = state_of(partial, i, height, Dv, lanes)
+        queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
+        q_step = element(memory, at.steps + i * lanes)
+        tile, done = packed(here, stride, lanes, memory, at), False
+        raising = np.bool_(is_settled(head, tile))
+        vectors = tile.stop - tile.start
+        while not done:
+            dots(height, k.data, k_at, k_ahead, k.row, until, page, n, held, sizes.D, queries, q_step, scores)
+            if stride != height:
+                rows.spread(n, height, scores)
+            unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
+            moving = 2 if raising else 0
+            for _ in range(2):
+                if moving == 2:
+                    softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
                     rows.highest_across(stride, top)
-                    done = softmax.take_in_weighted(
-                        1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
+                    moving = softmax.move_reference(
+                        1, top, state.reference, state.best, state.total, state.moment, correction
                     )
-                else:
-                    softmax.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
-                    rows.highest_across(stride, top)
-                    done = softmax.take_in(
-                        1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
-                    )
-                if not done:
-                    rising |= 1 << i
-                    raising = True
-            if settings.threshold != 0:
-                dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
-            weights = as_factor(scores, arrays.v, arrays.operands)
-            weights_of(stride, weights, n, v_base, v_at, sizes.Dv, step)
-            if careful:
-                rows.mix_carefully(count, v_base, v_at, sizes.Dv, n, weights, stride, step, state.o)
+            if weighted:
+                softmax.powers_weighted(
+                    1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments
+                )
+                rows.highest_across(stride, top)
+                done = softmax.take_in_weighted(
+                    1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
+                )
             else:
-                rows.mix(count, v_base, v_at, v_ahead, sizes.Dv, n, weights, stride, step, state.o)
+                softmax.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
+                rows.highest_across(stride, top)
+                done = softmax.take_in(
+                    1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
+                )
+            raising = True
+        if settings.threshold != 0:
+            dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
+        for start in range(here.start, here.stop, SUMMED):
+            some = min(SUMMED, here.stop - start)
+            v_at, (until, page) = moved(address(v_table), (start - low) * 8), pages_from(v, start)
+            weights = element(memory, at.scores + (start - here.start) * stride)
+            weights = as_factor(weights, arrays.v, arrays.operands)
+            weights_of(stride, weights, some, v.data, v_at, sizes.Dv, step)
+            if careful:
+                rows.mix_carefully(
+                    count, v.data, v_at, v.row, until, page, sizes.Dv, some, weights, stride, step, state.o
+                )  # fmt: skip
+            else:
+                rows.mix(
+                    count, v.data, v_at, v_ahead, v.row, until, page, sizes.Dv, some, weights, stride, step, state.o
+                )  # fmt: skip
     finite, one = True, memory.dtype.type(1)
     pack.fill_lanes(element(memory, at.factors), one, 1)
     for i in range(cut.blocks):
@@ -285,7 +266,7 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
 def decode(memory, worker, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1).
 
-    The tables of a worker are four of TABLE offsets.
+    The tables of a worker are two of TABLE offsets.
     """
     align_stack()
     shared_heads = arrays.k.shape[0]
@@ -300,7 +281,7 @@ def decode(memory, worker, counters, tables, partials, finished, arrays, sequenc
         own = cut_of(cut, arrays, sequences, b, VECTOR_BYTES // memory.itemsize)
         offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
         first = max(0, offset - settings.left)
-        keys = split_size(kv_length - first)
+        keys = split_size(kv_length - first, shared_heads)
         low = (first // keys + split) * keys
         high = min(low + keys, kv_length, offset + own.rows + settings.right)
         pack_queries(arrays, sequences, own, b, shared, memory)
@@ -361,14 +342,14 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
     size, state = sizes_of(rows, heads, group, D, Dv, lanes, wide)
 
     def cut_for(sequences: Sequences) -> Run:
-        cut = Cut(rows, heads, group, splits_of(sequences, rows, settings))
+        cut = Cut(rows, heads, group, splits_of(sequences, Hkv, rows, settings))
         tasks, operations = pairs * cut.splits, launch.rows_times_keys(sequences) * Hq * (D + Dv)
         workers = launch.workers_for(threads_used, tasks, operations, SERIAL_WORK)
         start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
 
         def run(arrays: Arrays) -> None:
             partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
-            tables = np.empty((workers, 4, TABLE), np.int64)
+            tables = np.empty((workers, 2, TABLE), np.int64)
             start(tables, partials, finished, arrays, sequences, functions, settings, cut)
 
         return run

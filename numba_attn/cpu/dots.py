@@ -6,63 +6,93 @@ from collections.abc import Callable
 from functools import partial
 
 from llvmlite import ir
+from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
-from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, row_at, scales_of, widened
+from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
+from numba_attn.cpu.walk import FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
+
+
+def in_order(height: int, stored: types.Type) -> bool:
+    """Whether keys are read one by one, for so few query rows that hardware keeps up alone."""
+    return target.PREFETCH == 2 and height <= (FEW_QUANTIZED if BYTES[stored] == 1 else FEW)
 
 
 def beside(height: int) -> int:
     """Keys that are read side by side, for so many query rows.
 
-    With 32 registers so few that memory is read in order but for that, as hardware foresees: one for one row where that
-    is left to it.  With 16, as many as there are sums in a vector, as fewer wait for each other.
+    With 32 registers so few that memory is read in order but for that, as hardware foresees; with 16, as many as there
+    are sums in a vector, as fewer wait for each other.
     """
-    if not target.MANY_REGISTERS:
-        return target.VECTOR_BYTES // 4
-    return 1 if height == 1 and target.PREFETCH == 2 else 2
+    return 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
 
 
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 
 
-def _dots(v, height, k, offsets, ahead, n, held, D, q, step, s):
+def _dots(v, height, k, offsets, ahead, row, until, page, n, held, D, q, step, s):
     """s (n, height) = k (n, held).q (height, D) for a height that is a power of two.
 
     D is whole vectors of q, which is as `factors` says, of words in steps.  So many elements of k are held, whole
-    vectors of numbers; q is 0 beyond them.  Whole vectors of s are written.  Rows `ahead` of each row are asked for.
+    vectors of numbers; q is 0 beyond them.  Where rows of k are is as in `Walk`; those `ahead` of each are asked for.
+    Whole vectors of s are written.
     """
-    arguments = k, offsets, ahead, n, held, D, q, step, s
+    arguments = Walk(k, offsets, n, row, until, page), ahead, held, D, q, step, s, v.room(v.lanes)
     v.choose(height, {rows: partial(_dots_of, v, rows, *arguments) for rows in powers_of_two(v.lanes)})
 
 
 def _dots_of(
-    v: Vectors, height: int, k: Value, offsets: Value, ahead: Value, n: Value, held: Value, D: Value, q: Value,
-    step: Value, s: Value,
+    v: Vectors, height: int, walk: Walk, ahead: Value, held: Value, D: Value, q: Value, step: Value, s: Value,
+    kept: Value,
 ) -> None:  # fmt: skip
-    stored = v.pointees["k"]
-    keys, at_once, last, factors = v.lanes // height, beside(height), v.add_index(n, -1), factors_of(v, "q")
+    stored, factors, last = v.pointees["k"], factors_of(v, "q"), v.add_index(walk.n, -1)
+    keys, at_once = v.lanes // height, min(v.lanes // height, beside(height))
 
-    def some(j: Value, _: list[Value]) -> list[Value]:
-        numbers = [v.least(v.add_index(j, i), last) for i in range(keys)]
-        rows = [row_at(v, k, offsets, number) for number in numbers]
-        # Loaded first: with what comes last, there is nothing left to do while they are waited for.
-        scales = scales_of(v, rows, D, stored, height) if BYTES[stored] == 1 else None
+    def row(j: Value, i: int | Value, rows_on: Value | None = None) -> Value:
+        number = v.least(v.add_index(j, i), last)
+        return row_at(v, walk.base, walk.offsets, v.add_index(number, rows_on) if rows_on is not None else number)
+
+    def side_by_side(j: Value, rows: list[Value]) -> list[Value]:
+        """The sums of all keys of a vector of scores, a few rows at a time."""
         sums = []
-        for first in range(0, keys, at_once):
-            here = slice(first, first + at_once)
-            later = [row_at(v, k, offsets, v.add_index(number, ahead)) for number in numbers[here]]
-            sums += _dots_beside(v, factors, rows[here], later, height, held, D, q)
+        for i in range(0, keys, at_once):
+            later = [row(j, i + n, ahead) for n in range(at_once)]
+            sums += _dots_beside(v, factors, rows[i : i + at_once], later, height, held, D, q)
+        return sums
+
+    def one_by_one(j: Value, at: list[Value]) -> tuple[list[Value], list[Value]]:
+        """The same in the order of memory, which hardware foresees: a loop, or LLVM reads parts of rows in turns."""
+
+        def key(i: Value, at: list[Value]) -> list[Value]:
+            number = v.add_index(j, i)
+            for r, total in enumerate(_dots_beside(v, factors, at[:1], [row(j, i, ahead)], height, held, D, q)):
+                v.store(total, kept, v.add_index(v.mul_index(i, height * v.bytes), r * v.bytes))
+            return walk.follow(v, at, v.add_index(number, 1))
+
+        at = v.loop(0, keys, 1, at, key, rolled=True)
+        load = v.load_pairs if factors.zero.type == v.bits else v.load
+        return [load(kept, i * v.bytes) for i in range(v.lanes)], at
+
+    def some(j: Value, at: list[Value]) -> list[Value]:
+        scales, rows = None, []
+        if BYTES[stored] == 1 or not in_order(height, stored):
+            rows = [row(j, i) for i in range(keys)]
+        if BYTES[stored] == 1:
+            # Loaded first: with what comes last, there is nothing left to do while they are waited for.
+            scales = scales_of(v, rows, D, stored, height)
+        sums, at = one_by_one(j, at) if in_order(height, stored) else (side_by_side(j, rows), at)
         scores = factors.as_numbers(_sums_across(v, sums, factors.add))
         if scales is not None:
             scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
-        return []
+        return at
 
-    v.loop(0, n, keys, [], some)
+    start = walk.begin(v, v.index(0)) if in_order(height, stored) else []
+    v.loop(0, walk.n, keys, start, some)
 
 
 def _dots_beside(

@@ -20,11 +20,12 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.plan import DECODED_KEYS
-from numba_attn.cpu.simd import BYTES, I16, I64, WORDS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I16, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
+from numba_attn.cpu.walk import row_at
 
 MOST = 32767  # steps of the largest
+SUMMED = 512  # keys whose values are added up as integers, at most
 LEAST_STEP = 1e-38  # for what is next to nothing
 
 
@@ -51,11 +52,6 @@ def factors_of(v: Vectors, operand: str) -> Factors:
 
 def powers_of_two(lanes: int) -> list[int]:
     return [1 << i for i in range(lanes.bit_length())]
-
-
-def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
-    """Where row j starts: `offsets` are those of all rows from `base`, in bytes."""
-    return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
 
 
 def scales_of(v: Vectors, rows: list[Value], D: Value, stored: types.Type, height: int) -> Value:
@@ -197,7 +193,7 @@ def _round_weights(
         return [v.maximum(v.absolute(x), carried[0]), v.fma(x, zero, carried[1])]
 
     top, check = v.loop(0, n, keys, [zero, zero], scaled)
-    most = v.constant(float(min(MOST, _room(v, "value") // DECODED_KEYS)))
+    most = v.constant(float(min(MOST, _room(v, "value") // SUMMED)))
     steps, size = _step(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), most)
     _two_keys(v, stride, p, n, partial(_two_words, v, steps))
     v.store(size, step)

@@ -56,7 +56,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     if min(Lq, query_length) <= most:
         group, rows = Hq // Hkv, max(1, min(Lq, query_length))
         end, first = min(kv_length, offset + rows + right), max(0, offset - left)
-        count = splits.splits_between(first, end, splits.split_size(kv_length - first))
+        count = splits.splits_between(first, end, splits.split_size(kv_length - first, Hkv))
         cut_rows = splits.cut_by_rows(rows, group, group, count, lanes)
         height, columns = splits.power_of_two(cut_rows.heads * rows), splits.padded(Dv, lanes)
         size = splits.memory_map(splits.padded(D, lanes), columns, lanes, cut_rows.blocks, height).size
@@ -65,7 +65,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         counters[0, 1] = B * Hkv * count
         decode.decode_through_pointer(
             codes[1:], np.empty(splits.whole_lines(size), out.dtype), 0, counters,
-            np.empty((1, 4, splits.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
+            np.empty((1, 2, splits.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
             arrays, sequences, functions, settings, cut_rows,
         )  # fmt: skip
         return

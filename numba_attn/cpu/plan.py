@@ -30,9 +30,6 @@ CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
 # first-level cache, for results that are made at once.
 SHORT, VALUES = 128, 32 * 1024
 
-# Keys of a tile of decoding.
-DECODED_KEYS = 8 * target.VECTOR_BYTES
-
 # Multiply-adds of a task, at most, if one row block has no more: 0.2 s with AVX-512, so that a call can be interrupted.
 MOST_OPERATIONS = 10**10
 

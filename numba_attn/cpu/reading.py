@@ -5,13 +5,15 @@ from __future__ import annotations
 from numba_attn.cpu import pack, target
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import moved, pointee_bytes
-from numba_attn.cpu.stored import is_quantized, offset_of, rows_together
+from numba_attn.cpu.stored import Rows, is_quantized, offset_of, rows_together
+from numba_attn.cpu.walk import FEW, FEW_QUANTIZED
 
-# Bytes of K, and of V, that are asked for before they are needed, for one query row and for more, or for pages: less
-# comes too late, more pushes out what is still to come.  Into the second-level cache, a little is best where hardware
-# keeps up alone, and otherwise as much as is near, see `dots`.
+NARROW = 128  # bytes of a row, with which more is done than reading it
+# Bytes of K, and of V, that are asked for before they are needed, for few query rows and for more, or for pages and
+# narrow rows: less comes too late, more pushes out what is still to come.  Into the second-level cache, a little is
+# best where hardware keeps up alone, and otherwise as much as is near, see `dots`.
 K_AHEAD, V_AHEAD = {
-    2: ((2 * 1024, 16 * 1024), (2 * 1024, 16 * 1024)),
+    2: ((512, 16 * 1024), (1024, 16 * 1024)),
     3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
 }[target.PREFETCH]
 # Of quantised rows, which lie across cache lines, and of which the scales of a tile's values are read first.
@@ -20,6 +22,7 @@ K_QUANTIZED, V_QUANTIZED = {
     3: (K_AHEAD, V_AHEAD),
 }[target.PREFETCH]
 MOST_AHEAD = 512  # rows of them
+MANY = 1 << 32  # rows, more than any tile has
 
 
 @device
@@ -44,25 +47,39 @@ def list_rows(rows, first, count, end, table):
 
 
 @device
-def list_copies(count, row, table):
-    """Fill a table with the offsets of the rows of a tile that have been copied."""
-    for i in range(count):
-        table[i] = i * row
+def place(rows, low, high, end, columns, padded, lanes, ahead, table, copies):
+    """The rows [low, high), in place or copied, filled up to `padded` columns; their offsets are put into a table.
+
+    So are those of the rows `ahead`, which are asked for; of copies the last one again.
+    """
+    if is_read_in_place(rows, columns, lanes):
+        list_rows(rows, low, high - low + ahead, end, table)
+        return rows
+    list_rows(rows, low, high - low, end, table)
+    size = pointee_bytes(copies)
+    copy = Rows(copies, padded * size, size, rows.pages, 0, 0)
+    for i in range(high - low):
+        pack.copy_rows(moved(rows.data, table[i]), 0, rows.step, 1, columns, padded, moved(copies, i * copy.row))
+        table[i] = i * copy.row
+    for i in range(ahead):
+        table[high - low + i] = table[high - low - 1]
+    return copy
 
 
 @device
-def copy_rows(rows, table, n, D, columns, out):
-    """Copy the n rows of a table, filled up to whole vectors."""
-    for i in range(n):
-        to = moved(out, i * columns * pointee_bytes(out))
-        pack.copy_rows(moved(rows.data, table[i]), 0, rows.step, 1, D, columns, to)
+def pages_from(rows, j):
+    """How many rows from row j on lie in its page, and in each of the others, see `Walk`."""
+    return (MANY, MANY) if rows.page_rows == 0 else (rows.page_rows - j % rows.page_rows, rows.page_rows)
 
 
 @device
 def rows_ahead(rows, columns, height, ahead, of_quantized):
-    case = int(height > 1 or rows.page_rows != 0)
-    some = of_quantized[case] if is_quantized(rows) else ahead[case]
-    return min(MOST_AHEAD, some // max(1, columns * pointee_bytes(rows.data)))
+    length = max(1, columns * pointee_bytes(rows.data))
+    if is_quantized(rows):
+        some = of_quantized[int(height > FEW_QUANTIZED or rows.page_rows != 0)]
+    else:
+        some = ahead[int(height > FEW or rows.page_rows != 0 or length <= NARROW)]
+    return min(MOST_AHEAD, some // length)
 
 
 @device

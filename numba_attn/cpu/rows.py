@@ -20,11 +20,12 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import INFINITY, LINE, for_rows
-from numba_attn.cpu.factors import across, factors_of, powers_of_two, row_at, widened
+from numba_attn.cpu.factors import across, factors_of, powers_of_two, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
+from numba_attn.cpu.walk import Walk, row_at
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
@@ -93,13 +94,14 @@ def _near(v: Vectors, n: Value, Dv: Value, body: Callable[[Value, Value], object
     v.loop(0, n, some, [], keys)
 
 
-def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
+def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, step, o):
     """o (rows, Dv) += p.T (rows, n) @ value (n, Dv), where p is (n, stride), as `factors.weights_of` leaves it.
 
     Dv is whole vectors.  Rows of the value are as those of k in `dots`; what is `ahead` is asked for once, whatever
     the number of rows.
     """
     stored, p_row, factors = v.pointees["value"], v.mul_index(stride, v.size), factors_of(v, "p")
+    walk, vectors = Walk(value, offsets, n, row, until, page), v.builder.sdiv(Dv, v.index(v.lanes))
     line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
     at_once, words, multiply = factors.together, v.pointees["p"] == WORDS, factors.multiply
 
@@ -114,15 +116,19 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
             p_here = v.at(v.at(p, v.mul_index(at, p_row)), v.mul_index(first, v.size))
 
             def keys(j: Value, carried: list[Value]) -> list[Value]:
-                weight, *acc = carried
-                numbers = [v.least(v.add_index(j, i), v.add_index(n, -1)) if i else j for i in range(at_once)]
-                key_rows = [row_at(v, value, offsets, number) for number in numbers]
-                for number in numbers:
-                    later = row_at(v, value, offsets, v.add_index(number, rows_on))
+                weight, row, next_page, later, of_later, *acc = carried
+                at, key_rows = [row, next_page], []
+                for i in range(at_once):
+                    key_rows.append(at[0])
+                    at = walk.follow(v, at, v.add_index(j, i + 1))
+                    asked = row_at(v, value, offsets, later)
                     for w in range(0, width, line):
-                        v.prefetch(later, v.mul_index(v.add_index(column, w * v.lanes), BYTES[stored]))
+                        v.prefetch(asked, v.mul_index(v.add_index(of_later, w), v.lanes * BYTES[stored]))
+                    of_later = v.add_index(of_later, width)
+                    over = v.builder.icmp_signed(">=", of_later, vectors)
+                    later = v.builder.select(over, v.add_index(later, 1), later)
+                    of_later = v.builder.select(over, v.builder.sub(of_later, vectors), of_later)
                 weights = [v.load_scalar(weight, r * v.size, I32 if at_once == 2 else None) for r in range(height)]
-                row = key_rows[0]
                 if at_once == 2:
                     values = narrow.load_side_by_side(v, row, key_rows[1], column, Dv, width, stored, in_order=False)
                 else:
@@ -132,9 +138,14 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
                         weights = [v.builder.fmul(x, scale) for x in weights]
                 weights = [v.splat(x) for x in weights]
                 acc = [multiply(values[w], weights[r], acc[r * width + w]) for r in range(height) for w in range(width)]
-                return [v.at(weight, p_row), *acc]
+                return [v.at(weight, p_row), *at, later, of_later, *acc]
 
-            acc = v.loop(begin, end, at_once, [p_here, *[factors.zero] * (height * width)], keys, rolled=True)[1:]
+            # What is asked for: the next vectors, in the order of memory, of as many rows as are read.
+            done = v.mul_index(vector, v.builder.sub(end, begin))
+            asked = v.builder.sdiv(done, vectors)
+            ask_for = [v.add_index(v.add_index(begin, rows_on), asked), v.builder.srem(done, vectors)]
+            start = [p_here, *walk.begin(v, begin), *ask_for, *[factors.zero] * (height * width)]
+            acc = v.loop(begin, end, at_once, start, keys, rolled=True)[5:]
             for r in range(height):
                 steps = v.splat(v.load_scalar(step, v.mul_index(v.add_index(first, r), v.size))) if words else None
                 sums = [factors.as_numbers(x) for x in acc[r * width : (r + 1) * width]]
@@ -143,15 +154,15 @@ def _mix(v, rows, value, offsets, ahead, Dv, n, p, stride, step, o):
                     total = v.fma(more, steps, total) if words else v.add(total, more)
                     v.store(total, outs[r], w * v.bytes)
 
-        for_rows(v, v.builder.sdiv(Dv, v.index(v.lanes)), OUTPUTS[height], block)
+        for_rows(v, vectors, OUTPUTS[height], block)
 
     _near(v, n, Dv, lambda begin, end: for_rows(v, rows, [*OUTPUTS], partial(some, begin, end)))
 
 
-def _mix_carefully(v, rows, value, offsets, Dv, n, p, stride, step, o):
+def _mix_carefully(v, rows, value, offsets, row, until, page, Dv, n, p, stride, step, o):
     """The same bits, except that the values of masked keys (p = -0.0) are not used even where they are not finite."""
     if v.pointees["p"] == WORDS:  # integers are finite, and no scale of a masked key is in the words
-        _mix(v, rows, value, offsets, v.index(0), Dv, n, p, stride, step, o)
+        _mix(v, rows, value, offsets, v.index(0), row, until, page, Dv, n, p, stride, step, o)
         return
     stored, b, p_row, pairs = v.pointees["value"], v.builder, v.mul_index(stride, v.size), are_pairs(v, "p")
     masked, zero = b.bitcast(v.constant(-0.0), v.bits), v.constant(0.0)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from numba_attn.cpu import target
@@ -154,6 +155,12 @@ class Vectors:
         """The same address, of which LLVM does not know where it comes from."""
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], False)
+
+    def room(self, count: int) -> Value:
+        """Where so many vectors can be kept, on the stack."""
+        kept = cgutils.alloca_once(self.builder, ir.ArrayType(I8, count * self.bytes))
+        kept.align = self.bytes
+        return self.builder.bitcast(kept, I8.as_pointer())
 
     def load(self, pointer: Value, offset: int | Value = 0) -> Value:
         return self.builder.load(self.at(pointer, offset), align=1, typ=self.type)

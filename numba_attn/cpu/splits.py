@@ -1,7 +1,7 @@
 """How the keys of a few query rows are cut into tasks, and where a worker and a task keep what they work on.
 
-Splits and tiles are cut by the number of keys alone, so the same bits come out for any number of threads, and for a
-sequence alone or in a batch.
+Splits are cut by the numbers of keys and of heads alone, so the same bits come out for any number of threads, and for
+a sequence alone or in a batch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import namedtuple
 import numpy as np
 
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.plan import DECODED_KEYS
 from numba_attn.cpu.pointers import address, as_factor, holds_two
 from numba_attn.cpu.reading import MOST_AHEAD
 from numba_attn.cpu.score import Sequences, Settings, element
 
-# Keys of a task, of sequences up to a length; twice and four times as many of longer ones.
+# Keys of a task, which are one tile; from a length on twice as many, and then four times.  Eight key-value heads count
+# as one.  Many, as memory is read at half of its speed for a microsecond where one product ends and the next begins.
 SPLIT, LONG = 512, 4096
 MOST_SPLIT = 4 * SPLIT
 TABLE = MOST_SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
@@ -67,9 +67,13 @@ def cut_of(cut, arrays, sequences, b, lanes):
 
 
 @device
-def split_size(keys):
-    """Keys of a task, of a sequence with so many from the first one that is attended to, or an array of such."""
-    return SPLIT * (1 + (keys > LONG) + 2 * (keys > 2 * LONG))
+def split_size(keys, heads):
+    """Keys of a task, of a sequence with so many from the first one that is attended to, or an array of such.
+
+    By the key-value heads too, as each has tasks of its own, but not by the sequences.
+    """
+    many = keys * max(1, heads // 8)
+    return SPLIT * (1 + (many >= LONG) + 2 * (many >= 2 * LONG))
 
 
 @device
@@ -81,12 +85,12 @@ def splits_between(first, end, keys):
 @device
 def memory_map(D, Dv, lanes, blocks, height):
     """For head sizes of whole vectors, as keys and values are read."""
-    lane_vectors = (DECODED_KEYS + lanes) * lanes
-    first = lane_vectors + (DECODED_KEYS + 1) * lanes
+    lane_vectors = (MOST_SPLIT + lanes) * lanes
+    first = lane_vectors + (MOST_SPLIT + 1) * lanes
     queries = first + 14 * lanes
     steps = queries + blocks * height * D
     keys = steps + blocks * lanes
-    values = keys + DECODED_KEYS * D
+    values = keys + MOST_SPLIT * D
     return Memory(
         scores=0,
         bias=lane_vectors,
@@ -105,7 +109,7 @@ def memory_map(D, Dv, lanes, blocks, height):
         steps=steps,
         keys=keys,
         values=values,
-        size=values + DECODED_KEYS * Dv,
+        size=values + MOST_SPLIT * Dv,
     )
 
 
@@ -151,15 +155,15 @@ def sizes_of(most_rows: int, most_heads: int, group: int, D: int, Dv: int, lanes
     return whole_lines.py_func(size), whole_lines.py_func(state)
 
 
-def splits_of(sequences: Sequences, rows: int, settings: Settings) -> int:
+def splits_of(sequences: Sequences, heads: int, rows: int, settings: Settings) -> int:
     """The largest number of splits of a sequence's keys that some row may attend to, one at least."""
     intervals, numbers = sequences.intervals, sequences.numbers
     if len(numbers) == 1:  # as arrays, it would take longer than a small problem
         offset, _, kv_length = intervals[numbers[0, 0]].tolist()
         end, first = min(kv_length, offset + rows + settings.right), max(0, offset - settings.left)
-        return splits_between.py_func(first, end, split_size.py_func(kv_length - first))
+        return splits_between.py_func(first, end, split_size.py_func(kv_length - first, heads))
     offset, _, kv_length = intervals[numbers[:, 0]].T
     first = np.maximum(0, offset - settings.left)
-    keys = split_size.py_func(kv_length - first)
+    keys = split_size.py_func(kv_length - first, heads)
     end = np.minimum(kv_length, offset + rows + settings.right)
     return max(1, int((-(-end // keys) - first // keys).max()))

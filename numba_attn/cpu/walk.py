@@ -1,0 +1,64 @@
+"""How the products of few query rows go from one row of K or V to the next: evenly, but for the ends of pages.
+
+Where a row is must not come from memory.  A load that waits for its address is sent late and out of turn, and then
+neither the processor nor its prefetching is ahead of what is used: half of the bandwidth of one core of Zen 4.  So an
+address is the last one and some bytes, which is known long before, and tables are for the first row, the first ones
+of pages, and what is asked for ahead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numba_attn.cpu.simd import I64, Value, Vectors
+
+# Query rows, also where K and V are integers, for which so little is done with a row that hardware keeps up alone.
+FEW, FEW_QUANTIZED = 2, 1
+
+
+def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
+    """Where row j starts: `offsets` are those of all rows from `base`, in bytes."""
+    return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
+
+
+class Walk(NamedTuple):
+    """n rows of a tile: `row` bytes apart up to row `until`, and then up to each `page` rows more.
+
+    Behind the last one it is there again.
+    """
+
+    base: Value
+    offsets: Value
+    n: Value
+    row: Value
+    until: Value
+    page: Value
+
+    def begin(self, v: Vectors, j: Value) -> list[Value]:
+        """Where row j starts, and the next one that begins a page."""
+        b = v.builder
+        beyond = b.sub(j, self.until)
+        pages = v.add_index(b.sdiv(beyond, self.page), 1)
+        later = v.add_index(self.until, v.mul_index(pages, self.page))
+        until = b.select(b.icmp_signed("<", beyond, v.index(0)), self.until, later)
+        return [row_at(v, self.base, self.offsets, j), until]
+
+    def follow(self, v: Vectors, at: list[Value], j: Value) -> list[Value]:
+        """The same for row j, from that of the row before it."""
+        b, (last, until) = v.builder, at
+        exists = b.icmp_signed("<", j, self.n)
+        evenly, jump, there = (b.append_basic_block(name) for name in ("evenly", "page", "there"))
+        # A branch, which is foreseen: a choice of addresses would wait for both.
+        b.cbranch(b.and_(exists, b.icmp_signed("==", j, until)), jump, evenly)
+        b.position_at_end(evenly)
+        near = v.at(last, b.select(exists, self.row, v.index(0)))
+        b.branch(there)
+        b.position_at_end(jump)
+        far, later = row_at(v, self.base, self.offsets, j), v.add_index(until, self.page)
+        b.branch(there)
+        b.position_at_end(there)
+        row, next_page = b.phi(near.type), b.phi(I64)
+        for phi, same, other in ((row, near, far), (next_page, until, later)):
+            phi.add_incoming(same, evenly)
+            phi.add_incoming(other, jump)
+        return [row, next_page]
