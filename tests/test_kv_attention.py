@@ -37,12 +37,12 @@ def test_one_piece_is_the_plain_call() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 2, 5, 8])
-def test_rows_wherever_they_are(dtype: str, group: int) -> None:
+@pytest.mark.parametrize(("group", "D"), [(1, 32), (1, 64), (1, 128), (2, 64), (2, 48), (5, 64), (8, 32)])
+def test_rows_wherever_they_are(dtype: str, group: int, D: int) -> None:
     """The same bits of more keys than a task has, from rows in order, the other way round, apart, and in pages."""
     rng, n = np.random.default_rng(group), 2600
     query, key, value = (
-        rng.standard_normal((1, heads, length, 32)).astype(dtype_of(dtype))
+        rng.standard_normal((1, heads, length, D)).astype(dtype_of(dtype))
         for heads, length in ((group, 1), (1, n), (1, n))
     )
     backwards, apart = ([x[:, :, ::step].repeat(times, axis=axis) for x in (key, value)]
@@ -53,7 +53,7 @@ def test_rows_wherever_they_are(dtype: str, group: int) -> None:
         assert_accurate(expected, None, query, key, value, enable_gqa=True, **options)
         for page_size in (7, 16, 100):
             pages = -(-n // page_size)
-            cache, table = PagedKVCache(pages, 1, page_size, 32, dtype=dtype_of(dtype)), rng.permutation(pages)
+            cache, table = PagedKVCache(pages, 1, page_size, D, dtype=dtype_of(dtype)), rng.permutation(pages)
             for j in range(0, n, page_size):
                 for to, x in ((cache.key, key), (cache.value, value)):
                     to[table[j // page_size], :, : n - j] = x[0, :, j : j + page_size]

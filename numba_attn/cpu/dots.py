@@ -31,6 +31,9 @@ def beside(height: int) -> int:
 
 
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
+HEAD_SIZES = 64, 128  # for which there is a form without loops over a row, whose queries stay in registers,
+REGISTERS = 16  # if they take no more
+Dots = Callable[[Value, Value], list[Value]]  # of a row and one to ask for
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 
 
@@ -64,35 +67,75 @@ def _dots_of(
             sums += _dots_beside(v, factors, rows[i : i + at_once], later, height, held, D, q)
         return sums
 
-    def one_by_one(j: Value, at: list[Value]) -> tuple[list[Value], list[Value]]:
+    def one_by_one(j: Value, at: list[Value], dots_of: Dots) -> tuple[list[Value], list[Value]]:
         """The same in the order of memory, which hardware foresees: a loop, or LLVM reads parts of rows in turns."""
 
         def key(i: Value, at: list[Value]) -> list[Value]:
-            number = v.add_index(j, i)
-            for r, total in enumerate(_dots_beside(v, factors, at[:1], [row(j, i, ahead)], height, held, D, q)):
+            for r, total in enumerate(dots_of(at[0], row(j, i, ahead))):
                 v.store(total, kept, v.add_index(v.mul_index(i, height * v.bytes), r * v.bytes))
-            return walk.follow(v, at, v.add_index(number, 1))
+            return walk.follow(v, at, v.add_index(v.add_index(j, i), 1))
 
         at = v.loop(0, keys, 1, at, key, rolled=True)
         load = v.load_pairs if factors.zero.type == v.bits else v.load
         return [load(kept, i * v.bytes) for i in range(v.lanes)], at
 
-    def some(j: Value, at: list[Value]) -> list[Value]:
+    def some(j: Value, at: list[Value], dots_of: Dots | None = None) -> list[Value]:
         scales, rows = None, []
-        if BYTES[stored] == 1 or not in_order(height, stored):
+        if BYTES[stored] == 1 or dots_of is None:
             rows = [row(j, i) for i in range(keys)]
         if BYTES[stored] == 1:
             # Loaded first: with what comes last, there is nothing left to do while they are waited for.
             scales = scales_of(v, rows, D, stored, height)
-        sums, at = one_by_one(j, at) if in_order(height, stored) else (side_by_side(j, rows), at)
+        sums, at = one_by_one(j, at, dots_of) if dots_of else (side_by_side(j, rows), at)
         scores = factors.as_numbers(_sums_across(v, sums, factors.add))
         if scales is not None:
             scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
         return at
 
-    start = walk.begin(v, v.index(0)) if in_order(height, stored) else []
-    v.loop(0, walk.n, keys, start, some)
+    def of_any(row: Value, later: Value) -> list[Value]:
+        return _dots_beside(v, factors, [row], [later], height, held, D, q)
+
+    def in_turn(vectors: int) -> None:
+        """Keys of so many vectors, or of any number if 0."""
+        dots_of = (
+            partial(_dots_of_whole, v, factors, _queries(v, factors, vectors, height, D, q)) if vectors else of_any
+        )
+        v.loop(0, walk.n, keys, walk.begin(v, v.index(0)), partial(some, dots_of=dots_of))
+
+    if not in_order(height, stored):
+        v.loop(0, walk.n, keys, [], some)
+    elif BYTES[stored] == 1:
+        in_turn(0)
+    else:
+        lanes, size = factors.together * v.lanes, v.index(0)
+        sizes = [x for x in HEAD_SIZES if height * x // lanes <= REGISTERS]
+        for x in sizes:
+            size = v.builder.select(v.builder.icmp_signed("==", held, v.index(x)), v.index(x), size)
+        v.choose(size, {x: partial(in_turn, x // lanes) for x in (0, *sizes)})
+
+
+def _queries(v: Vectors, factors: Factors, vectors: int, height: int, D: Value, q: Value) -> list[list[Value]]:
+    """Rows of queries, of so many vectors each."""
+    load, q_row = v.load_pairs if factors.together == 2 else v.load, v.mul_index(D, factors.size)
+    return [[load(v.at(q, v.mul_index(q_row, r)), w * v.bytes) for w in range(vectors)] for r in range(height)]
+
+
+def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row: Value, later: Value) -> list[Value]:
+    """Vectors of partial sums, of a row of K with query rows that are in registers; another row is asked for."""
+    stored, lanes = v.pointees["k"], factors.together * v.lanes
+    vectors, length = len(queries[0]), len(queries[0]) * lanes
+    for at in range(0, length * BYTES[stored], LINE):
+        v.prefetch(later, at)
+    D = v.index(length)
+    if factors.together == 2:
+        keys = narrow.load_words(v, row, v.index(0), D, length, lanes, stored)
+    else:
+        keys = widened(v, row, v.index(0), D, stored, vectors)
+    sums = [factors.zero] * len(queries)
+    for w, key in enumerate(keys):
+        sums = [factors.multiply(key, query[w], total) for query, total in zip(queries, sums, strict=True)]
+    return sums
 
 
 def _dots_beside(
