@@ -48,17 +48,17 @@ def test_rows_wherever_they_are(dtype: str, group: int, D: int) -> None:
     backwards, apart = ([x[:, :, ::step].repeat(times, axis=axis) for x in (key, value)]
                         for step, times, axis in ((-1, 1, 2), (1, 3, 3)))  # fmt: skip
     forms = [(key, value), [x[:, :, ::-1] for x in backwards], [x[..., ::3] for x in apart]]
-    for options in ({}, {"window": (2307, 0), "query_offset": "bottom_right"}):
-        expected, *others = (scaled_dot_product_attention(query, *x, enable_gqa=True, **options) for x in forms)
-        assert_accurate(expected, None, query, key, value, enable_gqa=True, **options)
+    for window in (None, (2307, 0)):
+        options: Any = {"window": window, "query_offset": "bottom_right", "enable_gqa": True}
+        expected, *others = (scaled_dot_product_attention(query, *x, **options) for x in forms)
+        assert_accurate(expected, None, query, key, value, **options)
         for page_size in (7, 16, 100):
             pages = -(-n // page_size)
             cache, table = PagedKVCache(pages, 1, page_size, D, dtype=dtype_of(dtype)), rng.permutation(pages)
             for j in range(0, n, page_size):
                 for to, x in ((cache.key, key), (cache.value, value)):
                     to[table[j // page_size], :, : n - j] = x[0, :, j : j + page_size]
-            options.pop("query_offset", None)  # that of a cache's newest token
-            others.append(attention_with_kv_cache(query, cache.tables(table[None], n), **options))
+            others.append(attention_with_kv_cache(query, cache.tables(table[None], n), window=window))
         assert all(same_bits(x, expected) for x in others)
 
 

@@ -15,26 +15,20 @@ from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
 from numba_attn.cpu.walk import FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
 
+# Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
+# foresees; with 16, as many as there are sums in a vector, as fewer wait for each other.
+BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
+UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
+COLUMNS = 128  # elements of a row at once at most, as many heads have
+HEAD_SIZES = 64, 128  # for which there is a form without loops over a row, whose queries stay in registers,
+REGISTERS = 16  # if they take no more
+
+Dots = Callable[[Value, Value], list[Value]]  # of a row and one to ask for
+
 
 def in_order(height: int, stored: types.Type) -> bool:
     """Whether keys are read one by one, for so few query rows that hardware keeps up alone."""
     return target.PREFETCH == 2 and height <= (FEW_QUANTIZED if BYTES[stored] == 1 else FEW)
-
-
-def beside(height: int) -> int:
-    """Keys that are read side by side, for so many query rows.
-
-    With 32 registers so few that memory is read in order but for that, as hardware foresees; with 16, as many as there
-    are sums in a vector, as fewer wait for each other.
-    """
-    return 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
-
-
-UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
-HEAD_SIZES = 64, 128  # for which there is a form without loops over a row, whose queries stay in registers,
-REGISTERS = 16  # if they take no more
-Dots = Callable[[Value, Value], list[Value]]  # of a row and one to ask for
-COLUMNS = 128  # elements of a row at once at most, as many heads have
 
 
 def _dots(v, height, k, offsets, ahead, row, until, page, n, held, D, q, step, s):
@@ -53,7 +47,7 @@ def _dots_of(
     kept: Value,
 ) -> None:  # fmt: skip
     stored, factors, last = v.pointees["k"], factors_of(v, "q"), v.add_index(walk.n, -1)
-    keys, at_once = v.lanes // height, min(v.lanes // height, beside(height))
+    keys, at_once = v.lanes // height, min(v.lanes // height, BESIDE)
 
     def row(j: Value, i: int | Value, rows_on: Value | None = None) -> Value:
         number = v.least(v.add_index(j, i), last)
@@ -115,6 +109,14 @@ def _dots_of(
         v.choose(size, {x: partial(in_turn, x // lanes) for x in (0, *sizes)})
 
 
+def _elements(v: Vectors, factors: Factors, row: Value, d: Value, D: Value, vectors: int) -> list[Value]:
+    """So many vectors of a row of K from d on, as they are multiplied."""
+    stored, lanes = v.pointees["k"], factors.together * v.lanes
+    if factors.together == 2:
+        return narrow.load_words(v, row, d, D, vectors * lanes, lanes, stored)
+    return widened(v, row, d, D, stored, vectors)
+
+
 def _queries(v: Vectors, factors: Factors, vectors: int, height: int, D: Value, q: Value) -> list[list[Value]]:
     """Rows of queries, of so many vectors each."""
     load, q_row = v.load_pairs if factors.together == 2 else v.load, v.mul_index(D, factors.size)
@@ -127,13 +129,8 @@ def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row
     vectors, length = len(queries[0]), len(queries[0]) * lanes
     for at in range(0, length * BYTES[stored], LINE):
         v.prefetch(later, at)
-    D = v.index(length)
-    if factors.together == 2:
-        keys = narrow.load_words(v, row, v.index(0), D, length, lanes, stored)
-    else:
-        keys = widened(v, row, v.index(0), D, stored, vectors)
     sums = [factors.zero] * len(queries)
-    for w, key in enumerate(keys):
+    for w, key in enumerate(_elements(v, factors, row, v.index(0), v.index(length), vectors)):
         sums = [factors.multiply(key, query[w], total) for query, total in zip(queries, sums, strict=True)]
     return sums
 
@@ -147,11 +144,7 @@ def _dots_beside(
     q_row = v.mul_index(D, factors.size)
 
     def columns(d: Value, sums: list[Value], vectors: int) -> list[Value]:
-        if two:
-            of_rows = [narrow.load_words(v, row, d, D, vectors * lanes, lanes, stored) for row in rows]
-        else:
-            of_rows = [widened(v, row, d, D, stored, vectors) for row in rows]
-        return add_products(d, of_rows, sums)
+        return add_products(d, [_elements(v, factors, row, d, D, vectors) for row in rows], sums)
 
     def half(d: Value, sums: list[Value]) -> list[Value]:
         """A last vector of so many words as there are lanes, and zeros."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numba_attn.cpu import pack, target
+from numba_attn.cpu import target
 from numba_attn.cpu.jit import device
-from numba_attn.cpu.pointers import moved, pointee_bytes
-from numba_attn.cpu.stored import Rows, is_quantized, offset_of, rows_together
+from numba_attn.cpu.pointers import pointee_bytes
+from numba_attn.cpu.stored import Rows, copy_rows, is_quantized, offset_of, rows_together
 from numba_attn.cpu.walk import FEW, FEW_QUANTIZED
 
 NARROW = 128  # bytes of a row, with which more is done than reading it
@@ -55,21 +55,17 @@ def place(rows, low, high, end, columns, padded, lanes, ahead, table, copies):
     if is_read_in_place(rows, columns, lanes):
         list_rows(rows, low, high - low + ahead, end, table)
         return rows
-    list_rows(rows, low, high - low, end, table)
     size = pointee_bytes(copies)
     copy = Rows(copies, padded * size, size, rows.pages, 0, 0)
-    for i in range(high - low):
-        pack.copy_rows(moved(rows.data, table[i]), 0, rows.step, 1, columns, padded, moved(copies, i * copy.row))
-        table[i] = i * copy.row
-    for i in range(ahead):
-        table[high - low + i] = table[high - low - 1]
+    copy_rows(rows, low, high - low, columns, padded, copies)
+    list_rows(copy, 0, high - low + ahead, high - low, table)
     return copy
 
 
 @device
 def pages_from(rows, j):
     """How many rows from row j on lie in its page, and in each of the others, see `Walk`."""
-    return (MANY, MANY) if rows.page_rows == 0 else (rows.page_rows - j % rows.page_rows, rows.page_rows)
+    return rows_together(rows, j, MANY), rows.page_rows if rows.page_rows != 0 else MANY
 
 
 @device

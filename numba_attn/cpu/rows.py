@@ -19,13 +19,13 @@ from functools import partial
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.blocks import INFINITY, LINE, for_rows
+from numba_attn.cpu.blocks import INFINITY, for_rows
 from numba_attn.cpu.factors import across, factors_of, powers_of_two, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
-from numba_attn.cpu.walk import Walk, row_at
+from numba_attn.cpu.walk import Ahead, Walk, row_at
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
@@ -102,7 +102,7 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
     """
     stored, p_row, factors = v.pointees["value"], v.mul_index(stride, v.size), factors_of(v, "p")
     walk, vectors = Walk(value, offsets, n, row, until, page), v.builder.sdiv(Dv, v.index(v.lanes))
-    line = max(1, LINE // (v.lanes * BYTES[stored]))  # vectors of a cache line
+    later = Ahead(value, offsets, vectors, v.lanes * BYTES[stored])
     at_once, words, multiply = factors.together, v.pointees["p"] == WORDS, factors.multiply
 
     def some(begin: Value, end: Value, first: Value, height: int) -> None:
@@ -116,35 +116,28 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
             p_here = v.at(v.at(p, v.mul_index(at, p_row)), v.mul_index(first, v.size))
 
             def keys(j: Value, carried: list[Value]) -> list[Value]:
-                weight, row, next_page, later, of_later, *acc = carried
-                at, key_rows = [row, next_page], []
+                weight, at, asked, acc, key_rows = carried[0], carried[1:3], carried[3:5], carried[5:], []
                 for i in range(at_once):
                     key_rows.append(at[0])
                     at = walk.follow(v, at, v.add_index(j, i + 1))
-                    asked = row_at(v, value, offsets, later)
-                    for w in range(0, width, line):
-                        v.prefetch(asked, v.mul_index(v.add_index(of_later, w), v.lanes * BYTES[stored]))
-                    of_later = v.add_index(of_later, width)
-                    over = v.builder.icmp_signed(">=", of_later, vectors)
-                    later = v.builder.select(over, v.add_index(later, 1), later)
-                    of_later = v.builder.select(over, v.builder.sub(of_later, vectors), of_later)
+                    asked = later.ask(v, asked, width)
                 weights = [v.load_scalar(weight, r * v.size, I32 if at_once == 2 else None) for r in range(height)]
                 if at_once == 2:
-                    values = narrow.load_side_by_side(v, row, key_rows[1], column, Dv, width, stored, in_order=False)
+                    values = narrow.load_side_by_side(
+                        v, key_rows[0], key_rows[1], column, Dv, width, stored, in_order=False
+                    )
                 else:
-                    values = widened(v, row, column, Dv, stored, width)
+                    values = widened(v, key_rows[0], column, Dv, stored, width)
                     if BYTES[stored] == 1:
-                        scale = narrow.load_scale(v, row, Dv, stored)
+                        scale = narrow.load_scale(v, key_rows[0], Dv, stored)
                         weights = [v.builder.fmul(x, scale) for x in weights]
                 weights = [v.splat(x) for x in weights]
                 acc = [multiply(values[w], weights[r], acc[r * width + w]) for r in range(height) for w in range(width)]
-                return [v.at(weight, p_row), *at, later, of_later, *acc]
+                return [v.at(weight, p_row), *at, *asked, *acc]
 
-            # What is asked for: the next vectors, in the order of memory, of as many rows as are read.
-            done = v.mul_index(vector, v.builder.sub(end, begin))
-            asked = v.builder.sdiv(done, vectors)
-            ask_for = [v.add_index(v.add_index(begin, rows_on), asked), v.builder.srem(done, vectors)]
-            start = [p_here, *walk.begin(v, begin), *ask_for, *[factors.zero] * (height * width)]
+            # The columns before these have asked for as many vectors as they have.
+            asked = later.begin(v, v.add_index(begin, rows_on), v.mul_index(vector, v.builder.sub(end, begin)))
+            start = [p_here, *walk.begin(v, begin), *asked, *[factors.zero] * (height * width)]
             acc = v.loop(begin, end, at_once, start, keys, rolled=True)[5:]
             for r in range(height):
                 steps = v.splat(v.load_scalar(step, v.mul_index(v.add_index(first, r), v.size))) if words else None

@@ -53,15 +53,21 @@ def in_place(rows, memory):
 
 
 @device
+def copy_rows(rows, first, n, columns, padded, out):
+    """out (n, padded), contiguous, = the rows [first, first + n) of so many columns, and zeros."""
+    size, done = pointee_bytes(out), 0
+    while done < n:
+        at = first + done
+        count = rows_together(rows, at, n - done)
+        data, here = moved(rows.data, offset_of(rows, at)), moved(out, done * padded * size)
+        pack.copy_rows(data, rows.row, rows.step, count, columns, padded, here)
+        done += count
+
+
+@device
 def gather(rows, first, n, columns, memory, to):
     """Copy the rows [first, first + n) to the address `to` in memory: a matrix, in which they have the same numbers."""
     out = as_plain(to, rows.data, memory)
     size = pointee_bytes(out)
-    done = 0
-    while done < n:
-        at = first + done
-        count = rows_together(rows, at, n - done)
-        data, here = moved(rows.data, offset_of(rows, at)), moved(out, done * columns * size)
-        pack.copy_rows(data, rows.row, rows.step, count, columns, columns, here)
-        done += count
+    copy_rows(rows, first, n, columns, columns, out)
     return Matrix(moved(out, -first * columns * size), columns * size, size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.simd import I64, Value, Vectors
 
 # Query rows, also where K and V are integers, for which so little is done with a row that hardware keeps up alone.
@@ -19,6 +20,29 @@ FEW, FEW_QUANTIZED = 2, 1
 def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
     """Where row j starts: `offsets` are those of all rows from `base`, in bytes."""
     return v.at(base, v.load_scalar(offsets, v.mul_index(j, 8), I64))
+
+
+class Ahead(NamedTuple):
+    """Rows of so many vectors of `size` bytes, which are asked for a few at a time, in the order of memory."""
+
+    base: Value
+    offsets: Value
+    vectors: Value
+    size: int
+
+    def begin(self, v: Vectors, row: Value, done: Value) -> list[Value]:
+        """The row and the vector of it that come next, if so many vectors from a row on have been asked for."""
+        return [v.add_index(row, v.builder.sdiv(done, self.vectors)), v.builder.srem(done, self.vectors)]
+
+    def ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
+        """Ask for so many, no more than a row has; the next ones."""
+        b, (row, vector) = v.builder, at
+        start, step = row_at(v, self.base, self.offsets, row), max(1, LINE // self.size)
+        for w in range(0, width, step):
+            v.prefetch(start, v.mul_index(v.add_index(vector, w), self.size))
+        vector = v.add_index(vector, width)
+        over = b.icmp_signed(">=", vector, self.vectors)
+        return [b.select(over, v.add_index(row, 1), row), b.select(over, b.sub(vector, self.vectors), vector)]
 
 
 class Walk(NamedTuple):
