@@ -258,6 +258,20 @@ def test_tiny_and_huge_numbers_as_integers(numbers: str) -> None:
     np.testing.assert_allclose(*results, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("numbers", [None, *QUANTIZED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_no_value_is_lost(numbers: str | None, dtype: str, rows: int) -> None:
+    """Where only one key has a value, at either side of where tiles and their parts end, and keys are all alike."""
+    n, places = 8203, [0, 1, 15, 16, 511, 512, 513, 1024, 2047, 2048, 8201, 8202]
+    key, value = (np.zeros((1, len(places), n, 64), dtype_of(dtype)) for _ in range(2))
+    value[0, range(len(places)), places] = 1
+    cache = KVCache(1, len(places), n, 64, dtype=dtype_of(dtype), quantize=numbers)
+    cache.append(key, value)
+    out = attention_with_kv_cache(np.ones((1, rows * len(places), 1, 64), dtype_of(dtype)), cache)
+    np.testing.assert_allclose(out.astype(np.float32), 1 / n, rtol=0.01)
+
+
 @NUMBERS
 def test_step_by_step_is_prefill(numbers: str) -> None:
     key, value = tokens(24)

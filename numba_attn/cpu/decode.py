@@ -29,7 +29,7 @@ from numba_attn.cpu.pointers import (
     holds_pairs,
     moved,
 )
-from numba_attn.cpu.reading import is_read_in_place, keys_ahead, pages_from, place, values_ahead
+from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahead
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
     NO_NOTES,
@@ -128,7 +128,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             continue
         if not placed:
             held = D if is_read_in_place(k, D, lanes) and not is_quantized(k) else sizes.D
-            k_ahead, v_ahead = keys_ahead(k, sizes.D, height), values_ahead(v, sizes.Dv, height)
+            k_ahead, v_ahead = rows_ahead(k, sizes.D, height, 0), rows_ahead(v, sizes.Dv, height, 1)
             k = place(k, low, high, kv_length, D, sizes.D, lanes, k_ahead, k_table, copies[0])
             v = place(v, low, high, kv_length, Dv, sizes.Dv, lanes, v_ahead, v_table, copies[1])
             placed = True
@@ -175,7 +175,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             v_at, (until, page) = moved(address(v_table), (start - low) * 8), pages_from(v, start)
             weights = element(memory, at.scores + (start - here.start) * stride)
             weights = as_factor(weights, arrays.v, arrays.operands)
-            weights_of(stride, weights, some, v.data, v_at, sizes.Dv, step)
+            weights_of(count, stride, weights, some, v.data, v_at, sizes.Dv, step)
             if careful:
                 rows.mix_carefully(
                     count, v.data, v_at, v.row, until, page, sizes.Dv, some, weights, stride, step, state.o

@@ -12,7 +12,7 @@ from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
-from numba_attn.cpu.walk import FEW, FEW_QUANTIZED, Walk, row_at
+from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
 
 # Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
@@ -20,15 +20,16 @@ from numba_attn.storage import TOGETHER
 BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
-HEAD_SIZES = 64, 128  # for which there is a form without loops over a row, whose queries stay in registers,
-REGISTERS = 16  # if they take no more
+HEAD_SIZES = 64, COLUMNS  # for which there is a form without loops over a row, whose queries stay in registers,
+REGISTERS = 16  # if they take no more; there are forms for
+OTHERS, ASKED = 0, 1  # sizes, and for keys that are asked for, too
 
-Dots = Callable[[Value, Value], list[Value]]  # of a row and one to ask for
+Dots = Callable[[Value, list[Value]], list[Value]]  # of a row, and others to ask for
 
 
 def in_order(height: int, stored: types.Type) -> bool:
     """Whether keys are read one by one, for so few query rows that hardware keeps up alone."""
-    return target.PREFETCH == 2 and height <= (FEW_QUANTIZED if BYTES[stored] == 1 else FEW)
+    return ALONE and height <= (FEW_QUANTIZED if BYTES[stored] == 1 else FEW)
 
 
 def _dots(v, height, k, offsets, ahead, row, until, page, n, held, D, q, step, s):
@@ -47,6 +48,8 @@ def _dots_of(
     kept: Value,
 ) -> None:  # fmt: skip
     stored, factors, last = v.pointees["k"], factors_of(v, "q"), v.add_index(walk.n, -1)
+    words = v.pointees["q"] == WORDS
+    steps = [v.load_scalar(step, r * v.size) for r in range(height)] if words and in_order(height, stored) else []
     keys, at_once = v.lanes // height, min(v.lanes // height, BESIDE)
 
     def row(j: Value, i: int | Value, rows_on: Value | None = None) -> Value:
@@ -61,52 +64,59 @@ def _dots_of(
             sums += _dots_beside(v, factors, rows[i : i + at_once], later, height, held, D, q)
         return sums
 
-    def one_by_one(j: Value, at: list[Value], dots_of: Dots) -> tuple[list[Value], list[Value]]:
+    def one_by_one(j: Value, at: list[Value], dots_of: Dots, asking: bool) -> tuple[list[Value], list[Value]]:
         """The same in the order of memory, which hardware foresees: a loop, or LLVM reads parts of rows in turns."""
 
         def key(i: Value, at: list[Value]) -> list[Value]:
-            for r, total in enumerate(dots_of(at[0], row(j, i, ahead))):
+            totals = dots_of(at[0], [row(j, i, ahead)] if asking else [])
+            if BYTES[stored] == 1:
+                scale = narrow.load_scale(v, at[0], D, stored)
+                scales = [v.splat(v.builder.fmul(scale, x)) for x in steps] if steps else [v.splat(scale)] * height
+                totals = [v.mul(factors.as_numbers(total), x) for total, x in zip(totals, scales, strict=True)]
+            for r, total in enumerate(totals):
                 v.store(total, kept, v.add_index(v.mul_index(i, height * v.bytes), r * v.bytes))
             return walk.follow(v, at, v.add_index(v.add_index(j, i), 1))
 
         at = v.loop(0, keys, 1, at, key, rolled=True)
-        load = v.load_pairs if factors.zero.type == v.bits else v.load
-        return [load(kept, i * v.bytes) for i in range(v.lanes)], at
+        return [v.load(kept, i * v.bytes) for i in range(v.lanes)], at
 
-    def some(j: Value, at: list[Value], dots_of: Dots | None = None) -> list[Value]:
-        scales, rows = None, []
-        if BYTES[stored] == 1 or dots_of is None:
-            rows = [row(j, i) for i in range(keys)]
+    def some(j: Value, at: list[Value], dots_of: Dots | None = None, asking: bool = True) -> list[Value]:
+        if dots_of:
+            sums, at = one_by_one(j, at, dots_of, asking)
+            v.store(_sums_across(v, sums, v.add), v.at(s, v.mul_index(j, height * v.size)))
+            return at
+        scales, rows = None, [row(j, i) for i in range(keys)]
         if BYTES[stored] == 1:
             # Loaded first: with what comes last, there is nothing left to do while they are waited for.
             scales = scales_of(v, rows, D, stored, height)
-        sums, at = one_by_one(j, at, dots_of) if dots_of else (side_by_side(j, rows), at)
-        scores = factors.as_numbers(_sums_across(v, sums, factors.add))
+        scores = factors.as_numbers(_sums_across(v, side_by_side(j, rows), factors.add))
         if scales is not None:
-            scores = v.mul(scores, v.mul(scales, v.load(step)) if v.pointees["q"] == WORDS else scales)
+            scores = v.mul(scores, v.mul(scales, v.load(step)) if words else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
         return at
 
-    def of_any(row: Value, later: Value) -> list[Value]:
-        return _dots_beside(v, factors, [row], [later], height, held, D, q)
+    def of_any(row: Value, later: list[Value]) -> list[Value]:
+        return _dots_beside(v, factors, [row], later, height, held, D, q)
 
-    def in_turn(vectors: int) -> None:
-        """Keys of so many vectors, or of any number if 0."""
-        dots_of = (
-            partial(_dots_of_whole, v, factors, _queries(v, factors, vectors, height, D, q)) if vectors else of_any
-        )
-        v.loop(0, walk.n, keys, walk.begin(v, v.index(0)), partial(some, dots_of=dots_of))
+    def in_turn(dots_of: Dots, asking: bool) -> None:
+        v.loop(0, walk.n, keys, walk.begin(v, v.index(0)), partial(some, dots_of=dots_of, asking=asking))
+
+    def of_size(D: int) -> None:
+        """Keys of so many elements, of which none is asked for."""
+        vectors = D // (factors.together * v.lanes)
+        in_turn(partial(_dots_of_whole, v, factors, _queries(v, factors, vectors, height, v.index(D), q)), False)
 
     if not in_order(height, stored):
         v.loop(0, walk.n, keys, [], some)
-    elif BYTES[stored] == 1:
-        in_turn(0)
     else:
-        lanes, size = factors.together * v.lanes, v.index(0)
-        sizes = [x for x in HEAD_SIZES if height * x // lanes <= REGISTERS]
-        for x in sizes:
-            size = v.builder.select(v.builder.icmp_signed("==", held, v.index(x)), v.index(x), size)
-        v.choose(size, {x: partial(in_turn, x // lanes) for x in (0, *sizes)})
+        few = height * COLUMNS <= REGISTERS * factors.together * v.lanes and stored != narrow.INT4
+        forms: dict[int, Callable[[], None]] = {x: partial(of_size, x) for x in HEAD_SIZES if few}
+        form = v.index(OTHERS)
+        for x in forms:
+            form = v.builder.select(v.builder.icmp_signed("==", held, v.index(x)), v.index(x), form)
+        form = v.builder.select(v.builder.icmp_signed("==", ahead, v.index(0)), form, v.index(ASKED))
+        forms |= {OTHERS: partial(in_turn, of_any, False), ASKED: partial(in_turn, of_any, True)}
+        v.choose(form, forms)
 
 
 def _elements(v: Vectors, factors: Factors, row: Value, d: Value, D: Value, vectors: int) -> list[Value]:
@@ -123,14 +133,11 @@ def _queries(v: Vectors, factors: Factors, vectors: int, height: int, D: Value, 
     return [[load(v.at(q, v.mul_index(q_row, r)), w * v.bytes) for w in range(vectors)] for r in range(height)]
 
 
-def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row: Value, later: Value) -> list[Value]:
-    """Vectors of partial sums, of a row of K with query rows that are in registers; another row is asked for."""
-    stored, lanes = v.pointees["k"], factors.together * v.lanes
-    vectors, length = len(queries[0]), len(queries[0]) * lanes
-    for at in range(0, length * BYTES[stored], LINE):
-        v.prefetch(later, at)
-    sums = [factors.zero] * len(queries)
-    for w, key in enumerate(_elements(v, factors, row, v.index(0), v.index(length), vectors)):
+def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row: Value, _: list[Value]) -> list[Value]:
+    """Vectors of partial sums, of a row of K with query rows that are in registers."""
+    vectors, sums = len(queries[0]), [factors.zero] * len(queries)
+    length = v.index(vectors * factors.together * v.lanes)
+    for w, key in enumerate(_elements(v, factors, row, v.index(0), length, vectors)):
         sums = [factors.multiply(key, query[w], total) for query, total in zip(queries, sums, strict=True)]
     return sums
 
@@ -194,4 +201,4 @@ def _sums_across(v: Vectors, vectors: list[Value], add: Callable[[Value, Value],
     return vectors[0]
 
 
-dots = emits(_dots)
+dots = emits(_dots, apart=True)

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, I16, WORDS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I1, I16, WORDS, Value, Vectors, emits
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 from numba_attn.cpu.walk import row_at
 
@@ -84,7 +84,12 @@ def _room(v: Vectors, held: str) -> int:
     return (1 << 31) // narrow.LARGEST[v.pointees[held]]
 
 
-def _step(v: Vectors, top: Value, check: Value, most: Value) -> tuple[Value, Value]:
+def most_of_values(v: Vectors) -> float:
+    """Steps of the largest of what values are multiplied by, SUMMED of them at most."""
+    return float(min(MOST, _room(v, "value") // SUMMED))
+
+
+def step_of(v: Vectors, top: Value, check: Value, most: Value) -> tuple[Value, Value]:
     """How many steps 1 is and what a step is, for numbers up to `top`; NaN if the check is not 0."""
     steps = v.div(most, top)
     limit = v.constant(1 / LEAST_STEP)
@@ -92,13 +97,13 @@ def _step(v: Vectors, top: Value, check: Value, most: Value) -> tuple[Value, Val
     return steps, v.add(v.div(v.constant(1.0), steps), check)
 
 
-def _in_steps(v: Vectors, x: Value, steps: Value) -> Value:
+def in_steps(v: Vectors, x: Value, steps: Value) -> Value:
     """The nearest whole number of steps in the lower half of each lane; what is in the other half means nothing."""
     return v.builder.bitcast(v.fma(x, steps, v.constant(1.5 * 2.0**23)), v.bits)
 
 
 def _two_words(v: Vectors, steps: Value, low: Value, high: Value) -> Value:
-    low, high = (_in_steps(v, x, steps) for x in (low, high))
+    low, high = (in_steps(v, x, steps) for x in (low, high))
     lower, shift = (ir.Constant(v.bits, [c] * v.lanes) for c in (0xFFFF, 16))
     return v.builder.or_(v.builder.and_(low, lower), v.builder.shl(high, shift))
 
@@ -124,13 +129,13 @@ def _round_queries(v, height, q, k, D, steps):
             return [v.maximum(x, carried[0]), v.fma(x, zero, carried[1])]
 
         def words(d: Value, _: list[Value]) -> list[Value]:
-            x = [_in_steps(v, v.load(source, v.mul_index(v.add_index(d, n), v.size)), in_one) for n in (0, v.lanes)]
+            x = [in_steps(v, v.load(source, v.mul_index(v.add_index(d, n), v.size)), in_one) for n in (0, v.lanes)]
             both = v.shuffle(*x, range(size))
             v.store(b.trunc(both, ir.VectorType(I16, size)), to, v.mul_index(d, 2))
             return []
 
         top, check = v.loop(0, D, v.lanes, [zero, zero], largest)
-        in_one, step = _step(v, across(v, top, 1, v.maximum), across(v, check, 1, v.add), most)
+        in_one, step = step_of(v, across(v, top, 1, v.maximum), across(v, check, 1, v.add), most)
         v.loop(0, D, size, [], words)
         v.store(b.extract_element(step, v.index(0)), steps, v.mul_index(r, v.size))
 
@@ -161,18 +166,21 @@ def _two_keys(v: Vectors, stride: int, p: Value, n: Value, pair: Callable[[Value
     v.loop(0, v.mul_index(n, stride), v.lanes, [], vector)
 
 
-def _weights_of(v, stride, p, n, value, offsets, Dv, step):
-    """Probabilities p (n, stride) as what values are multiplied by, in place, and of words what a step of each row is.
+def _weights_of(v, rows, stride, p, n, value, offsets, Dv, step):
+    """Probabilities p (n, stride) of query rows as what values are multiplied by, in place, and of words what a step of
+    each row is; but what is in `as_read` takes them as they are.
 
     Behind the last key, keys of its vector are masked.
     """
     if v.pointees["p"] == WORDS:
         make = partial(_round_weights, v, p=p, n=n, value=value, offsets=offsets, Dv=Dv, step=step)
+        wanted = v.builder.icmp_signed("!=", rows, v.index(1))
     elif are_pairs(v, "p"):
-        make = partial(_two_keys, v, p=p, n=n, pair=v.pair)
+        make, wanted = partial(_two_keys, v, p=p, n=n, pair=v.pair), I1(1)
     else:
         return
-    v.choose(stride, {lanes: partial(make, lanes) for lanes in powers_of_two(v.lanes)})
+    with v.builder.if_then(wanted):
+        v.choose(stride, {lanes: partial(make, lanes) for lanes in powers_of_two(v.lanes)})
 
 
 def _round_weights(
@@ -193,8 +201,8 @@ def _round_weights(
         return [v.maximum(v.absolute(x), carried[0]), v.fma(x, zero, carried[1])]
 
     top, check = v.loop(0, n, keys, [zero, zero], scaled)
-    most = v.constant(float(min(MOST, _room(v, "value") // SUMMED)))
-    steps, size = _step(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), most)
+    most = v.constant(most_of_values(v))
+    steps, size = step_of(v, across(v, top, stride, v.maximum), across(v, check, stride, v.add), most)
     _two_keys(v, stride, p, n, partial(_two_words, v, steps))
     v.store(size, step)
 

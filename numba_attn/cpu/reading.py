@@ -8,18 +8,13 @@ from numba_attn.cpu.pointers import pointee_bytes
 from numba_attn.cpu.stored import Rows, copy_rows, is_quantized, offset_of, rows_together
 from numba_attn.cpu.walk import FEW, FEW_QUANTIZED
 
-NARROW = 128  # bytes of a row, with which more is done than reading it
-# Bytes of K, and of V, that are asked for before they are needed, for few query rows and for more, or for pages and
-# narrow rows: less comes too late, more pushes out what is still to come.  Into the second-level cache, a little is
-# best where hardware keeps up alone, and otherwise as much as is near, see `dots`.
-K_AHEAD, V_AHEAD = {
-    2: ((512, 16 * 1024), (1024, 16 * 1024)),
-    3: ((8 * 1024, 8 * 1024), (128 * 1024, 128 * 1024)),
-}[target.PREFETCH]
-# Of quantised rows, which lie across cache lines, and of which the scales of a tile's values are read first.
-K_QUANTIZED, V_QUANTIZED = {
-    2: ((8 * 1024, 0), (64 * 1024, 64 * 1024)),
-    3: (K_AHEAD, V_AHEAD),
+# Bytes of K, and of V, that are asked for before they are needed, see `dots`: less comes too late, more pushes out what
+# is still to come.  Into the second-level cache, for few query rows next to nothing, as hardware keeps up alone, or
+# nothing, where rows are so short that asking takes longer than it saves; and for more rows, or pages, as much as is
+# near.  Quantised rows lie across cache lines, and the scales of a tile's values are read before these.
+SHORT, FEW_AHEAD, AHEAD, QUANTIZED_AHEAD = {
+    2: (256, (0, 1024), (16 * 1024, 16 * 1024), (0, 64 * 1024)),
+    3: (0, (8 * 1024, 128 * 1024), (8 * 1024, 128 * 1024), (8 * 1024, 128 * 1024)),
 }[target.PREFETCH]
 MOST_AHEAD = 512  # rows of them
 MANY = 1 << 32  # rows, more than any tile has
@@ -69,21 +64,11 @@ def pages_from(rows, j):
 
 
 @device
-def rows_ahead(rows, columns, height, ahead, of_quantized):
-    length = max(1, columns * pointee_bytes(rows.data))
-    if is_quantized(rows):
-        some = of_quantized[int(height > FEW_QUANTIZED or rows.page_rows != 0)]
+def rows_ahead(rows, columns, height, which):
+    """Rows of K (which is 0) or of V (1) that are asked for ahead, for so many query rows."""
+    length, quantized = max(1, columns * pointee_bytes(rows.data)), is_quantized(rows)
+    if rows.page_rows == 0 and height <= (FEW_QUANTIZED if quantized else FEW):
+        some = 0 if length <= SHORT else FEW_AHEAD[which]
     else:
-        some = ahead[int(height > FEW or rows.page_rows != 0 or length <= NARROW)]
+        some = QUANTIZED_AHEAD[which] if quantized else AHEAD[which]
     return min(MOST_AHEAD, some // length)
-
-
-@device
-def keys_ahead(rows, columns, height):
-    """Rows of K that are asked for ahead, for so many query rows."""
-    return rows_ahead(rows, columns, height, K_AHEAD, K_QUANTIZED)
-
-
-@device
-def values_ahead(rows, columns, height):
-    return rows_ahead(rows, columns, height, V_AHEAD, V_QUANTIZED)

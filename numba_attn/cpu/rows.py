@@ -19,13 +19,14 @@ from functools import partial
 from numba import types
 
 from numba_attn.cpu import narrow
+from numba_attn.cpu.as_read import mix_one
 from numba_attn.cpu.blocks import INFINITY, for_rows
 from numba_attn.cpu.factors import across, factors_of, powers_of_two, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
-from numba_attn.cpu.walk import Ahead, Walk, row_at
+from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Ahead, Walk, row_at
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.
@@ -102,11 +103,14 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
     """
     stored, p_row, factors = v.pointees["value"], v.mul_index(stride, v.size), factors_of(v, "p")
     walk, vectors = Walk(value, offsets, n, row, until, page), v.builder.sdiv(Dv, v.index(v.lanes))
-    later = Ahead(value, offsets, vectors, v.lanes * BYTES[stored])
     at_once, words, multiply = factors.together, v.pointees["p"] == WORDS, factors.multiply
 
-    def some(begin: Value, end: Value, first: Value, height: int) -> None:
+    def ahead_of(asked: bool) -> Ahead:
+        return Ahead(value, offsets, vectors, v.lanes * BYTES[stored], asked)
+
+    def some(begin: Value, end: Value, first: Value, height: int, asked: bool) -> None:
         rows_on = v.builder.select(v.builder.icmp_signed("==", first, v.index(0)), ahead, v.index(0))
+        later = ahead_of(asked)
 
         def block(vector: Value, width: int) -> None:
             column = v.mul_index(vector, v.lanes)
@@ -114,13 +118,18 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
                     for r in range(height)]  # fmt: skip
             at = v.half(begin) if at_once == 2 else begin
             p_here = v.at(v.at(p, v.mul_index(at, p_row)), v.mul_index(first, v.size))
+            # The columns before these have asked for as many vectors as they have.
+            next_one = later.begin(v, v.add_index(begin, rows_on), v.mul_index(vector, v.builder.sub(end, begin)))
+            sums_from = 3 + len(next_one)
 
             def keys(j: Value, carried: list[Value]) -> list[Value]:
-                weight, at, asked, acc, key_rows = carried[0], carried[1:3], carried[3:5], carried[5:], []
+                weight, at, next_one, acc, key_rows = (
+                    carried[0], carried[1:3], carried[3:sums_from], carried[sums_from:], [],
+                )  # fmt: skip
                 for i in range(at_once):
                     key_rows.append(at[0])
                     at = walk.follow(v, at, v.add_index(j, i + 1))
-                    asked = later.ask(v, asked, width)
+                    next_one = later.ask(v, next_one, width)
                 weights = [v.load_scalar(weight, r * v.size, I32 if at_once == 2 else None) for r in range(height)]
                 if at_once == 2:
                     values = narrow.load_side_by_side(
@@ -133,12 +142,10 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
                         weights = [v.builder.fmul(x, scale) for x in weights]
                 weights = [v.splat(x) for x in weights]
                 acc = [multiply(values[w], weights[r], acc[r * width + w]) for r in range(height) for w in range(width)]
-                return [v.at(weight, p_row), *at, *asked, *acc]
+                return [v.at(weight, p_row), *at, *next_one, *acc]
 
-            # The columns before these have asked for as many vectors as they have.
-            asked = later.begin(v, v.add_index(begin, rows_on), v.mul_index(vector, v.builder.sub(end, begin)))
-            start = [p_here, *walk.begin(v, begin), *asked, *[factors.zero] * (height * width)]
-            acc = v.loop(begin, end, at_once, start, keys, rolled=True)[5:]
+            start = [p_here, *walk.begin(v, begin), *next_one, *[factors.zero] * (height * width)]
+            acc = v.loop(begin, end, at_once, start, keys, rolled=True)[sums_from:]
             for r in range(height):
                 steps = v.splat(v.load_scalar(step, v.mul_index(v.add_index(first, r), v.size))) if words else None
                 sums = [factors.as_numbers(x) for x in acc[r * width : (r + 1) * width]]
@@ -149,7 +156,26 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
 
         for_rows(v, vectors, OUTPUTS[height], block)
 
-    _near(v, n, Dv, lambda begin, end: for_rows(v, rows, [*OUTPUTS], partial(some, begin, end)))
+    def in_rows(heights: list[int], asked: bool) -> None:
+        _near(v, n, Dv, lambda begin, end: for_rows(v, rows, heights, partial(some, begin, end, asked=asked)))
+
+    def one_row(asked: bool) -> None:
+        def block(vector: Value, width: int) -> None:
+            out = v.at(o, v.mul_index(vector, v.bytes))
+            mix_one(v, factors, walk, ahead_of(asked), ahead, vector, width, Dv, p, p_row, out)
+
+        for_rows(v, vectors, OUTPUTS[1], block)
+
+    few = FEW_QUANTIZED if words else FEW
+    form, forms = v.index(0), {0: partial(in_rows, [*OUTPUTS], True)}
+    is_few = v.builder.icmp_signed("<=", rows, v.index(few))
+    if words:
+        form, forms[1] = v.builder.select(is_few, v.index(1), form), partial(one_row, True)
+    if ALONE:
+        alone = v.builder.and_(is_few, v.builder.icmp_signed("==", ahead, v.index(0)))
+        form = v.builder.select(alone, v.index(2), form)
+        forms[2] = partial(one_row, False) if words else partial(in_rows, [h for h in OUTPUTS if h <= few], False)
+    v.choose(form, forms)
 
 
 def _mix_carefully(v, rows, value, offsets, row, until, page, Dv, n, p, stride, step, o):
@@ -264,7 +290,7 @@ spread = emits(_spread)
 gather = emits(_gather)
 add_across = emits(_add_across)
 highest_across = emits(_highest_across)
-mix = emits(_mix)
+mix = emits(_mix, apart=True)
 mix_carefully = emits(_mix_carefully)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)
 add_rows = emits(_add_rows)

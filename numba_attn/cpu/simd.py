@@ -484,12 +484,30 @@ class Vectors:
         return module.globals.get(name) or ir.Function(module, kind, name)
 
 
-def emits(build: Callable[..., Value | None], returns: types.Type = types.void) -> Any:
+def _call_apart(
+    builder: ir.IRBuilder, name: str, build: Callable[[ir.IRBuilder, Sequence[Value]], object], values: Sequence[Value]
+) -> None:
+    """Call a function of a module's own that is built once, and has all registers for itself."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in values])
+        function = ir.Function(builder.module, kind, name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inside = ir.IRBuilder(function.append_basic_block())
+        build(inside, function.args)
+        inside.ret_void()
+    builder.call(function, values)
+
+
+def emits(build: Callable[..., Value | None], returns: types.Type = types.void, apart: bool = False) -> Any:
     """Make `build(vectors, *values)` callable from Numba-compiled code.
 
     The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.  What is
-    decided while emitting are keywords, fixed by `partial`.
+    decided while emitting are keywords, fixed by `partial`.  What is to stand `apart`, and returns nothing, is
+    called, not put where it is used, so that what is there does not push its numbers out of registers.
     """
+    function = build.func if isinstance(build, partial) else build
     first, *parameters = (p for p in inspect.signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
 
     def typing(context: Any, *args: types.Type) -> Any:
@@ -498,14 +516,19 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void) 
         dtype = next((d for d in pointees.values() if d in ELEMENTS), types.float32)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
-            vectors = Vectors(builder, dtype, target.VECTOR_BYTES // BYTES[dtype])
-            vectors.pointees = pointees
-            result = build(vectors, *values)
+            def emit(builder: ir.IRBuilder, values: Sequence[Value]) -> Value | None:
+                vectors = Vectors(builder, dtype, target.VECTOR_BYTES // BYTES[dtype])
+                vectors.pointees = pointees
+                return build(vectors, *values)
+
+            if apart:
+                _call_apart(builder, f"numba_attn.{function.__name__}{args}", emit, values)
+                return context.get_dummy_value()
+            result = emit(builder, values)
             return context.get_dummy_value() if result is None else result
 
         return returns(*args), codegen
 
-    function = build.func if isinstance(build, partial) else build
     typing.__name__ = typing.__qualname__ = function.__name__
     typing.__doc__ = function.__doc__
     typing.__signature__ = inspect.Signature([first.replace(name="context"), *parameters])  # type: ignore[attr-defined]

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from numba_attn.cpu import target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.simd import I64, Value, Vectors
 
-# Query rows, also where K and V are integers, for which so little is done with a row that hardware keeps up alone.
+# Query rows, also where K and V are integers, for which so little is done with a row that hardware keeps up alone, if
+# it is let alone: asking for lines then takes longer than it saves.
 FEW, FEW_QUANTIZED = 2, 1
+ALONE = target.PREFETCH == 2
 
 
 def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
@@ -23,19 +26,24 @@ def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
 
 
 class Ahead(NamedTuple):
-    """Rows of so many vectors of `size` bytes, which are asked for a few at a time, in the order of memory."""
+    """Rows of so many vectors of `size` bytes, `asked` for a few at a time, in the order of memory, or not at all."""
 
     base: Value
     offsets: Value
     vectors: Value
     size: int
+    asked: bool
 
     def begin(self, v: Vectors, row: Value, done: Value) -> list[Value]:
         """The row and the vector of it that come next, if so many vectors from a row on have been asked for."""
+        if not self.asked:
+            return []
         return [v.add_index(row, v.builder.sdiv(done, self.vectors)), v.builder.srem(done, self.vectors)]
 
     def ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
         """Ask for so many, no more than a row has; the next ones."""
+        if not self.asked:
+            return []
         b, (row, vector) = v.builder, at
         start, step = row_at(v, self.base, self.offsets, row), max(1, LINE // self.size)
         for w in range(0, width, step):
@@ -59,26 +67,27 @@ class Walk(NamedTuple):
     page: Value
 
     def begin(self, v: Vectors, j: Value) -> list[Value]:
-        """Where row j starts, and the next one that begins a page."""
+        """Where row j starts, and the next one that does not lie behind the one before it."""
         b = v.builder
         beyond = b.sub(j, self.until)
         pages = v.add_index(b.sdiv(beyond, self.page), 1)
         later = v.add_index(self.until, v.mul_index(pages, self.page))
         until = b.select(b.icmp_signed("<", beyond, v.index(0)), self.until, later)
-        return [row_at(v, self.base, self.offsets, j), until]
+        return [row_at(v, self.base, self.offsets, j), v.least(until, self.n)]
 
     def follow(self, v: Vectors, at: list[Value], j: Value) -> list[Value]:
         """The same for row j, from that of the row before it."""
         b, (last, until) = v.builder, at
-        exists = b.icmp_signed("<", j, self.n)
         evenly, jump, there = (b.append_basic_block(name) for name in ("evenly", "page", "there"))
         # A branch, which is foreseen: a choice of addresses would wait for both.
-        b.cbranch(b.and_(exists, b.icmp_signed("==", j, until)), jump, evenly)
+        b.cbranch(b.icmp_signed("==", j, until), jump, evenly)
         b.position_at_end(evenly)
-        near = v.at(last, b.select(exists, self.row, v.index(0)))
+        near = v.at(last, self.row)
         b.branch(there)
         b.position_at_end(jump)
-        far, later = row_at(v, self.base, self.offsets, j), v.add_index(until, self.page)
+        far = row_at(v, self.base, self.offsets, v.least(j, v.add_index(self.n, -1)))
+        later = v.least(v.add_index(until, self.page), self.n)
+        later = b.select(b.icmp_signed("<", j, self.n), later, v.add_index(j, 1))
         b.branch(there)
         b.position_at_end(there)
         row, next_page = b.phi(near.type), b.phi(I64)
