@@ -485,27 +485,31 @@ class Vectors:
 
 
 def _call_apart(
-    builder: ir.IRBuilder, name: str, build: Callable[[ir.IRBuilder, Sequence[Value]], object], values: Sequence[Value]
-) -> None:
+    builder: ir.IRBuilder,
+    name: str,
+    returns: ir.Type,
+    build: Callable[[ir.IRBuilder, Sequence[Value]], Value | None],
+    values: Sequence[Value],
+) -> Value:
     """Call a function of a module's own that is built once, and has all registers for itself."""
     function = builder.module.globals.get(name)
     if function is None:
-        kind = ir.FunctionType(ir.VoidType(), [x.type for x in values])
-        function = ir.Function(builder.module, kind, name)
+        function = ir.Function(builder.module, ir.FunctionType(returns, [x.type for x in values]), name)
         function.linkage = "internal"
         function.attributes.add("noinline")
+        function.attributes.alignstack = target.VECTOR_BYTES  # for what it spills, see `pointers.align_stack`
         inside = ir.IRBuilder(function.append_basic_block())
-        build(inside, function.args)
-        inside.ret_void()
-    builder.call(function, values)
+        result = build(inside, function.args)
+        inside.ret_void() if result is None else inside.ret(result)
+    return builder.call(function, values)
 
 
 def emits(build: Callable[..., Value | None], returns: types.Type = types.void, apart: bool = False) -> Any:
     """Make `build(vectors, *values)` callable from Numba-compiled code.
 
     The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.  What is
-    decided while emitting are keywords, fixed by `partial`.  What is to stand `apart`, and returns nothing, is
-    called, not put where it is used, so that what is there does not push its numbers out of registers.
+    decided while emitting are keywords, fixed by `partial`.  What is to stand `apart` is called, not put where it
+    is used, so that what is there does not push its numbers out of registers.
     """
     function = build.func if isinstance(build, partial) else build
     first, *parameters = (p for p in inspect.signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
@@ -522,8 +526,10 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void, 
                 return build(vectors, *values)
 
             if apart:
-                _call_apart(builder, f"numba_attn.{function.__name__}{args}", emit, values)
-                return context.get_dummy_value()
+                nothing = returns == types.void
+                kind = ir.VoidType() if nothing else context.get_value_type(returns)
+                result = _call_apart(builder, f"numba_attn.{function.__name__}{args}", kind, emit, values)
+                return context.get_dummy_value() if nothing else result
             result = emit(builder, values)
             return context.get_dummy_value() if result is None else result
 
