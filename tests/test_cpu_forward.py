@@ -12,7 +12,7 @@ import pytest
 from cases import PERF, SIXTEEN_BITS, SMALL, dtype_of
 
 from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
-from numba_attn.cpu import attention, decode, forward, key_weight, score
+from numba_attn.cpu import attention, decode, forward, key_weight, score, target
 from numba_attn.cpu.plan import plan
 
 
@@ -330,3 +330,29 @@ def test_how_a_mask_lies_changes_no_bit(Lq: int) -> None:
             out, vjp = scaled_dot_product_attention_vjp(query, key, value, other)
             assert np.array_equal(out, expected)
             assert all(np.array_equal(x, y) for x, y in zip(vjp(query)[:3], gradients[:3], strict=True))
+
+
+@pytest.mark.skipif(target.BFLOAT16 == "amx", reason="tile registers do not sum up what they multiply")
+@pytest.mark.parametrize("Lq", [9, 40, 90])
+@pytest.mark.parametrize("options", ["plain", "sinks", "causal", "mask", "padding that is not finite"])
+def test_a_key_with_all_the_weight_is_not_rounded_twice(Lq: int, options: str) -> None:
+    """Outputs of bfloat16 are as near as such numbers are, though its probability is rounded for the product."""
+    rng, Lk = np.random.default_rng(Lq), 100
+    key, value = (rng.standard_normal((1, 3, Lk, 64)).astype(dtype_of("bfloat16")) for _ in range(2))
+    query = (1.25 * key[:, :, rng.integers(0, Lq, Lq)].astype(np.float32)).astype(key.dtype)
+    given: dict[str, Any] = {
+        "plain": {},
+        "sinks": {"sinks": np.full(3, 3.0)},
+        "causal": {"is_causal": True, "query_offset": Lk - Lq},
+        "mask": {"attn_mask": rng.random((Lq, Lk)) < 0.9},
+        "padding that is not finite": {"kv_lengths": [95]},
+    }[options]
+    expected = scaled_dot_product_attention(
+        *(x.astype(np.float64) for x in (query, key, value)), **given, backend="reference"
+    )
+    value[:, :, 95:] = np.nan if "padding" in options else value[:, :, 95:]
+    out, aux = scaled_dot_product_attention(query, key, value, **given, return_aux=("lse", "max_score"))
+    heavy = aux.max_score > aux.lse - 0.03
+    assert heavy.mean() > 0.2
+    error = np.abs(out.astype(np.float64) - expected)[heavy]
+    assert (error <= np.abs(expected)[heavy] * 2.0**-8 + 5e-4).all()

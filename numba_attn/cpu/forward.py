@@ -23,7 +23,16 @@ from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
-from numba_attn.cpu.row_block import exponentiate_tile, load_tile, memory_map, start_block, state_of, values_of
+from numba_attn.cpu.row_block import (
+    divisor_of,
+    exponentiate_tile,
+    load_tile,
+    memory_map,
+    rounded_sums,
+    start_block,
+    state_of,
+    values_of,
+)
 from numba_attn.cpu.score import (
     ON_TILES,
     Call,
@@ -151,22 +160,24 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
 
 
 @device
-def include_sink(sink, first, end, sizes, operands, memory):
+def include_sink(sink, first, end, sizes, settings, operands, memory):
     """Add a sink, a logit in base 2, to the states of the rows [first, end)."""
     at = memory_map(sizes)
-    top, correction = element(memory, at.top), element(memory, at.correction)
+    top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
     for i in range((end - first + sizes.block - 1) // sizes.block):
         rows = min(sizes.block, end - first - i * sizes.block)
         width = (rows + sizes.lanes - 1) // sizes.lanes
         state = state_of(memory, at, sizes, operands, i)
         softmax.challenge(width, sink, state.reference, top)
         if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-            softmax.rescale(width, state.ot, sizes.Dv, correction)
+            softmax.rescale(width, state.ot, sizes.Dv + 1, correction)
+        if holds_pairs(address(operands)):
+            softmax.add_sink(width, sink, state.reference, rounded_sums(state, width, sizes), unused)
         softmax.add_sink(width, sink, state.reference, state.total, state.moment)
 
 
 @device
-def finish(out, statistics, first, end, sizes, operands, gain, memory, written):
+def finish(out, statistics, first, end, sizes, settings, operands, memory, written):
     """Normalise and write the rows [first, end), unless they are, and their statistics.
 
     Returns whether every result is finite that was written here.
@@ -180,8 +191,9 @@ def finish(out, statistics, first, end, sizes, operands, gain, memory, written):
         width = (rows + lanes - 1) // lanes
         state = state_of(memory, at, sizes, operands, i)
         to, factors = moved(out.data, row * out.row), element(memory, at.top)
+        divisor = divisor_of(state, width, settings, operands, sizes)
         if not written and pack.write_rows(
-            width, state.ot, Dv, state.total, gain, factors, to, out.row, out.step, rows
+            width, state.ot, Dv, divisor, settings.gain, factors, to, out.row, out.step, rows
         ):
             finite = False
         if any_wanted(statistics):
@@ -233,8 +245,8 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
                 head, out_head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful, at_once
             )
             if arrays.sinks.size:
-                include_sink(arrays.sinks[h], first, valid, sizes, arrays.operands, memory)
-            finite &= finish(out_head, statistics, first, valid, sizes, arrays.operands, settings.gain, memory, at_once)
+                include_sink(arrays.sinks[h], first, valid, sizes, settings, arrays.operands, memory)
+            finite &= finish(out_head, statistics, first, valid, sizes, settings, arrays.operands, memory, at_once)
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form

@@ -20,6 +20,7 @@ from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.pointers import address, as_bfloat16, as_element, holds_pairs, moved
 from numba_attn.cpu.score import ON_TILES, columns_of, copies_keys, element, is_settled, score, slope
 from numba_attn.cpu.stored import gather, is_gathered
+from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix
 
 # Where things are in a worker's memory, in elements.
@@ -44,7 +45,7 @@ def memory_map(sizes):
     # Rows and columns filled up to what tile registers hold, and room for a tile that begins anywhere.  Keys are an odd
     # number of 32, as what lies whole pages apart gets in each other's way.
     block, keys = sizes.block, (sizes.keys + 31) // 32 * 32 | 32
-    qt_rows, ot_rows = (sizes.D + 15) // 16 * 16, (sizes.Dv + 15) // 16 * 16
+    qt_rows, ot_rows = (sizes.D + 15) // 16 * 16, (sizes.Dv + 1 + 15) // 16 * 16
     copied = 2 * keys * block
     values = copied + (keys + 32) * qt_rows
     clean = values + keys * ot_rows + 32
@@ -94,6 +95,24 @@ def state_of(memory, at, sizes, operands, i):
 
 
 @device
+def rounded_sums(state, width, sizes):
+    """Sums of the probabilities of pairs, which are behind the output, see `tiles.accumulate`."""
+    return moved(state.ot, sizes.Dv * width * VECTOR_BYTES)
+
+
+@device
+def divisor_of(state, width, settings, operands, sizes):
+    """The sums that outputs are divided by: of probabilities as they are multiplied, rounded if they are pairs.
+
+    A key that has nearly all of the weight has nearly all of the rounding, too, which so comes to nothing.  But what is
+    dropped counts as well, and where pairs are multiplied by tile registers, their sums are not at hand.
+    """
+    if holds_pairs(address(operands)) and not ON_TILES and settings.threshold == 0:
+        return rounded_sums(state, width, sizes)
+    return state.total
+
+
+@device
 def start_block(q, row, rows, state, operands, sizes, memory, at_once):
     """Give a row block its state before the first tile."""
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
@@ -102,7 +121,7 @@ def start_block(q, row, rows, state, operands, sizes, memory, at_once):
         pack.fill_lanes(state.qt, nothing, columns_of(sizes.D, operands) // 2 * width)
     pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, state.qt)
     if not at_once:
-        pack.fill_lanes(state.ot, nothing, sizes.Dv * width)
+        pack.fill_lanes(state.ot, nothing, (sizes.Dv + 1) * width)
     pack.fill_lanes(state.reference, nothing, width)
     pack.fill_lanes(state.total, nothing, width)
     pack.fill_lanes(state.moment, nothing, width)
@@ -201,7 +220,7 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
                     width, top, state.reference, state.best, state.total, state.moment, correction
                 )
                 if moving:
-                    softmax.rescale(width, state.ot, Dv, correction)
+                    softmax.rescale(width, state.ot, Dv + 1, correction)
         if weighted:
             done = softmax.exponentiate_weighted(
                 width, scores, n, unit, here.added, here.row,

@@ -1,9 +1,8 @@
 """The stages of attention for few query rows, as kernels whose vectors lie along the head: memory is read in order.
 
 With a row or a few to a key, the two products are not what takes time, but reading K and V.  So both are read in whole
-rows, once for all query rows of a group, and asked for ahead of their use: K in `dots`, V here.  Each row of Q, and of
-the output, is contiguous.  Where the rows of K and V are is in tables of their offsets, so that pages take no longer
-than rows one behind the other.
+rows, once for all query rows of a group, and asked for ahead of their use where that helps: K in `dots`, V here.  Each
+row of Q, and of the output, is contiguous.  How rows of K and V follow each other is in `walk`.
 
 Scores are a tile of vectors, one key after the other, the query rows of each in `stride` lanes: a power of two, so that
 with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The stages of `softmax`

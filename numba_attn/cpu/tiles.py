@@ -303,7 +303,10 @@ def pair_rows(
 
 
 def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
-    """ot += value.T @ p, where some vectors may be masked in some parts of the tile, see `edges`, and are left out."""
+    """ot += value.T @ p, where some vectors may be masked in some parts of the tile, see `edges`, and are left out.
+
+    Of pairs there is a row more of ot, for their sums, but not on tile registers.
+    """
     row, pairs = width * v.bytes, are_pairs(v, "value")
     if pairs and target.BFLOAT16 == "amx":
         _accumulate_on_tiles(v, width, value, value_step, Dv, n, p, ot)
@@ -343,6 +346,25 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
             whole()
 
     for_rows(v, Dv, HEIGHTS[width], tile)
+    if pairs:
+        _add_sums(v, v.index(width), n, p, v.at(ot, v.mul_index(Dv, row)))
+
+
+def _add_sums(v: Vectors, width: Value, n: Value, p: Value, sums: Value) -> None:
+    """sums += those of the columns of p (n / 2, width vectors of pairs): of probabilities as they are multiplied.
+
+    In the order of the keys, as all products are: what is masked, here or elsewhere, then changes no bit.
+    """
+    row, ones, nowhere = v.mul_index(width, v.bytes), v.room(1), v.index(0)
+    v.store(ir.Constant(v.bits, [0x3F803F80] * v.lanes), ones)
+
+    def some(first: Value, vectors: int) -> None:
+        here = v.mul_index(first, v.bytes)
+        to, columns = v.at(sums, here), v.at(p, here)
+        for w, more in enumerate(product(v, ones, nowhere, nowhere, columns, n, 1, vectors, True, row)):
+            v.store(v.add(v.load(to, w * v.bytes), more), to, w * v.bytes)
+
+    for_rows(v, width, sorted(HEIGHTS, reverse=True), some)
 
 
 def parts_between(bounds: list[Value]) -> list[tuple[Value, Value, int, int]]:
@@ -419,6 +441,8 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, 
         v.store(v.add(v.load(o), v.loop(0, count, 1, [v.constant(0.0)], key)[0]), o)
 
     for_vectors(v, width, lambda here: v.each(Dv, lambda d: outputs(d, here)))
+    if pairs:
+        _add_sums(v, width, n, p, v.at(ot, v.mul_index(Dv, row)))
 
 
 scores = emits(for_width(_scores), apart=True)
