@@ -136,7 +136,7 @@ MAY_IMPORT = {
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
     "cpu.row_block": {
         *("cpu.dropout", "cpu.edges", "cpu.jit", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.score", "cpu.softmax"),
-        *("cpu.stored", "cpu.tiles", "cpu.visible", "block_mask"),
+        *("cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.forward": {
         *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
