@@ -21,8 +21,8 @@ BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 HEAD_SIZES = 64, COLUMNS  # for which there is a form without loops over a row, whose queries stay in registers,
-REGISTERS = 16  # if they take no more; there are forms for
-OTHERS, ASKED = 0, 1  # sizes, and for keys that are asked for, too
+REGISTERS = 16  # if they take no more
+OTHERS, ASKED = 0, 1  # forms for other sizes, and where keys are asked for
 
 Dots = Callable[[Value, list[Value]], list[Value]]  # of a row, and others to ask for
 

@@ -11,7 +11,7 @@ from numba_attn.cpu.walk import FEW, FEW_QUANTIZED
 # Bytes of K, and of V, that are asked for before they are needed, see `dots`: less comes too late, more pushes out what
 # is still to come.  Into the second-level cache, for few query rows next to nothing, as hardware keeps up alone, or
 # nothing, where rows are so short that asking takes longer than it saves; and for more rows, or pages, as much as is
-# near.  Quantised rows lie across cache lines, and the scales of a tile's values are read before these.
+# near.  Quantised rows lie across cache lines, and for more query rows the scales of a tile's values are read first.
 SHORT, FEW_AHEAD, AHEAD, QUANTIZED_AHEAD = {
     2: (256, (0, 1024), (16 * 1024, 16 * 1024), (0, 64 * 1024)),
     3: (0, (8 * 1024, 128 * 1024), (8 * 1024, 128 * 1024), (8 * 1024, 128 * 1024)),
