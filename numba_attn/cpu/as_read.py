@@ -55,8 +55,7 @@ def mix_one(
         b.position_at_end(more)
         put(acc, step)
         # The scale of a masked key, whose probability is -0.0, may be anything.
-        masked = b.icmp_signed("==", b.bitcast(probabilities, few.bits), b.bitcast(few.constant(-0.0), few.bits))
-        known = few.select(masked, zero, weights)
+        known = few.select(few.is_negative_zero(probabilities), zero, weights)
         top = across(few, few.maximum(few.absolute(known), top), 1, few.maximum)
         check = few.fma(known, zero, check)
         changed = [known, top, *step_of(few, top, zero, most), check, *nothing]

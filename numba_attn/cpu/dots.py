@@ -80,11 +80,7 @@ def _dots_of(
         at = v.loop(0, keys, 1, at, key, rolled=True)
         return [v.load(kept, i * v.bytes) for i in range(v.lanes)], at
 
-    def some(j: Value, at: list[Value], dots_of: Dots | None = None, asking: bool = True) -> list[Value]:
-        if dots_of:
-            sums, at = one_by_one(j, at, dots_of, asking)
-            v.store(_sums_across(v, sums, v.add), v.at(s, v.mul_index(j, height * v.size)))
-            return at
+    def some(j: Value, _: list[Value]) -> list[Value]:
         scales, rows = None, [row(j, i) for i in range(keys)]
         if BYTES[stored] == 1:
             # Loaded first: with what comes last, there is nothing left to do while they are waited for.
@@ -93,13 +89,18 @@ def _dots_of(
         if scales is not None:
             scores = v.mul(scores, v.mul(scales, v.load(step)) if words else scales)
         v.store(scores, v.at(s, v.mul_index(j, height * v.size)))
-        return at
+        return []
 
     def of_any(row: Value, later: list[Value]) -> list[Value]:
         return _dots_beside(v, factors, [row], later, height, held, D, q)
 
     def in_turn(dots_of: Dots, asking: bool) -> None:
-        v.loop(0, walk.n, keys, walk.begin(v, v.index(0)), partial(some, dots_of=dots_of, asking=asking))
+        def some(j: Value, at: list[Value]) -> list[Value]:
+            sums, at = one_by_one(j, at, dots_of, asking)
+            v.store(_sums_across(v, sums, v.add), v.at(s, v.mul_index(j, height * v.size)))
+            return at
+
+        v.loop(0, walk.n, keys, walk.begin(v, v.index(0)), some)
 
     def of_size(D: int) -> None:
         """Keys of so many elements, of which none is asked for."""

@@ -186,8 +186,7 @@ def _weights_of(v, rows, stride, p, n, value, offsets, Dv, step):
 def _round_weights(
     v: Vectors, stride: int, p: Value, n: Value, value: Value, offsets: Value, Dv: Value, step: Value
 ) -> None:
-    b, keys, last, zero = v.builder, v.lanes // stride, v.add_index(n, -1), v.constant(0.0)
-    masked = b.bitcast(v.constant(-0.0), v.bits)
+    keys, last, zero = v.lanes // stride, v.add_index(n, -1), v.constant(0.0)
 
     def scaled(j: Value, carried: list[Value]) -> list[Value]:
         numbers = [v.least(v.add_index(j, i), last) if i else j for i in range(keys)]
@@ -196,7 +195,7 @@ def _round_weights(
         at = v.mul_index(j, stride * v.size)
         x = v.load(p, at)
         # The scale of a masked key may be anything.
-        x = v.select(b.icmp_signed("==", b.bitcast(x, v.bits), masked), zero, v.mul(x, scales))
+        x = v.select(v.is_negative_zero(x), zero, v.mul(x, scales))
         v.store(x, p, at)
         return [v.maximum(v.absolute(x), carried[0]), v.fma(x, zero, carried[1])]
 

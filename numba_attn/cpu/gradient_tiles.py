@@ -93,9 +93,7 @@ def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, del
 
 def _where_attended(v: Vectors, p: Value, slope: Value) -> Value:
     """p * slope, but 0 for a masked key (p = -0.0), whatever the slope is."""
-    b = v.builder
-    is_masked = b.icmp_signed("==", b.bitcast(p, v.bits), b.bitcast(v.constant(-0.0), v.bits))
-    return v.select(is_masked, v.constant(0.0), v.mul(p, slope))
+    return v.select(v.is_negative_zero(p), v.constant(0.0), v.mul(p, slope))
 
 
 def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, delta, p, ds, p_row):

@@ -183,13 +183,13 @@ def _mix_carefully(v, rows, value, offsets, row, until, page, Dv, n, p, stride, 
         _mix(v, rows, value, offsets, v.index(0), row, until, page, Dv, n, p, stride, step, o)
         return
     stored, b, p_row, pairs = v.pointees["value"], v.builder, v.mul_index(stride, v.size), are_pairs(v, "p")
-    masked, zero = b.bitcast(v.constant(-0.0), v.bits), v.constant(0.0)
+    zero = v.constant(0.0)
 
     def key(row: Value, column: Value, j: Value, acc: list[Value]) -> list[Value]:
         number = v.load_scalar(v.at(p, v.mul_index(j, p_row)), v.mul_index(row, v.size))
         of_key = row_at(v, value, offsets, j)
         (x,), weight = widened(v, of_key, column, Dv, stored), v.splat(number)
-        is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), masked)
+        is_masked = v.is_negative_zero(weight)
         if BYTES[stored] == 1:  # a scale may be what is not finite
             weight = v.splat(b.fmul(number, narrow.load_scale(v, of_key, Dv, stored)))
         x, weight = v.select(is_masked, zero, x), v.select(is_masked, zero, weight)

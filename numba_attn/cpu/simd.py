@@ -251,6 +251,11 @@ class Vectors:
     def less(self, a: Value, b: Value) -> Value:
         return self.builder.fcmp_ordered("<", a, b)
 
+    def is_negative_zero(self, a: Value) -> Value:
+        """Whether each lane is -0.0, as the probability of a masked key is, and not 0."""
+        zero = self.builder.bitcast(self.constant(-0.0), self.bits)
+        return self.builder.icmp_signed("==", self.builder.bitcast(a, self.bits), zero)
+
     def any(self, condition: Value) -> Value:
         """One bit: whether any lane of a comparison holds."""
         packed = self.builder.bitcast(condition, ir.IntType(self.lanes))
@@ -525,13 +530,13 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void, 
                 vectors.pointees = pointees
                 return build(vectors, *values)
 
+            nothing = returns == types.void
             if apart:
-                nothing = returns == types.void
                 kind = ir.VoidType() if nothing else context.get_value_type(returns)
                 result = _call_apart(builder, f"numba_attn.{function.__name__}{args}", kind, emit, values)
-                return context.get_dummy_value() if nothing else result
-            result = emit(builder, values)
-            return context.get_dummy_value() if result is None else result
+            else:
+                result = emit(builder, values)
+            return context.get_dummy_value() if nothing else result
 
         return returns(*args), codegen
 

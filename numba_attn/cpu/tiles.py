@@ -421,8 +421,7 @@ def _accumulate_carefully(v, width, value, value_row, value_step, Dv, n, p, ot, 
     def attended(x: Value, weight: Value) -> Value:
         """The splat value or pair of values x, with 0 where the weight is that of a masked key."""
         if not pairs:
-            is_masked = b.icmp_signed("==", b.bitcast(weight, v.bits), b.bitcast(v.constant(-0.0), v.bits))
-            return v.select(is_masked, v.constant(0.0), x)
+            return v.select(v.is_negative_zero(weight), v.constant(0.0), x)
         for half in (0xFFFF, 0xFFFF0000):
             is_masked = b.icmp_signed("==", b.and_(weight, word(half)), word(half & 0x80008000))
             x = v.select(is_masked, b.and_(x, word(half ^ 0xFFFFFFFF)), x)
