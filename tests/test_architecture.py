@@ -92,7 +92,7 @@ MAY_IMPORT = {
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
     "cpu.walk": {"cpu.blocks", "cpu.simd", "cpu.target"},
-    "cpu.blocks": {"cpu.plan", "cpu.simd"},
+    "cpu.blocks": {"cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.softmax": {"cpu.blocks", "cpu.simd"},
     "cpu.dots": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.walk", "storage"},
     "cpu.reading": {"cpu.jit", "cpu.pointers", "cpu.stored", "cpu.target", "cpu.walk"},

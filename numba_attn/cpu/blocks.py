@@ -9,11 +9,12 @@ from typing import Any
 
 from numba_attn.cpu.plan import HEIGHTS
 from numba_attn.cpu.simd import Value, Vectors
+from numba_attn.cpu.target import MANY_REGISTERS
 
 LOG2_E = math.log2(math.e)
 INFINITY = math.inf
 # Exponentials at once: more hide the latency of each, fewer leave more registers.
-AT_ONCE = 4
+AT_ONCE = 4 if MANY_REGISTERS else 2
 LINE = 64  # bytes of a cache line
 
 Rows = Callable[[Value, int], None]
@@ -30,6 +31,24 @@ def for_rows(v: Vectors, count: Value, heights: Sequence[int], body: Rows) -> No
             return []
 
         v.loop(start, stop, height, [], step)
+        start = stop
+
+
+def for_widths(v: Vectors, count: Value, widths: Sequence[int], body: Rows) -> None:
+    """`body(first vector, vectors at once)` over `count` vectors, but twice two of them rather than three and one."""
+    start = v.index(0)
+    for width in widths:
+        stop = v.whole_steps(start, count, width)
+        if width == 3:
+            one_left = v.builder.icmp_signed("==", v.builder.sub(count, stop), v.index(1))
+            back = v.builder.and_(one_left, v.builder.icmp_signed(">", stop, start))
+            stop = v.builder.select(back, v.add_index(stop, -width), stop)
+
+        def step(first: Value, _: list[Value], width: int = width) -> list[Value]:
+            body(first, width)
+            return []
+
+        v.loop(start, stop, width, [], step)
         start = stop
 
 

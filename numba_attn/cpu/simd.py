@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.polynomial import chebyshev
 
 from numba_attn.cpu import target
 
@@ -69,20 +70,13 @@ def offset_pointer(builder: ir.IRBuilder, pointer: Value, offset: Value) -> Valu
 def exp2_polynomial(degree: int, entries: int = 1) -> list[float]:
     """Coefficients, constant first, of a near-minimax 2**f on [-1/2, 1/2] / entries with value exactly 1 at 0.
 
-    Lawson's iteration on the relative error of 1 + f * q(f); the exact 1 makes exp2 exact at integers, so that a
-    running maximum that did not move rescales by exactly one.
+    1 + f * q(f), with q the Chebyshev series of (2**f - 1) / f, cut off.  The exact 1 makes exp2 exact at integers, so
+    that a running maximum that did not move rescales by exactly one.
     """
-    x = np.cos(np.linspace(0, np.pi, 2001)) / (2 * entries)
-    x = x[np.abs(x) > 1e-9 / entries]
-    powers = np.vander(x, degree, increasing=True) * x[:, None] / np.exp2(x)[:, None]
-    goal = 1 - 1 / np.exp2(x)
-    weight = np.ones_like(x)
-    for _ in range(100):
-        root = np.sqrt(weight)
-        q = np.linalg.lstsq(powers * root[:, None], goal * root, rcond=None)[0]
-        weight *= np.abs(powers @ q - goal) + 1e-20
-        weight /= weight.sum()
-    return [1.0, *q.tolist()]
+    half, terms = 1 / (2 * entries), range(degree + 12)
+    taylor = [math.log(2) ** (k + 1) / math.factorial(k + 1) * half**k for k in terms]
+    q = chebyshev.cheb2poly(chebyshev.poly2cheb(taylor)[:degree])
+    return [1.0, *(float(c) / half**k for k, c in enumerate(q))]
 
 
 class Vectors:
@@ -272,7 +266,7 @@ class Vectors:
         b = self.builder
         entries = self._lanes_of_one_register()
         shift, limit = (23, -100.0) if self.size == 4 else (52, -960.0)
-        degree = {(4, 1): 6, (8, 1): 11, (4, 16): 3, (8, 8): 7}[self.size, entries]
+        degree = {(4, 1): 6, (8, 1): 11, (4, 8): 3, (4, 16): 3, (8, 8): 7}[self.size, entries]
         shift -= entries.bit_length() - 1
         # 2**(i / entries), with i taken off where adding the exponent will put it.
         roots = np.exp2(np.arange(entries) / entries).astype(f"f{self.size}").view(f"i{self.size}")
@@ -312,13 +306,15 @@ class Vectors:
 
     def _lanes_of_one_register(self) -> int:
         """Lanes of a vector, if it is a register whose lanes another may be made of in any order; 1 otherwise."""
-        return self.lanes if target.HAS_AVX512 and self.bytes == 64 else 1
+        any_order = {64: target.HAS_AVX512, 32: target.HAS_AVX2 and self.size == 4}
+        return self.lanes if any_order.get(self.bytes, False) else 1
 
     def _permute(self, x: Value, lanes: Value) -> Value:
         """Lane n of the result is the lane of x that the lowest bits of lane n of `lanes` say."""
         kind = ir.FunctionType(self.type, [self.type, self.bits])
-        name = "sf" if self.size == 4 else "df"
-        return self.builder.call(self._function(f"llvm.x86.avx512.permvar.{name}.512", kind), [x, lanes])
+        wide = f"avx512.permvar.{'sf' if self.size == 4 else 'df'}.512"
+        name = wide if self.bytes == 64 else "avx2.permps"
+        return self.builder.call(self._function(f"llvm.x86.{name}", kind), [x, lanes])
 
     def tanh(self, *ys: Value) -> list[Value]:
         """Hyperbolic tangent of several vectors, to a few units in the last place, of tiny numbers too.
@@ -516,7 +512,7 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void, 
     decided while emitting are keywords, fixed by `partial`.  What is to stand `apart` is called, not put where it
     is used, so that what is there does not push its numbers out of registers.
     """
-    function = build.func if isinstance(build, partial) else build
+    function, fixed = (build.func, build.keywords) if isinstance(build, partial) else (build, {})
     first, *parameters = (p for p in inspect.signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
 
     def typing(context: Any, *args: types.Type) -> Any:
@@ -533,7 +529,8 @@ def emits(build: Callable[..., Value | None], returns: types.Type = types.void, 
             nothing = returns == types.void
             if apart:
                 kind = ir.VoidType() if nothing else context.get_value_type(returns)
-                result = _call_apart(builder, f"numba_attn.{function.__name__}{args}", kind, emit, values)
+                name = f"{function.__module__}.{function.__name__}{args}{fixed or ''}"
+                result = _call_apart(builder, name, kind, emit, values)
             else:
                 result = emit(builder, values)
             return context.get_dummy_value() if nothing else result

@@ -1,0 +1,113 @@
+"""The vector vocabulary: what it computes, in vectors of every width, and how what is emitted is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+from numba import njit, types
+
+from numba_attn.cpu.blocks import for_widths
+from numba_attn.cpu.pointers import address
+from numba_attn.cpu.simd import BYTES, Vectors, emits
+
+TYPES = {"float32": types.float32, "float64": types.float64}
+
+
+def mapped(operation: str, dtype: str, lanes: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of `Vectors`, done to an array two vectors at a time, with so many lanes."""
+
+    def _map(v, x, out, count):  # type: ignore[no-untyped-def]
+        wide = Vectors(v.builder, v.dtype, lanes)
+
+        def two(i):  # type: ignore[no-untyped-def]
+            at = wide.mul_index(i, 2 * wide.bytes)
+            for n, y in enumerate(
+                getattr(wide, operation)(*(wide.load(x, wide.add_index(at, n * wide.bytes)) for n in (0, 1)))
+            ):
+                wide.store(y, out, wide.add_index(at, n * wide.bytes))
+
+        wide.each(count, two)
+
+    emitted = emits(_map)
+
+    @njit
+    def run(x, out):  # type: ignore[no-untyped-def]
+        emitted(address(x), address(out), x.size // (2 * lanes))
+
+    def on_array(x: np.ndarray) -> np.ndarray:
+        out = np.empty_like(x)
+        run(x, out)
+        return out
+
+    return on_array
+
+
+@pytest.mark.parametrize("bytes_of_vector", [16, 32, 64])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_powers_of_two(dtype: str, bytes_of_vector: int) -> None:
+    """By a polynomial or a table of roots, whatever a register allows: to two units, exact at integers, 0 far below."""
+    lowest, lanes = {"float32": -100, "float64": -960}[dtype], bytes_of_vector // BYTES[TYPES[dtype]]
+    exp2 = mapped("exp2", dtype, lanes)
+    x = np.random.default_rng(0).uniform(lowest, 60, 1 << 14).astype(dtype)
+    exact = np.exp2(x.astype(np.longdouble))
+    assert np.max(np.abs(exp2(x) / exact - 1)) <= 2 * np.finfo(dtype).eps
+    wholes = np.resize(np.arange(lowest, 60), 1 << 10).astype(dtype)
+    assert np.array_equal(exp2(wholes), np.exp2(wholes))
+    special = np.resize(np.array([-np.inf, lowest - 1, -1e30, np.nan]), 1 << 6).astype(dtype)
+    assert np.array_equal(exp2(special), np.resize([0, 0, 0, np.nan], 1 << 6), equal_nan=True)
+
+
+@pytest.mark.parametrize("bytes_of_vector", [16, 32, 64])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_hyperbolic_tangents(dtype: str, bytes_of_vector: int) -> None:
+    x = np.random.default_rng(1).standard_normal(1 << 14).astype(dtype) * np.resize([1e-20, 1e-3, 1, 30], 1 << 14)
+    x = x.astype(dtype)
+    exact = np.tanh(x.astype(np.longdouble))
+    found = mapped("tanh", dtype, bytes_of_vector // BYTES[TYPES[dtype]])(x)
+    assert np.max(np.abs(found / exact - 1)) <= 8 * np.finfo(dtype).eps
+
+
+def test_functions_apart_are_told_apart() -> None:
+    """One that is emitted twice, with other keywords, is two functions in a module."""
+
+    def _fill(v, out, *, number):  # type: ignore[no-untyped-def]
+        v.store(v.constant(number), out)
+
+    one, two = (emits(partial(_fill, number=number), apart=True) for number in (1.0, 2.0))
+
+    @njit
+    def run(x, y):  # type: ignore[no-untyped-def]
+        one(address(x))
+        two(address(y))
+
+    x, y = np.zeros((2, 16), np.float32)
+    run(x, y)
+    assert (x[0], y[0]) == (1, 2)
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_vectors_are_taken_three_at_a_time(count: int) -> None:
+    """And twice two rather than three and one, where there are three."""
+
+    def _list(v, out, n):  # type: ignore[no-untyped-def]
+        def some(first, width):  # type: ignore[no-untyped-def]
+            for i in range(width):
+                v.store(v.builder.sitofp(v.index(width), v.element), out, v.mul_index(v.add_index(first, i), v.size))
+
+        for_widths(v, n, (3, 2, 1), some)
+
+    emitted = emits(_list)
+
+    @njit
+    def run(out, n):  # type: ignore[no-untyped-def]
+        emitted(address(out), n)
+
+    out = np.zeros(16, np.float32)
+    run(out, count)
+    widths = [3] * (count // 3) + [count % 3] * (count % 3 > 0)
+    if count > 3 and count % 3 == 1:
+        widths = [*widths[:-2], 2, 2]
+    assert out.tolist() == [float(width) for width in widths for _ in range(width)] + [0.0] * (16 - count)
