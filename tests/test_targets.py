@@ -159,23 +159,30 @@ def test_another_openmp_runtime(openmp: Callable[..., None], script: str) -> Non
 
 
 @pytest.mark.skipif(not X86, reason="names of x86 processors")
-def test_avx512_code_keeps_its_accumulators_in_registers(python: Callable[..., str], tmp_path: Path) -> None:
-    """Compiled for a processor with AVX-512, though not run: the product loops use 512-bit registers and spill none."""
-    script = """
+@pytest.mark.parametrize(("register", "multiply_adds"), [("zmm", 24), ("ymm", 12)], ids=["avx512", "avx2"])
+def test_accumulators_stay_in_registers(
+    python: Callable[..., str], tmp_path: Path, register: str, multiply_adds: int
+) -> None:
+    """Compiled for another processor, though not run: the product loops use whole registers and spill none."""
+    script = f"""
 import re
+register, multiply_adds = {register!r}, {multiply_adds}
 from numba import types
 from numba_attn.cpu import forward
 forward.work.compile(forward.signature("f", types.float32, "f"))
 text = "".join(forward.work.inspect_asm().values())
 loops = re.findall(r"\\n(\\.LBB\\w+):((?:(?!\\n\\.LBB).)*?)\\n\\tj\\w+\\t\\1", text, re.S)
 products = [
-    body for _, body in loops if body.count("vbroadcastss") >= 4 and len(re.findall(r"vfmadd\\w+ps.*zmm", body)) >= 24
+    body for _, body in loops
+    if body.count("vbroadcastss") >= 4 and len(re.findall(rf"vfmadd\\w+ps.*{{register}}", body)) >= multiply_adds
 ]
 assert products, "no product loop"
-assert not any(re.search(r"zmm.*rsp|rsp.*zmm", body) for body in products), "an accumulator in memory"
+in_memory = rf"{{register}}.*rsp|rsp.*{{register}}"
+assert not any(re.search(in_memory, body) for body in products), "an accumulator in memory"
 print(len(products))
 """
-    environment = {"NUMBA_CPU_NAME": "skylake-avx512", "NUMBA_CPU_FEATURES": AVX512, "NUMBA_CACHE_DIR": str(tmp_path)}
+    name, features = {"zmm": ("skylake-avx512", AVX512), "ymm": ("haswell", AVX2)}[register]
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert int(python(script, **environment)) >= 2
 
 

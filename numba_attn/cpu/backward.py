@@ -249,8 +249,8 @@ def add_to_queries(weights, from_key, k, i, rows, first, end, width, operands, s
     lanes, itemsize, columns = sizes.lanes, memory.itemsize, padded(sizes.D, sizes.lanes)
     part, row = edges.keys_of_vectors(first, end, width, memory, at), first * lanes
     key = part.start // 2 if holds_pairs(address(operands)) else part.start
-    gradient_tiles.add_product(
-        as_element(moved(weights, key * from_key + row * itemsize), operands), itemsize, from_key,
+    gradient_tiles.add_product_of_columns(
+        as_element(moved(weights, key * from_key + row * itemsize), operands), from_key,
         min(rows, end * lanes) - row, part.n, as_element(moved(k.data, key * k.row), operands), k.row,
         columns // lanes, element(memory, at.dq + (i * sizes.block + row) * columns), columns * itemsize,
     )  # fmt: skip

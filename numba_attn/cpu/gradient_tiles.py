@@ -17,7 +17,16 @@ from functools import partial
 from llvmlite import ir
 from numba import types
 
-from numba_attn.cpu.blocks import AT_ONCE, INFINITY, fill_rows, for_keys, for_rows, for_vectors, for_width
+from numba_attn.cpu.blocks import (
+    AT_ONCE,
+    INFINITY,
+    fill_rows,
+    for_keys,
+    for_rows,
+    for_vectors,
+    for_width,
+    for_widths,
+)
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I16, Value, Vectors, emits
 from numba_attn.cpu.softmax import exponent, probability
@@ -214,21 +223,12 @@ def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row
 
         for_rows(v, rows, HEIGHTS[width], tile)
 
-    start = v.index(0)
-    for width in range(WIDEST, 0, -1):
-        stop = v.whole_steps(start, vectors, width)
-        if width > 2:
-            # Twice two vectors rather than three and one.
-            one_left = v.builder.icmp_signed("==", v.builder.sub(vectors, stop), v.index(1))
-            back = v.builder.and_(one_left, v.builder.icmp_signed(">", stop, start))
-            stop = v.builder.select(back, v.add_index(stop, -width), stop)
+    for_widths(v, vectors, range(WIDEST, 0, -1), columns)
 
-        def step(first: Value, _: list[Value], width: int = width) -> list[Value]:
-            columns(first, width)
-            return []
 
-        v.loop(start, stop, width, [], step)
-        start = stop
+def _add_product_of_columns(v, a, a_column, rows, count, b, b_row, vectors, to, to_row):
+    """The same for an a whose rows are its columns in memory, so many bytes apart."""
+    _add_product(v, a, v.index(v.size), a_column, rows, count, b, b_row, vectors, to, to_row)
 
 
 def _add_transposed(v, width, x, x_row, rows, n, to, to_row):
@@ -365,10 +365,10 @@ def _copy(v, x, vectors, to):
     for_vectors(v, vectors, lambda at: v.store(v.load(x, at), to, at))
 
 
-probabilities = emits(partial(for_width(_probabilities), biased=False))
-biased_probabilities = emits(partial(for_width(_probabilities), biased=True))
+probabilities = emits(partial(for_width(_probabilities), biased=False), apart=True)
+biased_probabilities = emits(partial(for_width(_probabilities), biased=True), apart=True)
 weights = emits(_weights)
-score_gradients = emits(for_width(_score_gradients))
+score_gradients = emits(for_width(_score_gradients), apart=True)
 differentiate = emits(_differentiate)
 cap_growth = emits(_cap_growth)
 multiply = emits(_multiply)
@@ -376,7 +376,8 @@ scale = emits(_scale)
 fill = emits(_fill)
 pair_keys = emits(_pair_keys)
 pair_lanes = emits(_pair_lanes)
-add_product = emits(_add_product)
+add_product = emits(_add_product, apart=True)
+add_product_of_columns = emits(_add_product_of_columns, apart=True)
 add_transposed = emits(_add_transposed)
 sum_rows = emits(_sum_rows)
 sum_keys = emits(_sum_keys)

@@ -14,7 +14,7 @@ from numba_attn.cpu.tiles import are_pairs, product
 
 # Vectors of the output, and rows of them that are accumulated at once.
 WHOLE = (
-    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY_REGISTERS else {2: (4, 2, 1), 1: (8, 4, 2, 1)}
+    {4: (6, 4, 2, 1), 2: (12, 4, 2, 1), 1: (8, 4, 2, 1)} if MANY_REGISTERS else {2: (6, 4, 2, 1), 1: (8, 4, 2, 1)}
 )  # fmt: skip
 
 
@@ -66,4 +66,4 @@ def _write_products(v, width, rows, value, value_row, Dv, low, high, p, total, g
     return v.any(v.builder.fcmp_unordered("uno", check, check))
 
 
-write_products = emits(_write_products, returns=types.boolean)
+write_products = emits(_write_products, returns=types.boolean, apart=True)

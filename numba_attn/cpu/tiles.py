@@ -23,6 +23,7 @@ from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, fill_rows, fo
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.softmax import accept, times_log
+from numba_attn.cpu.target import MANY_REGISTERS
 
 # Steps of a product at once, in the largest register tiles: that saves operations that are not multiply-adds, which
 # take time where another thread of the same core takes its share of what is done in a cycle.
@@ -54,32 +55,45 @@ def product(
         count = v.half(count)
     if b_row is None:
         b_row = v.index(width * v.bytes)
-    # Four rows share a pointer: x86 addresses them as p, p + r, p + 2r and p + 3r.  From what it knows of the distance
-    # between pointers, LLVM would walk from each row to the next, in a chain of additions that takes longer than the
-    # products; and unrolling the loop, it would run out of registers for addresses.
-    reach = [v.mul_index(a_row, i) for i in range(min(height, 4))]
-    starts = [v.opaque(v.at(a, v.mul_index(a_row, i))) if i else a for i in range(0, height, 4)]
+    # Four rows share a pointer, as x86 addresses p, p + r, p + 2r and p + 3r; rows next to each other all do.  If LLVM
+    # knew the distance between pointers, it would walk from each row to the next, in a chain of additions that takes
+    # longer than the products; and unrolling the loop, it would run out of registers for addresses.
+    neighbours = isinstance(a_row, ir.Constant) and a_row.constant == v.size
+    share = height if neighbours else 4
+    reach = [v.mul_index(a_row, i) for i in range(min(height, share))]
+    starts = [v.opaque(v.at(a, v.mul_index(a_row, i))) if i else a for i in range(0, height, share)]
     pointers = 1 + len(starts)
+
+    def step(b: Value, starts: list[Value], on: int, acc: list[Value]) -> list[Value]:
+        columns = [(v.load_pairs if pairs else v.load)(b, w * v.bytes) for w in range(width)]
+        for i in range(height):
+            at = v.at(starts[i // share], reach[i % share])
+            factor = v.splat(v.load_scalar(at, on, I32 if pairs else None))
+            for w in range(width):
+                acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
+        return acc
 
     def steps(_: Value, carried: list[Value], at_once: int) -> list[Value]:
         (b, *starts), acc = carried[:pointers], carried[pointers:]
-        for step in range(at_once):
-            b_step = v.at(b, v.mul_index(b_row, step)) if step else b
-            columns = [(v.load_pairs if pairs else v.load)(b_step, w * v.bytes) for w in range(width)]
-            for i in range(height):
-                at = v.at(starts[i // 4], reach[i % 4])
-                factor = v.splat(v.load_scalar(at, step * v.size, I32 if pairs else None))
-                for w in range(width):
-                    acc[i * width + w] = (v.dot if pairs else v.fma)(factor, columns[w], acc[i * width + w])
+        if neighbours:
+            for _ in range(at_once - 1):
+                acc = step(b, starts, 0, acc)
+                # LLVM would load all of what is to come first, and spill it, if it knew where that is.
+                b, *starts = v.opaque(v.at(b, b_row)), *(v.opaque(v.at(p, a_step)) for p in starts)
+            at_once = 1
+        for i in range(at_once):
+            acc = step(v.at(b, v.mul_index(b_row, i)) if i else b, starts, i * v.size, acc)
         beyond = v.mul_index(a_step, at_once)
         return [v.at(b, v.mul_index(b_row, at_once)), *(v.at(p, beyond) for p in starts), *acc]
 
     carried = [b, *starts, *(acc or [v.constant(0.0)] * (height * width))]
     start = v.index(0)
     if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs:
-        # The next elements of contiguous rows are at constant distances, which cost no register.
-        contiguous = v.builder.icmp_signed("==", a_step, v.index(v.size))
-        whole = v.builder.select(contiguous, v.whole_steps(start, count, STEPS), start)
+        whole = v.whole_steps(start, count, STEPS)
+        if not neighbours:
+            # The next elements of contiguous rows are at constant distances, which cost no register.
+            contiguous = v.builder.icmp_signed("==", a_step, v.index(v.size))
+            whole = v.builder.select(contiguous, whole, start)
         carried = v.loop(start, whole, STEPS, carried, partial(steps, at_once=STEPS), rolled=True)
         start = whole
     return v.loop(start, count, 1, carried, partial(steps, at_once=1), rolled=True)[pointers:]
@@ -238,7 +252,7 @@ def _exponentials_of_part(
         if on_tiles:
             acc = [v.load(v.at(p, v.mul_index(i, row)), x * v.bytes) for x in range(height * width)]
         else:
-            if height == HEIGHTS[width][0] and not pairs:
+            if height == HEIGHTS[width][0] and not pairs and MANY_REGISTERS:
                 # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
             acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
