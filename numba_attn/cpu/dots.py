@@ -18,6 +18,8 @@ from numba_attn.storage import TOGETHER
 # Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
 # foresees; with 16, as many as there are sums in a vector, as fewer wait for each other.
 BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
+# Whether rows that are read side by side are asked for one after the other, not a line of each in turns.
+WHOLE_ROWS = not target.MANY_REGISTERS
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 HEAD_SIZES = 64, COLUMNS  # for which there is a form without loops over a row, whose queries stay in registers,
@@ -167,7 +169,9 @@ def _dots_beside(
             sums = [multiply(key, query, total) for (key, query), total in zip(pairs, sums, strict=True)]
         return sums
 
-    line = max(1, LINE // (lanes * BYTES[stored]))
+    line, one_by_one = max(1, LINE // (lanes * BYTES[stored])), WHOLE_ROWS and len(later) > 1
+    for row in later if one_by_one else []:
+        v.loop(0, v.mul_index(held, BYTES[stored]), LINE, [], partial(_ask, v, row), rolled=True)
     of_fours = stored == narrow.INT4
     at_once = TOGETHER // lanes if of_fours else max(1, min(UNROLLED // height, COLUMNS // lanes))
 
@@ -175,7 +179,7 @@ def _dots_beside(
         together = vectors if of_fours else 1
         for i in range(0, vectors, together):
             here = v.add_index(d, i * lanes)
-            if i % line == 0:
+            if i % line == 0 and not one_by_one:
                 for row in later:
                     v.prefetch(row, v.mul_index(here, BYTES[stored]))
             sums = columns(here, sums, together)
@@ -187,6 +191,11 @@ def _dots_beside(
     end = v.whole_steps(whole, held, lanes)
     sums = v.loop(whole, end, lanes, sums, partial(some, vectors=1), rolled=True)
     return v.loop(end, held, lanes, sums, half, rolled=True) if two and BYTES[stored] == 2 else sums
+
+
+def _ask(v: Vectors, row: Value, at: Value, _: list[Value]) -> list[Value]:
+    v.prefetch(row, at)
+    return []
 
 
 def _sums_across(v: Vectors, vectors: list[Value], add: Callable[[Value, Value], Value]) -> Value:

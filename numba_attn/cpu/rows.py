@@ -19,20 +19,21 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.as_read import mix_one
-from numba_attn.cpu.blocks import INFINITY, for_rows
+from numba_attn.cpu.blocks import INFINITY, for_rows, for_widths
 from numba_attn.cpu.factors import across, factors_of, powers_of_two, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
-from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Ahead, Walk, row_at
+from numba_attn.cpu.walk import ALONE, FEW_OF_VALUES, FEW_QUANTIZED, Ahead, Walk, row_at
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
-# So many rows that values are read once.
+# So many rows that values are read once.  One row has vectors for 128 numbers, so that those are read in order, even if
+# a sum or two are then in memory, where there are 16 registers.
 OUTPUTS = (
     {8: (2, 1), 4: (4, 2, 1), 2: (8, 4, 2, 1), 1: (8, 4, 2, 1)}
     if MANY_REGISTERS
-    else {4: (2, 1), 2: (4, 2, 1), 1: (8, 4, 2, 1)}
+    else {4: (3, 2, 1), 2: (6, 4, 2, 1), 1: (16, 8, 4, 2, 1)}
 )
 
 
@@ -104,6 +105,11 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
     walk, vectors = Walk(value, offsets, n, row, until, page), v.builder.sdiv(Dv, v.index(v.lanes))
     at_once, words, multiply = factors.together, v.pointees["p"] == WORDS, factors.multiply
 
+    def widths_of(height: int) -> list[int]:
+        """Of integers, and of two keys side by side, so many vectors as `narrow` makes of them."""
+        plain = at_once == 1 and BYTES[stored] > 1
+        return [width for width in OUTPUTS[height] if plain or width in (8, 4, 2, 1)]
+
     def ahead_of(asked: bool) -> Ahead:
         return Ahead(value, offsets, vectors, v.lanes * BYTES[stored], asked)
 
@@ -153,7 +159,7 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
                     total = v.fma(more, steps, total) if words else v.add(total, more)
                     v.store(total, outs[r], w * v.bytes)
 
-        for_rows(v, vectors, OUTPUTS[height], block)
+        for_widths(v, vectors, widths_of(height), block)
 
     def in_rows(heights: list[int], asked: bool) -> None:
         _near(v, n, Dv, lambda begin, end: for_rows(v, rows, heights, partial(some, begin, end, asked=asked)))
@@ -163,9 +169,9 @@ def _mix(v, rows, value, offsets, ahead, row, until, page, Dv, n, p, stride, ste
             out = v.at(o, v.mul_index(vector, v.bytes))
             mix_one(v, factors, walk, ahead_of(asked), ahead, vector, width, Dv, p, p_row, out)
 
-        for_rows(v, vectors, OUTPUTS[1], block)
+        for_rows(v, vectors, widths_of(1), block)
 
-    few = FEW_QUANTIZED if words else FEW
+    few = FEW_QUANTIZED if words else FEW_OF_VALUES
     form, forms = v.index(0), {0: partial(in_rows, [*OUTPUTS], True)}
     is_few = v.builder.icmp_signed("<=", rows, v.index(few))
     if words:

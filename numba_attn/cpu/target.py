@@ -33,9 +33,9 @@ ISA = os.environ.get("NUMBA_ATTN_ISA") or (
 )
 VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "generic": 16}[ISA]
 MANY_REGISTERS = ISA in ("avx512", "neon")  # 32 of vectors, not 16
-# The cache that lines are asked into, as LLVM counts: 3 is the first level, 2 the second.  On Zen 4 those for the first
-# take one of its few places for loads that miss, and less is on the way from memory than without.
-PREFETCH = 2 if NAME == "znver4" else 3
+# The cache that lines are asked into, as LLVM counts: 3 is the first level, 2 the second.  On Zen 3 and 4 those for the
+# first take one of its few places for loads that miss, and less is on the way from memory than without.
+PREFETCH = 2 if NAME in ("znver3", "znver4") else 3
 
 
 def _tiles_permitted() -> bool:

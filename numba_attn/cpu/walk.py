@@ -14,9 +14,10 @@ from numba_attn.cpu import target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.simd import I64, Value, Vectors
 
-# Query rows, also where K and V are integers, for which so little is done with a row that hardware keeps up alone, if
-# it is let alone: asking for lines then takes longer than it saves.
-FEW, FEW_QUANTIZED = 2, 1
+# Query rows, with keys, with values, and where both are integers, for which so little is done with a row that hardware
+# keeps up alone, if it is let alone: asking for lines then takes longer than it saves.  Values are not read in order
+# for two rows where there are too few registers for the sums of both.
+FEW, FEW_OF_VALUES, FEW_QUANTIZED = 2, 2 if target.MANY_REGISTERS else 1, 1
 ALONE = target.PREFETCH == 2
 
 
@@ -35,22 +36,34 @@ class Ahead(NamedTuple):
     asked: bool
 
     def begin(self, v: Vectors, row: Value, done: Value) -> list[Value]:
-        """The row and the vector of it that come next, if so many vectors from a row on have been asked for."""
+        """What comes next, if so many vectors from a row on have been asked for: its place, vectors left, and row."""
         if not self.asked:
             return []
-        return [v.add_index(row, v.builder.sdiv(done, self.vectors)), v.builder.srem(done, self.vectors)]
+        row, vector = v.add_index(row, v.builder.sdiv(done, self.vectors)), v.builder.srem(done, self.vectors)
+        start = row_at(v, self.base, self.offsets, row)
+        return [v.at(start, v.mul_index(vector, self.size)), v.builder.sub(self.vectors, vector), row]
 
     def ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
         """Ask for so many, no more than a row has; the next ones."""
         if not self.asked:
             return []
-        b, (row, vector) = v.builder, at
-        start, step = row_at(v, self.base, self.offsets, row), max(1, LINE // self.size)
-        for w in range(0, width, step):
-            v.prefetch(start, v.mul_index(v.add_index(vector, w), self.size))
-        vector = v.add_index(vector, width)
-        over = b.icmp_signed(">=", vector, self.vectors)
-        return [b.select(over, v.add_index(row, 1), row), b.select(over, b.sub(vector, self.vectors), vector)]
+        b, (place, left, row) = v.builder, at
+        for w in range(0, width, max(1, LINE // self.size)):
+            v.prefetch(place, w * self.size)
+        place, left = v.at(place, width * self.size), v.add_index(left, -width)
+        before, ended, there = b.block, b.append_basic_block("ended"), b.append_basic_block("there")
+        b.cbranch(b.icmp_signed("<=", left, v.index(0)), ended, there)
+        b.position_at_end(ended)
+        following = v.add_index(row, 1)
+        start = v.at(row_at(v, self.base, self.offsets, following), v.mul_index(left, -self.size))
+        changed = [start, v.add_index(left, self.vectors), following]
+        b.branch(there)
+        b.position_at_end(there)
+        phis = [b.phi(x.type) for x in changed]
+        for phi, same, other in zip(phis, [place, left, row], changed, strict=True):
+            phi.add_incoming(same, before)
+            phi.add_incoming(other, ended)
+        return phis
 
 
 class Walk(NamedTuple):
