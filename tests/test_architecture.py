@@ -106,7 +106,7 @@ MAY_IMPORT = {
     "cpu.stored": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.visible"},
     "cpu.tiles": {"cpu.amx", "cpu.blocks", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.target"},
     "cpu.mask_tiles": {"cpu.blocks", "cpu.narrow", "cpu.simd", "block_mask"},
-    "cpu.pack": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax"},
+    "cpu.pack": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target"},
     "cpu.dropout": {"cpu.blocks", "cpu.simd", "random"},
     "cpu.captures": {"checks", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},

@@ -12,6 +12,7 @@ from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import lane_rows
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
+from numba_attn.cpu.target import MANY_REGISTERS
 
 
 def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
@@ -20,8 +21,11 @@ def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
     return v.builder.select(contiguous, v.whole_steps(v.index(0), count, v.lanes), v.index(0))
 
 
-def _transpose(v, width, q, q_row, q_step, rows, D, qt):
-    """qt (D, width x lanes) = q.T, or pairs of it along D; the last row again in lanes beyond `rows`."""
+def _transpose(v, width, q, q_row, q_step, rows, D, qt, *, asking):
+    """qt (D, width x lanes) = q.T, or pairs of it along D; the last row again in lanes beyond `rows`.
+
+    With `asking`, the rows of the next vector are asked for while one is made.
+    """
     stored, kept = v.pointees["q"], v.pointees["qt"]
     pairs, kept_size = kept == PAIRS, BYTES[kept]
     row = v.mul_index(width, v.lanes * kept_size)
@@ -32,7 +36,7 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt):
         lanes = [v.at(q, v.mul_index(q_row, i)) for i in lane_rows(v, w, rows)]
 
         def square(d: Value, _: list[Value]) -> list[Value]:
-            for lane in lanes:  # of the next squares
+            for lane in lanes if asking else []:
                 v.prefetch(v.at(lane, v.mul_index(q_row, v.lanes)), v.mul_index(d, size))
             columns = v.transpose([narrow.load(v, lane, v.mul_index(d, size), stored) for lane in lanes])
             at = v.mul_index(w, v.lanes * kept_size)
@@ -242,7 +246,9 @@ def _fill(v, array, row, step, rows, columns, value):
     v.each(rows, line)
 
 
-transpose = emits(_transpose)
+# For a few rows, of queries, asking takes longer than it saves where addresses of so many fit no registers.
+transpose = emits(partial(_transpose, asking=MANY_REGISTERS))
+transpose_tile = emits(partial(_transpose, asking=True))
 copy_rows = emits(_copy_rows)
 pair_rows = emits(_pair_rows)
 write_rows = emits(_write_rows, returns=types.boolean)

@@ -144,11 +144,11 @@ def load_tile(head, k, v, low, high, packing, operands, sizes, memory, at):
         pack.copy_rows(moved(k.data, low * k.row), k.row, k.step, n, D, columns_of(D, operands), copied)
     v_low, vectors = moved(v.data, low * v.row), vectors_of_values(n, sizes)
     if pairs and ON_TILES:
-        pack.transpose(vectors, v_low, v.row, v.step, n, Dv, as_bfloat16(values))
+        pack.transpose_tile(vectors, v_low, v.row, v.step, n, Dv, as_bfloat16(values))
     elif pairs:
         pack.pair_rows(v_low, v.row, v.step, n, Dv, values)
     elif packing:
-        pack.transpose(vectors, v_low, v.row, v.step, n, Dv, values)
+        pack.transpose_tile(vectors, v_low, v.row, v.step, n, Dv, values)
     return k, v
 
 
