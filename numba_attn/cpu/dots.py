@@ -169,8 +169,8 @@ def _dots_beside(
             sums = [multiply(key, query, total) for (key, query), total in zip(pairs, sums, strict=True)]
         return sums
 
-    line, one_by_one = max(1, LINE // (lanes * BYTES[stored])), WHOLE_ROWS and len(later) > 1
-    for row in later if one_by_one else []:
+    line, row_by_row = max(1, LINE // (lanes * BYTES[stored])), WHOLE_ROWS and len(later) > 1
+    for row in later if row_by_row else []:
         v.loop(0, v.mul_index(held, BYTES[stored]), LINE, [], partial(_ask, v, row), rolled=True)
     of_fours = stored == narrow.INT4
     at_once = TOGETHER // lanes if of_fours else max(1, min(UNROLLED // height, COLUMNS // lanes))
@@ -179,7 +179,7 @@ def _dots_beside(
         together = vectors if of_fours else 1
         for i in range(0, vectors, together):
             here = v.add_index(d, i * lanes)
-            if i % line == 0 and not one_by_one:
+            if i % line == 0 and not row_by_row:
                 for row in later:
                     v.prefetch(row, v.mul_index(here, BYTES[stored]))
             sums = columns(here, sums, together)
@@ -194,6 +194,7 @@ def _dots_beside(
 
 
 def _ask(v: Vectors, row: Value, at: Value, _: list[Value]) -> list[Value]:
+    """Ask for a line of a row."""
     v.prefetch(row, at)
     return []
 

@@ -23,9 +23,10 @@ REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
 HEIGHTS = REGISTER_TILES[target.ISA]
 WIDEST = max(HEIGHTS)
 MOST_BLOCKS = 16
-# Bytes of the second-level cache for a key tile, and as many for the state of a task's row blocks: processors with
-# AVX-512 have a megabyte or more of it.
+# Bytes of the second-level cache for a key tile, and for the states of a task's row blocks: processors with AVX-512 have
+# a megabyte or more of it, AMD's others half of one, and some a quarter.
 CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
+STATES = 1024 * (320 if target.ISA == "avx512" else 300 if target.NAME.startswith("znver") else 160)
 # Keys of a sequence that is one tile, at most, and bytes of its values, beside which probabilities stay in the
 # first-level cache, for results that are made at once.
 SHORT, VALUES = 128, 32 * 1024
@@ -57,7 +58,7 @@ def plan(
     block = WIDEST * target.VECTOR_BYTES // itemsize
     keys = tile_keys(block, D, Dv, itemsize)
     rows = -(-Lq // block)
-    fit = min(CACHE // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
+    fit = min(STATES // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
     mean_rows = Lq if mean_rows is None else mean_rows
     most = _within(fit, 1, MOST_BLOCKS)
     blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, most)

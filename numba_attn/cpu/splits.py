@@ -20,7 +20,7 @@ from numba_attn.cpu.score import Sequences, Settings, element
 # as one.  Many, as memory is read at half of its speed for a microsecond where one product ends and the next begins.
 SPLIT, LONG = 512, 4096
 MOST_SPLIT = 4 * SPLIT
-TABLE = MOST_SPLIT + MOST_AHEAD  # of offsets: rows of a task, and those that are asked for
+TABLE = MOST_SPLIT + MOST_AHEAD + 1  # of offsets: rows of a task, those asked for, and one that is looked up in vain
 
 # How the problem is cut: query rows of a head, query heads that are done at once, blocks of these of a key-value head,
 # splits of a sequence.  Of a whole call, the most of each; of a sequence, see `cut_of`.

@@ -44,7 +44,10 @@ class Ahead(NamedTuple):
         return [v.at(start, v.mul_index(vector, self.size)), v.builder.sub(self.vectors, vector), row]
 
     def ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
-        """Ask for so many, no more than a row has; the next ones."""
+        """Ask for so many, no more than a row has; the next ones.
+
+        Behind the last vector of a row the next row is looked up, even if none of it is then asked for.
+        """
         if not self.asked:
             return []
         b, (place, left, row) = v.builder, at
