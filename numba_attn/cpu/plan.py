@@ -23,8 +23,8 @@ REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
 HEIGHTS = REGISTER_TILES[target.ISA]
 WIDEST = max(HEIGHTS)
 MOST_BLOCKS = 16
-# Bytes of the second-level cache for a key tile, and for the states of a task's row blocks: processors with AVX-512 have
-# a megabyte or more of it, AMD's others half of one, and some a quarter.
+# Bytes of the second-level cache for a key tile, and for the states of a task's row blocks: processors with AVX-512
+# have a megabyte or more of it, AMD's others half of one, and some a quarter.
 CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
 STATES = 1024 * (320 if target.ISA == "avx512" else 300 if target.NAME.startswith("znver") else 160)
 # Keys of a sequence that is one tile, at most, and bytes of its values, beside which probabilities stay in the
