@@ -1,9 +1,9 @@
 """How close is close enough.
 
 A result is as accurate as its precision allows if its largest error against float64 is at most twice that of the same
-computation in plain NumPy at that precision, plus a floor; and never above a cap, or the floor.  The floor is what
-single roundings come to: of the results themselves, and of the scores, where one unit in the last place of a score s
-moves a probability by |s| units in its last place: with scores beyond 250, more than the cap of float32.
+computation in plain NumPy at that precision, plus a floor; and never above a cap.  The floor is what single roundings
+come to: of the results themselves, and of the scores, where one unit in the last place of a score s moves a probability
+by |s| units in its last place.
 
 The precision is float32 for problems of 16 bits, of which only the output is rounded to its own type.  Where products
 are those of bfloat16 numbers, the probabilities may be rounded to that type, and float32 input may have been.
@@ -111,10 +111,9 @@ def _complaints(
             # A sum over rows, of scores that are made a second time: few rows by products in another order.
             roundings += rows + _largest_product(*arrays[:2], options.get("scale"))
         rough_error = float(np.nanmax(np.abs(rough - truth)))
-        floor = roundings * float(np.finfo(working).eps)
-        allowed = 2 * rough_error + floor * scale
+        allowed = 2 * rough_error + roundings * float(np.finfo(working).eps) * scale
         if rough_error <= CAPS[working]:
-            allowed = min(allowed, max(CAPS[working] * (1 if name == "out" else max(1, score)), floor) * scale)
+            allowed = min(allowed, CAPS[working] * scale * (1 if name == "out" else max(1, score)))
         slack: Any = 0.0
         if name == "out" and working != dtype:
             slack = largest_value * (2.0**-8 if is_bfloat16(dtype) else 2.0**-11 if rounded_weights else 0.0)
