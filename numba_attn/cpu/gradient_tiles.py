@@ -20,6 +20,7 @@ from numba import types
 from numba_attn.cpu.blocks import (
     AT_ONCE,
     INFINITY,
+    LINE,
     fill_rows,
     for_keys,
     for_rows,
@@ -215,6 +216,12 @@ def _add_product(v, a, a_row, a_step, rows, count, b, b_row, vectors, to, to_row
 
         def tile(i: Value, height: int) -> None:
             start = v.at(a, v.mul_index(i, a_row))
+            # The next rows, which are as far apart as hardware does not foresee: sums of keys and values are in no near
+            # cache.
+            for r in range(height, 2 * height):
+                line = v.at(to, v.add_index(v.mul_index(v.add_index(i, r), to_row), here))
+                for byte in [*range(0, width * v.bytes - 1, LINE), width * v.bytes - 1]:
+                    v.prefetch(line, byte)
             acc = product(v, start, a_row, a_step, v.at(b, here), count, height, width, pairs, b_row)
             for r in range(height):
                 line = v.at(to, v.add_index(v.mul_index(v.add_index(i, r), to_row), here))
