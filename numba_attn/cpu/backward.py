@@ -62,7 +62,8 @@ def memory_map(sizes, blocks):
     rows = per_group + 3 * group + (2 * group // lanes + blocks + group + lanes - 1) // lanes * lanes
     products = rows + group * (sizes.D + sizes.Dv) + 2 * block * sizes.Dv
     tiles_ = products + group * (2 * D + Dv)
-    copies = tiles_ + 2 * keys * group
+    # Rows of clean keys are spread over two cache lines more at most.
+    copies, clean = tiles_ + 2 * keys * group, keys * (D + 32)
     return Memory(
         scores=0,
         bias=tile,
@@ -92,9 +93,9 @@ def memory_map(sizes, blocks):
         ds=tiles_ + keys * group,
         k=copies,
         clean=copies + keys * D,
-        pairs=copies + 2 * keys * D,
-        v=copies + 3 * keys * D,
-        size=copies + keys * (3 * D + Dv),
+        pairs=copies + keys * D + clean,
+        v=copies + 2 * keys * D + clean,
+        size=copies + keys * (2 * D + Dv) + clean,
     )
 
 
@@ -197,7 +198,7 @@ def differentiate_group(
                         k_tile = load_pairs(k, tile_low, n_tile, D, operands, memory, at.pairs)
                         v_tile = load_pairs(v, tile_low, n_tile, Dv, operands, memory, at.v)
                         paired = as_element(k_rows.data, operands)
-                        pack.pair_rows(k_rows.data, k_rows.row, itemsize, n_tile, columns, paired)
+                        pack.pair_rows(k_rows.data, k_rows.row, itemsize, n_tile, k_rows.row // itemsize, paired)
                     else:
                         v_plain = load_values(v, tile_low, n_tile, sizes, memory, at)
                         k_tile, v_tile = as_operands(k_plain, operands), as_operands(v_plain, operands)

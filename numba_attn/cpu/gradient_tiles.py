@@ -351,16 +351,20 @@ def _drop_infinite(v, x, vectors):
     return v.any(v.loop(0, vectors, 1, [none], vector)[0])
 
 
-def _is_finite(v, x, x_row, rows, vectors):
-    """Whether every number of x (rows, vectors) is finite."""
+def _copy_finite(v, x, x_row, rows, vectors, to, to_row):
+    """to = x (rows, vectors), but 0 where it is not finite; rows are `x_row` and `to_row` bytes apart."""
     zero = v.constant(0.0)
 
-    def row(i: Value, checks: list[Value]) -> list[Value]:
-        at = v.at(x, v.mul_index(i, x_row))
-        return v.loop(0, vectors, 1, checks, lambda j, c: [v.fma(v.load(at, v.mul_index(j, v.bytes)), zero, c[0])])
+    def row(i: Value) -> None:
+        of, line = v.at(x, v.mul_index(i, x_row)), v.at(to, v.mul_index(i, to_row))
 
-    (check,) = v.loop(0, rows, 1, [zero], row)
-    return v.builder.not_(v.any(v.builder.not_(v.equal(check, zero))))
+        def vector(at: Value) -> None:
+            number = v.load(of, at)
+            v.store(v.select(v.equal(v.mul(number, zero), zero), number, zero), line, at)
+
+        for_vectors(v, vectors, vector)
+
+    v.each(rows, row)
 
 
 def _add_vectors(v, x, vectors, to):
@@ -391,6 +395,6 @@ sum_keys = emits(_sum_keys)
 sum_distances = emits(_sum_distances)
 column_dots = emits(_column_dots)
 drop_infinite = emits(_drop_infinite, returns=types.boolean)
-is_finite = emits(_is_finite, returns=types.boolean)
+copy_finite = emits(_copy_finite)
 add_vectors = emits(_add_vectors)
 copy = emits(_copy)

@@ -8,7 +8,7 @@ from numba import types
 
 from numba_attn.block_mask import FULL
 from numba_attn.cpu import dropout, edges, gradient_tiles, pack, tiles, user_functions
-from numba_attn.cpu.blocks import LOG2_E
+from numba_attn.cpu.blocks import LINE, LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.pointers import as_element, moved
@@ -49,23 +49,23 @@ def padded(columns, lanes):
 
 
 @device
+def spread(columns, itemsize):
+    """The same so that rows lie an odd number of cache lines apart, and a column of them all over the cache."""
+    return ((columns * itemsize + LINE - 1) // LINE | 1) * LINE // itemsize
+
+
+@device
 def load_keys(k, first, n, sizes, memory, at):
-    """Rows [first, first + n) of keys: as they are, and contiguous in whole vectors, with 0 for what is not finite."""
+    """Rows [first, first + n) of keys: as they are, and `spread` in whole vectors, with 0 for what is not finite."""
     D, lanes, itemsize = sizes.D, sizes.lanes, memory.itemsize
-    columns = padded(D, lanes)
-    data, copied = moved(k.data, first * k.row), element(memory, at.k)
-    plain = as_element(data, memory)
-    in_place_too = not is_narrow(k) and k.step == itemsize and columns == D
-    if in_place_too and gradient_tiles.is_finite(plain, k.row, n, D // lanes):
-        return Matrix(plain, k.row, k.step), Matrix(plain, k.row, k.step)
-    pack.copy_rows(data, k.row, k.step, n, D, columns, copied)
-    copies = Matrix(copied, columns * itemsize, itemsize)
-    if gradient_tiles.is_finite(copied, copies.row, n, columns // lanes):
-        return copies, copies
-    clean = element(memory, at.clean)
-    gradient_tiles.copy(copied, n * columns // lanes, clean)
-    gradient_tiles.drop_infinite(clean, n * columns // lanes)
-    return copies, Matrix(clean, copies.row, itemsize)
+    columns, data = padded(D, lanes), moved(k.data, first * k.row)
+    plain = Matrix(as_element(data, memory), k.row, k.step)
+    if is_narrow(k) or k.step != itemsize or columns != D:
+        plain = Matrix(element(memory, at.k), columns * itemsize, itemsize)
+        pack.copy_rows(data, k.row, k.step, n, D, columns, plain.data)
+    clean = Matrix(element(memory, at.clean), spread(D, itemsize) * itemsize, itemsize)
+    gradient_tiles.copy_finite(plain.data, plain.row, n, columns // lanes, clean.data, clean.row)
+    return plain, clean
 
 
 @device
