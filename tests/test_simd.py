@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +17,16 @@ from numba_attn.cpu.simd import BYTES, Vectors, emits
 TYPES = {"float32": types.float32, "float64": types.float64}
 
 
-def mapped(operation: str, dtype: str, lanes: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of `Vectors`, done to an array two vectors at a time, with so many lanes."""
+def mapped(operation: Callable[..., Any], dtype: str, lanes: int) -> Callable[..., np.ndarray]:
+    """An operation of `Vectors` on a number and vectors, done to an array: two vectors at a time, of so many lanes."""
 
-    def _map(v, x, out, count):  # type: ignore[no-untyped-def]
+    def _map(v, x, out, count, number):  # type: ignore[no-untyped-def]
         wide = Vectors(v.builder, v.dtype, lanes)
 
         def two(i):  # type: ignore[no-untyped-def]
             at = wide.mul_index(i, 2 * wide.bytes)
-            for n, y in enumerate(
-                getattr(wide, operation)(*(wide.load(x, wide.add_index(at, n * wide.bytes)) for n in (0, 1)))
-            ):
+            xs = [wide.load(x, wide.add_index(at, n * wide.bytes)) for n in (0, 1)]
+            for n, y in enumerate(operation(wide, number, *xs)):
                 wide.store(y, out, wide.add_index(at, n * wide.bytes))
 
         wide.each(count, two)
@@ -34,12 +34,12 @@ def mapped(operation: str, dtype: str, lanes: int) -> Callable[[np.ndarray], np.
     emitted = emits(_map)
 
     @njit
-    def run(x, out):  # type: ignore[no-untyped-def]
-        emitted(address(x), address(out), x.size // (2 * lanes))
+    def run(x, out, number):  # type: ignore[no-untyped-def]
+        emitted(address(x), address(out), x.size // (2 * lanes), number)
 
-    def on_array(x: np.ndarray) -> np.ndarray:
+    def on_array(x: np.ndarray, number: float = 0) -> np.ndarray:
         out = np.empty_like(x)
-        run(x, out)
+        run(x, out, x.dtype.type(number))
         return out
 
     return on_array
@@ -50,7 +50,7 @@ def mapped(operation: str, dtype: str, lanes: int) -> Callable[[np.ndarray], np.
 def test_powers_of_two(dtype: str, bytes_of_vector: int) -> None:
     """By a polynomial or a table of roots, whatever a register allows: to two units, exact at integers, 0 far below."""
     lowest, lanes = {"float32": -100, "float64": -960}[dtype], bytes_of_vector // BYTES[TYPES[dtype]]
-    exp2 = mapped("exp2", dtype, lanes)
+    exp2 = mapped(lambda v, _, *xs: v.exp2(*xs), dtype, lanes)
     x = np.random.default_rng(0).uniform(lowest, 60, 1 << 14).astype(dtype)
     exact = np.exp2(x.astype(np.longdouble))
     assert np.max(np.abs(exp2(x) / exact - 1)) <= 2 * np.finfo(dtype).eps
@@ -65,9 +65,18 @@ def test_powers_of_two(dtype: str, bytes_of_vector: int) -> None:
 def test_hyperbolic_tangents(dtype: str, bytes_of_vector: int) -> None:
     x = np.random.default_rng(1).standard_normal(1 << 14).astype(dtype) * np.resize([1e-20, 1e-3, 1, 30], 1 << 14)
     x = x.astype(dtype)
-    exact = np.tanh(x.astype(np.longdouble))
-    found = mapped("tanh", dtype, bytes_of_vector // BYTES[TYPES[dtype]])(x)
-    assert np.max(np.abs(found / exact - 1)) <= 8 * np.finfo(dtype).eps
+    tanh = mapped(lambda v, factor, *xs: v.tanh(factor, *xs), dtype, bytes_of_vector // BYTES[TYPES[dtype]])
+    for factor in np.array([1, -0.3, 1e-5], dtype):
+        exact = np.tanh(x.astype(np.longdouble) * factor)
+        assert np.max(np.abs(tanh(x, factor) / exact - 1)) <= 8 * np.finfo(dtype).eps
+    special = np.resize(np.array([np.inf, -np.inf, np.finfo(dtype).max, 0, np.nan, 1, -1, 1e-20]), 1 << 6).astype(dtype)
+    for factor, expected in [
+        (1, [1, -1, 1, 0, np.nan, np.tanh(1), -np.tanh(1), 1e-20]),
+        (0, [np.nan, np.nan, 0, 0, np.nan, 0, 0, 0]),
+        (-np.inf, [-1, 1, -1, 0, np.nan, -1, 1, -1]),  # 0, not NaN, as of a factor too large to be a number
+        (1e-30, [1, -1, 1, 0, np.nan, 1e-30, -1e-30, 0]),
+    ]:
+        assert np.allclose(tanh(special, factor), np.resize(expected, 1 << 6), 1e-5, 1e-40, equal_nan=True)
 
 
 def test_functions_apart_are_told_apart() -> None:

@@ -129,12 +129,12 @@ def _differentiate(v, width, dp, n, keep, keep_row, growth, growth_row, delta, p
     for_vectors(v, width, vector)
 
 
-def _cap_growth(v, width, s, n, softcap, growth):
-    """growth = 1 - (s / softcap)**2, the derivative of the cap where it has made s."""
-    inverse, one = v.splat(v.builder.fdiv(ir.Constant(v.element, 1.0), softcap)), v.constant(1.0)
+def _cap_growth(v, width, s, n, growth):
+    """growth = 1 - s**2, the derivative of the cap where it has made s."""
+    one = v.constant(1.0)
 
     def vector(at: Value) -> None:
-        y = v.mul(v.load(s, at), inverse)
+        y = v.load(s, at)
         v.store(v.fma(v.sub(v.constant(0.0), y), y, one), growth, at)
 
     for_vectors(v, v.mul_index(width, n), vector)

@@ -263,25 +263,30 @@ def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
 def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     """Cap products, and let a function change them; by what they are to be multiplied to be scores of base 2."""
     width = (rows * heads + sizes.lanes - 1) // sizes.lanes
-    functions, natural = head.functions, cap(settings, tile, width, scores, memory)
+    functions, natural = head.functions, cap(settings, tile, width, scores)
     if functions.codes[SCORE] != 0:
         natural = settle(head, tile, width, natural, scores, memory)
         user_functions.run_score_pass(
             functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, width * sizes.lanes, rows,
             natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
         )  # fmt: skip
-    elif settings.softcap == 0:
-        return settings.scale_2
-    return memory.dtype.type(LOG2_E)
+        return memory.dtype.type(LOG2_E)
+    return base_2(settings, memory)
 
 
 @device
-def cap(settings, tile, width, scores, memory):
+def cap(settings, tile, width, scores):
     """Cap products, if that is wanted; by what they are to be multiplied to be scores."""
     if settings.softcap == 0:
         return settings.scale
     softmax.cap(width, scores, tile.stop - tile.start, settings.scale, settings.softcap)
-    return memory.dtype.type(1)
+    return settings.softcap
+
+
+@device
+def base_2(settings, memory):
+    """By what products are to be multiplied that have been through `cap`, to be scores of base 2."""
+    return settings.scale_2 if settings.softcap == 0 else settings.softcap * memory.dtype.type(LOG2_E)
 
 
 @device

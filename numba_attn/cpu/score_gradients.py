@@ -15,6 +15,7 @@ from numba_attn.cpu.pointers import as_element, moved
 from numba_attn.cpu.score import (
     DERIVATIVE,
     SCORE,
+    base_2,
     cap,
     columns_of,
     copies_keys,
@@ -138,7 +139,7 @@ def score_gradients(
     n, width = tile.stop - tile.start, (rows + sizes.lanes - 1) // sizes.lanes
     block_row = width * sizes.lanes * memory.itemsize
     scores, functions, block = element(memory, at.scores), head.functions, sizes.block * memory.itemsize
-    is_capped, is_changed = settings.softcap != 0, functions.codes[SCORE] != 0
+    is_changed = functions.codes[SCORE] != 0
     growth, growth_row = element(memory, at.one), 0
     edges.cut(tile, width, not tile.edged, sizes, memory, at)
     plain = settings.softcap == 0 and is_plain(head) and not coarse
@@ -151,10 +152,9 @@ def score_gradients(
         probabilities_of_parts(k, qt, tile, width, settings.scale_2, norms, block, p, p_row, sizes, memory, at)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
-        natural = cap(settings, tile, width, scores, memory)
-        if is_capped:
-            gradient_tiles.cap_growth(width, scores, n, settings.softcap, element(memory, at.growth))
-        unit = memory.dtype.type(LOG2_E) if is_capped else settings.scale_2
+        natural, unit = cap(settings, tile, width, scores), base_2(settings, memory)
+        if settings.softcap != 0:
+            gradient_tiles.cap_growth(width, scores, n, element(memory, at.growth))
         if is_changed:
             natural, unit = settle(head, tile, width, natural, scores, memory), memory.dtype.type(LOG2_E)
             derivative, across = element(memory, at.derivative), width * sizes.lanes

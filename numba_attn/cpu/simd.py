@@ -113,6 +113,10 @@ class Vectors:
     def constant(self, value: float) -> Value:
         return ir.Constant(self.type, [self.rounded(value)] * self.lanes)
 
+    def number(self, value: float) -> Value:
+        """A scalar constant."""
+        return ir.Constant(self.element, self.rounded(value))
+
     def rounded(self, value: float) -> float:
         """A constant of the element type; LLVM wants single-precision ones as the doubles that they round to."""
         return float(np.float32(value)) if self.size == 4 else value
@@ -316,35 +320,41 @@ class Vectors:
         name = wide if self.bytes == 64 else "avx2.permps"
         return self.builder.call(self._function(f"llvm.x86.{name}", kind), [x, lanes])
 
-    def tanh(self, *ys: Value) -> list[Value]:
-        """Hyperbolic tangent of several vectors, to a few units in the last place, of tiny numbers too.
+    def tanh(self, factor: Value, *xs: Value) -> list[Value]:
+        """Hyperbolic tangent of factor * x, for several vectors, to a few units in the last place, of tiny ones too.
 
-        With expm1(2|y|) = e: e / (e + 2).  And with 2|y| log2(e) = n + f, where 2**f - 1 = f * q(f) loses nothing,
+        With expm1(2 y) = e: e / (e + 2).  And with 2 y log2(e) = n + f, where 2**f - 1 = f * q(f) loses nothing,
         e = 2**n * (f * q(f)) + (2**n - 1).
         """
         b = self.builder
-        shift, largest, bias = (23, 40.0, 127) if self.size == 4 else (52, 80.0, 1023)
-        # Of (2**f - 1) / f, as Taylor has them: near 0, the others are not good enough.
-        terms = range(1, 8 if self.size == 4 else 15)
-        series = [math.log(2) ** k / math.factorial(k) for k in terms]
-        at_limit, to_exponent, magic, *coefficients = self._in_memory(
-            "tanh", [largest, 2 / math.log(2), 1.5 * 2.0**shift, *series]
-        )
-        limit, factor, rounder = at_limit(), to_exponent(), magic()
-        sign = ir.Constant(self.bits, [1 << (8 * self.size - 1)] * self.lanes)
-        signs = [b.and_(b.bitcast(y, self.bits), sign) for y in ys]
-        sizes = [b.bitcast(b.xor(b.bitcast(y, self.bits), s), self.type) for y, s in zip(ys, signs, strict=True)]
-        double = [self.mul(y, factor) for y in sizes]
-        # NaN stays: the comparison does not hold.
-        clamped = [self.select(self.less(limit, x), limit, x) for x in double]
-        shifted = [self.add(x, rounder) for x in clamped]
-        fraction = [self.sub(x, self.sub(n, rounder)) for x, n in zip(clamped, shifted, strict=True)]
+        shift, largest, bias, degree = (23, 40.0, 127, 6) if self.size == 4 else (52, 80.0, 1023, 11)
+        magic, *coefficients = self._in_memory("tanh", [1.5 * 2.0**shift, *exp2_polynomial(degree)[1:]])
+        scaled, limit = self._within(b.fmul(factor, self.number(2 / math.log(2))), largest)
+        high, low, steepness, rounder = self.splat(limit), self.splat(b.fneg(limit)), self.splat(scaled), magic()
+        # NaN stays: the comparisons do not hold.
+        clamped = [self.select(self.less(high, x), high, x) for x in xs]
+        clamped = [self.select(self.less(x, low), low, x) for x in clamped]
+        shifted = [self.fma(x, steepness, rounder) for x in clamped]
+        minus_whole = [self.sub(rounder, n) for n in shifted]
+        fraction = [self.fma(x, steepness, n) for x, n in zip(clamped, minus_whole, strict=True)]
         growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients, fraction), strict=True)]
         shifts, one = (ir.Constant(self.bits, [c] * self.lanes) for c in (shift, bias << shift))
         powers = [b.bitcast(b.add(b.shl(b.bitcast(n, self.bits), shifts), one), self.type) for n in shifted]
         e = [self.fma(p, g, self.sub(p, self.constant(1.0))) for p, g in zip(powers, growth, strict=True)]
-        results = [self.quotient(x, self.add(x, self.constant(2.0))) for x in e]
-        return [b.bitcast(b.or_(b.bitcast(r, self.bits), s), self.type) for r, s in zip(results, signs, strict=True)]
+        return [self.quotient(x, self.add(x, self.constant(2.0))) for x in e]
+
+    def _within(self, factor: Value, most: float) -> tuple[Value, Value]:
+        """A finite factor, and the x for which factor * x is as large as `most`.
+
+        That is infinity for a factor of 0, whose products with infinity stay NaN, and for no other.
+        """
+        b, largest, zero = self.builder, self.number(self.largest), self.number(0.0)
+        negative = b.fcmp_ordered("<", factor, zero)
+        size = b.select(negative, b.fneg(factor), factor)
+        size = b.select(b.fcmp_ordered("<", largest, size), largest, size)
+        limit = b.fdiv(self.number(most), size)
+        too_large = b.and_(b.fcmp_ordered("<", largest, limit), b.fcmp_ordered("<", zero, size))
+        return b.select(negative, b.fneg(size), size), b.select(too_large, largest, limit)
 
     def _horner(self, coefficients: Sequence[Callable[[], Value]], xs: Sequence[Value]) -> list[Value]:
         """A polynomial, constant first, of several vectors."""

@@ -95,12 +95,12 @@ def accept(
 
 
 def _cap(v, width, s, n, scale, softcap):
-    """s = softcap * tanh(scale * s / softcap)."""
-    factor, cap = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap)
+    """s = tanh(scale * s / softcap)."""
+    factor = v.builder.fdiv(scale, softcap)
 
     def vector(at: Value) -> None:
-        (y,) = v.tanh(v.mul(v.load(s, at), factor))
-        v.store(v.mul(y, cap), s, at)
+        (y,) = v.tanh(factor, v.load(s, at))
+        v.store(y, s, at)
 
     for_vectors(v, v.mul_index(width, n), vector)
 

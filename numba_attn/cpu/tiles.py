@@ -206,18 +206,22 @@ def _capped_probabilities(
     v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
 ):  # fmt: skip
     """The widest blocks' for scores that `cap` would change first, and no bias."""
-    factor, cap, log2_e = v.splat(v.builder.fdiv(scale, softcap)), v.splat(softcap), v.constant(LOG2_E)
+    steepness = v.builder.fdiv(scale, softcap)
+    factor = v.splat(v.builder.fmul(softcap, v.number(LOG2_E)))
 
     def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
         base = v.sub(v.constant(0.0), base)
-        capped = v.tanh(*(v.mul(x, factor) for x in products))
-        return [v.fma(v.mul(y, cap), log2_e, base) for y in capped], []
+        return [v.fma(y, factor, base) for y in v.tanh(steepness, *products)], []
 
-    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+    # A longer chain of operations for each, so more of them at once.
+    return _exponentials(
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, at_once=4
+    )
 
 
 def _exponentials(
-    v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None
+    v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None,
+    at_once=AT_ONCE,
 ):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
@@ -230,15 +234,20 @@ def _exponentials(
         if moment is not None:
             v.store(v.constant(0.0), moment[1], w * v.bytes)
     row, moments = v.index(width * v.bytes), None if moment is None else moment[1]
-    _exponentials_of_part(v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments)
+    _exponentials_of_part(
+        v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments, at_once
+    )
     added = [(total, sums), *([] if moment is None else [moment])]
     return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
 
 
 def _exponentials_of_part(
-    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None
+    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None, at_once=AT_ONCE
 ):  # fmt: skip
-    """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes."""
+    """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes.
+
+    So many exponents of a query are made at once.
+    """
     pairs = are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
     # Exponentials are most of the code: the widest register tiles have one height, what is left are single keys.
@@ -261,8 +270,8 @@ def _exponentials_of_part(
             base = v.load(reference, w * v.bytes)
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
             weighted = None if moments is None else v.load(moments, w * v.bytes)
-            for first in range(0, height, AT_ONCE):
-                rows = range(first, min(first + AT_ONCE, height))
+            for first in range(0, height, at_once):
+                rows = range(first, min(first + at_once, height))
                 at = [(v.add_index(i, r), v.index(w * v.bytes)) for r in rows]
                 exponents, masked = exponents_of([acc[r * width + w] for r in rows], base, at)
                 for x in exponents:
