@@ -108,7 +108,8 @@ MAY_IMPORT = {
     "cpu.mask_tiles": {"cpu.blocks", "cpu.narrow", "cpu.simd", "block_mask"},
     "cpu.pack": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target"},
     "cpu.dropout": {"cpu.blocks", "cpu.simd", "random"},
-    "cpu.captures": {"checks", "cpu.jit"},
+    "cpu.conversions": {"cpu.target"},
+    "cpu.captures": {"checks", "cpu.conversions", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},
     "cpu.launch": {"cpu.jit", "cpu.pointers", "kept", "memory", "threads"},
     "cpu.quantization": {

@@ -16,6 +16,7 @@ import pytest
 from numba_attn.cpu import user_functions
 from numba_attn.cpu.jit import OPTIONS
 from numba_attn.cpu.pointers import address
+from numba_attn.cpu.target import CONVERTS_ONE_BY_ONE
 from numba_attn.cpu.user_functions import mask_pass, run_mask_pass, run_score_pass, score_pass
 
 RNG = np.random.default_rng(0)
@@ -367,6 +368,24 @@ def test_passes_are_vectors(made: Callable[..., Any]) -> None:
     make = mask_pass if made is same_document else score_pass
     library = make(made, "f").keep[0]
     assert any(f"<{lanes} x float>" in library.get_llvm_str() for lanes in (4, 8, 16, 32))
+
+
+WHOLE = np.concatenate([
+    [sign * (1 << bit) + by for bit in range(62) for sign in (1, -1) for by in (-1, 0, 1)],
+    RNG.integers(-(1 << 54), 1 << 54, 99),
+    RNG.integers(-(1 << 63), (1 << 63) - 1, 1 << 12),
+    [-(1 << 63), (1 << 63) - 1],
+])  # fmt: skip
+
+
+def test_integers_become_numbers_by_rounding_once() -> None:
+    """In vectors, or one by one where these end; every integer."""
+    made = score_pass(lambda score, b, h, i, j: float(WHOLE[i]), "d")
+    s, zeros = np.zeros((1, len(WHOLE))), np.zeros((1, len(WHOLE)))
+    score_driver(codes(made), 1, made.captured, s, 1, len(WHOLE), len(WHOLE), 1.0, zeros, 0, 0, 0, 0, 0)
+    np.testing.assert_array_equal(s[0], WHOLE.astype(np.float64))
+    if CONVERTS_ONE_BY_ONE:
+        assert "cvtsi2sd" not in made.keep[0].get_asm_str()
 
 
 def test_callers_hold_nothing_of_a_pass() -> None:

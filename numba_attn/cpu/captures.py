@@ -27,6 +27,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from numba_attn import checks
+from numba_attn.cpu.conversions import InVectors
 from numba_attn.cpu.jit import OPTIONS
 
 TABLE = types.CPointer(types.int64)
@@ -298,6 +299,11 @@ def _build(replacement: Any, table: ir.Var, statement: ir.Assign, body: list[Any
 
 class _Compiler(compiler.CompilerBase):
     """Numba's compiler, with arrays as arguments."""
+
+    def compile_extra(self, function: Any) -> Any:
+        self.state.library = InVectors(self.state.targetctx.codegen(), function.__qualname__)
+        self.state.library.enable_object_caching()
+        return super().compile_extra(function)
 
     def define_pipelines(self) -> list[Any]:
         passes = compiler.DefaultPassBuilder.define_nopython_pipeline(self.state)

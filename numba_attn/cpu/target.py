@@ -26,6 +26,9 @@ HAS_F16C = _has("f16c")
 HAS_AVX512 = _has("avx512f") and HAS_FMA
 HAS_AVX2 = _has("avx2") and HAS_FMA
 
+# Whether 64-bit integers become numbers one by one: x86 has vectors of such conversions from AVX-512 on.
+CONVERTS_ONE_BY_ONE = HAS_AVX2 and not _has("avx512dq")
+
 # `NUMBA_ATTN_ISA` forces a register tile, for tests of one form on a processor of another kind: every form is right, if
 # slow, everywhere.
 ISA = os.environ.get("NUMBA_ATTN_ISA") or (
