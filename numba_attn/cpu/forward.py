@@ -54,7 +54,7 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.short import write_products
 from numba_attn.cpu.stored import in_place, is_gathered
-from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.target import MANY_AT_ONCE, VECTOR_BYTES
 from numba_attn.cpu.visible import visible
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
@@ -83,11 +83,12 @@ def is_done_at_once(head, out, first, end, sizes, operands, most_keys):
 
 
 @device
-def attend(head, out, first, end, sizes, settings, operands, weighted, memory, careful, at_once):
+def attend(head, out, first, end, sizes, settings, operands, weighted, memory, careful, at_once, to_next):
     """Stream the keys past the rows [first, end): leaves the state of each row block in memory.
 
     `weighted` is whether the moment, for the entropy, is wanted.  Where all is done `at_once`, see `is_done_at_once`,
-    results are not a part of the state but written.  Returns whether these are finite.
+    results are not a part of the state but written; and the next head, so many bytes after this one in the arrays of
+    queries, keys and values, may be asked for meanwhile.  Returns whether results are finite.
     """
     D, Dv, keys, block, lanes = sizes
     k, v, at = in_place(head.k, memory), in_place(head.v, memory), memory_map(sizes)
@@ -106,6 +107,11 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
         row = first + i * block
         state = state_of(memory, at, sizes, operands, i)
         start_block(head.q, row, min(block, end - row), state, operands, sizes, memory, at_once)
+
+    # Longer heads take longer than what is read for the next one.
+    asking, key_count = MANY_AT_ONCE and at_once and blocks <= 2, head.position.kv_length
+    if asking:
+        pack.ask_for(moved(v.data, to_next[2]), v.row, key_count, Dv * memory.itemsize)
 
     finite = True
     # Bit i: scores of block i have been out of their reference's range.  A literal would have all compiled twice.
@@ -141,6 +147,9 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                     head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
                 )  # fmt: skip
             if at_once:
+                if asking and i == blocks - 1:
+                    pack.ask_for(moved(k.data, to_next[1]), k.row, key_count, D * memory.itemsize)
+                    pack.ask_for(moved(head.q.data, to_next[0]), head.q.row, end - first, D * memory.itemsize)
                 to = moved(out.data, row * out.row)
                 low, high = element(memory, at.low), element(memory, at.high)
                 if not parted:
@@ -240,10 +249,12 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
         at_once = arrays.sinks.size == 0 and is_done_at_once(
             head, out_head, first, valid, sizes, arrays.operands, cut.short
         )
+        to_next = arrays.q.strides[0], arrays.k.strides[0], arrays.v.strides[0]
         while valid > first:
             finite = attend(
-                head, out_head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful, at_once
-            )
+                head, out_head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful, at_once,
+                to_next,
+            )  # fmt: skip
             if arrays.sinks.size:
                 include_sink(arrays.sinks[h], first, valid, sizes, settings, arrays.operands, memory)
             finite &= finish(out_head, statistics, first, valid, sizes, settings, arrays.operands, memory, at_once)

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.blocks import lane_rows
+from numba_attn.cpu.blocks import LINE, lane_rows
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
@@ -246,6 +246,16 @@ def _fill(v, array, row, step, rows, columns, value):
     v.each(rows, line)
 
 
+def _ask_for(v, x, row, rows, length):
+    """Prefetch rows of so many bytes, `row` bytes apart."""
+
+    def lines(i: Value) -> None:
+        at = v.at(x, v.mul_index(i, row))
+        v.each(v.wholes(length, LINE), lambda line: v.prefetch(at, v.mul_index(line, LINE)))
+
+    v.each(rows, lines)
+
+
 # For a few rows, of queries, asking takes longer than it saves where addresses of so many fit no registers.
 transpose = emits(partial(_transpose, asking=MANY_REGISTERS))
 transpose_tile = emits(partial(_transpose, asking=True))
@@ -253,5 +263,6 @@ copy_rows = emits(_copy_rows)
 pair_rows = emits(_pair_rows)
 write_rows = emits(_write_rows, returns=types.boolean)
 write_row = emits(_write_row)
+ask_for = emits(_ask_for)
 fill = emits(_fill)
 fill_lanes = emits(_fill_lanes)
