@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 from cases import PERF, SIXTEEN_BITS, SMALL, dtype_of
+from tolerances import compute, exact
 
 from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
 from numba_attn.cpu import attention, decode, forward, key_weight, score, target
@@ -118,6 +119,19 @@ def test_scores_against_alibi(rise: float, slope: float) -> None:
         found = scaled_dot_product_attention(query, key, value, scale=1.0, **given)
         exact = scaled_dot_product_attention(query, key, value, scale=1.0, backend="reference", **given)
         np.testing.assert_allclose(found, exact, atol=2e-3)
+
+
+def test_a_function_of_steep_scores() -> None:
+    """What ALiBi adds is known in base 2, and as accurate as in plain NumPy for a function that wants the natural."""
+
+    def squared(score: Any, b: int, h: int, i: int, j: int) -> Any:
+        return score + 0.03125 * score * score  # of -80: an error grows by 4
+
+    rng, options = np.random.default_rng(12), {"score_mod": squared, "alibi_slopes": np.full(16, 0.35, np.float32)}
+    q, k, v = (rng.standard_normal((1, 16, n, 9)).astype(np.float32) for n in (253, 100, 100))
+    truth, rough = exact(q, k, v, **options)["out"], compute(q, k, v, np.float32, **options)["out"]
+    errors = [np.sqrt(np.mean((x - truth) ** 2)) for x in (scaled_dot_product_attention(q, k, v, **options), rough)]
+    assert errors[0] <= errors[1]
 
 
 def test_growing_scores() -> None:

@@ -120,7 +120,9 @@ def _settle(v, width, s, n, scale, bias, source, source_row):
             at = v.add_index(v.mul_index(j, row), here)
             extra = v.load(v.at(source, v.mul_index(j, source_row)), here)
             is_masked = v.equal(extra, lowest)
-            v.store(v.select(is_masked, zero, v.fma(v.load(s, at), factor, v.mul(extra, natural))), s, at)
+            # What is added may be far the larger, as ALiBi is: it is not rounded before the sum is.
+            x = v.fma(extra, natural, v.mul(v.load(s, at), factor))
+            v.store(v.select(is_masked, zero, x), s, at)
             v.store(v.select(is_masked, lowest, zero), bias, at)
 
         v.each(n, key)
