@@ -302,7 +302,6 @@ class _Compiler(compiler.CompilerBase):
 
     def compile_extra(self, function: Any) -> Any:
         self.state.library = InVectors(self.state.targetctx.codegen(), function.__qualname__)
-        self.state.library.enable_object_caching()
         return super().compile_extra(function)
 
     def define_pipelines(self) -> list[Any]:

@@ -30,15 +30,13 @@ class InVectors(JITCodeLibrary):
 
 
 def _replace_conversions(module: ir.Module) -> None:
-    for function in module.functions:
-        for block in function.blocks:
-            for instruction in [*block.instructions]:
-                if instruction.opname == "sitofp" and _is_of_integers(instruction):
-                    _replace(block, instruction)
+    for block in [block for function in module.functions for block in function.blocks]:
+        for conversion in [x for x in block.instructions if _is_conversion(x)]:
+            _replace(block, conversion)
 
 
-def _is_of_integers(conversion: ir.Instruction) -> bool:
-    return bool(conversion.operands[0].type == I64 and conversion.type == DOUBLE)
+def _is_conversion(x: ir.Instruction) -> bool:
+    return bool(x.opname == "sitofp" and x.operands[0].type == I64 and x.type == DOUBLE)
 
 
 def _replace(block: ir.Block, conversion: ir.Instruction) -> None:

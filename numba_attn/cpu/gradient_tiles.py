@@ -336,15 +336,21 @@ def _column_dots(v, width, a, b, n, to):
     for_vectors(v, width, vector)
 
 
+def _finite(v: Vectors, x: Value) -> tuple[Value, Value]:
+    """x, but 0 where it is not finite; and where it is."""
+    zero = v.constant(0.0)
+    finite = v.equal(v.mul(x, zero), zero)
+    return v.select(finite, x, zero), finite
+
+
 def _drop_infinite(v, x, vectors):
     """x = 0 where it is not finite; whether there was such a number."""
     zero = v.constant(0.0)
 
     def vector(i: Value, found: list[Value]) -> list[Value]:
         at = v.mul_index(i, v.bytes)
-        number = v.load(x, at)
-        finite = v.equal(v.mul(number, zero), zero)
-        v.store(v.select(finite, number, zero), x, at)
+        kept, finite = _finite(v, v.load(x, at))
+        v.store(kept, x, at)
         return [v.builder.or_(found[0], v.builder.not_(finite))]
 
     none = v.builder.fcmp_ordered("!=", zero, zero)
@@ -353,16 +359,10 @@ def _drop_infinite(v, x, vectors):
 
 def _copy_finite(v, x, x_row, rows, vectors, to, to_row):
     """to = x (rows, vectors), but 0 where it is not finite; rows are `x_row` and `to_row` bytes apart."""
-    zero = v.constant(0.0)
 
     def row(i: Value) -> None:
         of, line = v.at(x, v.mul_index(i, x_row)), v.at(to, v.mul_index(i, to_row))
-
-        def vector(at: Value) -> None:
-            number = v.load(of, at)
-            v.store(v.select(v.equal(v.mul(number, zero), zero), number, zero), line, at)
-
-        for_vectors(v, vectors, vector)
+        for_vectors(v, vectors, lambda at: v.store(_finite(v, v.load(of, at))[0], line, at))
 
     v.each(rows, row)
 

@@ -51,7 +51,7 @@ def padded(columns, lanes):
 
 @device
 def spread(columns, itemsize):
-    """The same so that rows lie an odd number of cache lines apart, and a column of them all over the cache."""
+    """Columns filled up until rows lie an odd number of cache lines apart: a column of them is all over the cache."""
     return ((columns * itemsize + LINE - 1) // LINE | 1) * LINE // itemsize
 
 
