@@ -108,8 +108,9 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
         state = state_of(memory, at, sizes, operands, i)
         start_block(head.q, row, min(block, end - row), state, operands, sizes, memory, at_once)
 
-    # Longer heads take longer than what is read for the next one.
-    asking, key_count = MANY_AT_ONCE and at_once and blocks <= 2, head.position.kv_length
+    # Longer heads take longer than what is read for the next one; of which no more is asked for than a tile.
+    key_count = head.position.kv_length
+    asking = MANY_AT_ONCE and at_once and blocks <= 2 and key_count <= keys
     if asking:
         pack.ask_for(moved(v.data, to_next[2]), v.row, key_count, Dv * memory.itemsize)
 
