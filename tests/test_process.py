@@ -148,18 +148,20 @@ def test_fork_while_another_thread_compiles(python: Callable[..., str], tmp_path
     script = """
 import os, threading, time, warnings
 import numpy as np, numba_attn
-from numba_attn.cpu import forward
+from numba_attn.cpu import rotation
 from numba.core.compiler_lock import global_compiler_lock
 warnings.simplefilter("ignore", DeprecationWarning)
-x = np.ones((1, 5, 8), np.float32)
-compiler = threading.Thread(target=numba_attn.scaled_dot_product_attention, args=(x, x, x))
+arguments = np.ones((1, 5, 8), np.float32), *numba_attn.rotary_tables(5, 8)
+compiler = threading.Thread(target=numba_attn.apply_rotary, args=arguments)
 compiler.start()
 while True:
     if not global_compiler_lock._lock.acquire(blocking=False): break
     global_compiler_lock._lock.release()
 pid = os.fork()
 if pid == 0:
-    numba_attn.scaled_dot_product_attention(x, x, x)
+    compiled = len(rotation.turn.overloads)
+    numba_attn.apply_rotary(*(x.astype(np.float64) for x in arguments))
+    assert len(rotation.turn.overloads) == compiled + 1
     os._exit(0)
 compiler.join()
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
