@@ -99,7 +99,9 @@ MAY_IMPORT = {
     "cpu.short": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.pointers": {"cpu.simd", "cpu.target"},
     "cpu.cache": {"cpu.target"},
-    "cpu.jit": {"cpu.cache"},
+    "cpu.compilers": set(),
+    "cpu.jit": {"cpu.cache", "cpu.compilers"},
+    "cpu.workers": {"cpu.jit"},
     "cpu.amx": {"cpu.simd"},
     "cpu.fours": {"cpu.simd", "storage"},
     "cpu.narrow": {"checks", "cpu.fours", "cpu.simd", "cpu.target", "storage"},
@@ -111,13 +113,15 @@ MAY_IMPORT = {
     "cpu.conversions": {"cpu.target"},
     "cpu.captures": {"checks", "cpu.conversions", "cpu.jit"},
     "cpu.user_functions": {"cpu.captures", "cpu.jit", "cpu.pointers", "cpu.simd"},
-    "cpu.launch": {"cpu.jit", "cpu.pointers", "kept", "memory", "threads"},
+    "cpu.launch": {"cpu.jit", "cpu.pointers", "cpu.workers", "kept", "memory", "threads"},
     "cpu.quantization": {
         *("cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.simd"),
-        *("storage", "threads"),
+        *("cpu.workers", "storage", "threads"),
     },
-    "cpu.rotation": {"cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pointers", "cpu.simd", "threads"},
-    "cpu.tile_states": {"cpu.jit", "cpu.launch", "cpu.pointers", "cpu.user_functions", "block_mask", "threads"},
+    "cpu.rotation": {"cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pointers", "cpu.simd", "cpu.workers", "threads"},
+    "cpu.tile_states": {
+        *("cpu.jit", "cpu.launch", "cpu.pointers", "cpu.user_functions", "cpu.workers", "block_mask", "threads"),
+    },
     "cpu.visible": {"cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pointers", "cpu.simd", "block_mask"},
     "cpu.score": {
         *("cpu.amx", "cpu.blocks", "cpu.jit", "cpu.mask_tiles", "cpu.narrow", "cpu.pointers", "cpu.softmax"),
@@ -125,7 +129,7 @@ MAY_IMPORT = {
     },
     "cpu.key_weight": {
         *("cpu.amx", "cpu.blocks", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "block_mask"),
+        *("cpu.results", "cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.workers", "block_mask"),
     },
     "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles", "cpu.walk"},
     "cpu.as_read": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.walk"},
@@ -142,13 +146,13 @@ MAY_IMPORT = {
     "cpu.forward": {
         *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
         *("cpu.results", "cpu.row_block", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
-        *("cpu.tiles", "cpu.visible", "block_mask"),
+        *("cpu.tiles", "cpu.visible", "cpu.workers", "block_mask"),
     },
     "cpu.splits": {"cpu.jit", "cpu.pointers", "cpu.reading", "cpu.score"},
     "cpu.decode": {
         *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
-        *("cpu.splits", "cpu.stored", "cpu.target", "block_mask", "storage"),
+        *("cpu.splits", "cpu.stored", "cpu.target", "cpu.workers", "block_mask", "storage"),
     },
     "cpu.call": {
         "cpu.blocks",
@@ -162,7 +166,7 @@ MAY_IMPORT = {
     },
     "cpu.attention": {
         *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
-        *("checks", "problem", "repeats", "threads"),
+        *("cpu.workers", "checks", "problem", "repeats", "threads"),
     },
     "cpu.gradient_tiles": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.tiles"},
     "cpu.score_gradients": {
@@ -176,7 +180,7 @@ MAY_IMPORT = {
     "cpu.backward": {
         *("cpu.bias_gradient", "cpu.edges", "cpu.gradient_tasks", "cpu.gradient_tiles", "cpu.jit", "cpu.launch"),
         *("cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd"),
-        *("cpu.stored", "cpu.target", "cpu.visible", "block_mask"),
+        *("cpu.stored", "cpu.target", "cpu.visible", "cpu.workers", "block_mask"),
     },
     "cpu.gradients": {
         *("cpu.attention", "cpu.backward", "cpu.bias_gradient", "cpu.blocks", "cpu.call", "cpu.gradient_tasks"),

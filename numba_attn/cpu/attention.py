@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks, threads
-from numba_attn.cpu import decode, key_weight, narrow
+from numba_attn.cpu import decode, key_weight, narrow, workers
 from numba_attn.cpu import forward as prefill
 from numba_attn.cpu.call import call_of, held_of, numbers, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
@@ -190,6 +190,7 @@ def _heads_alike(problem: Problem) -> bool:
 
 def warmup() -> list[str]:
     """Compile every kernel, or load it from the cache; returns their names."""
+    workers.launcher()
     names = []
     for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
         for module in (prefill, key_weight):
@@ -202,6 +203,5 @@ def warmup() -> list[str]:
 
 
 def _compile(module: Any, *kinds: Any) -> str:
-    for entry in (module.serial, module.parallel):
-        entry(*kinds)
+    module.entry(*kinds)
     return f"{module.__name__}, {kinds[0]}, products of {kinds[1]}"

@@ -16,13 +16,13 @@ import functools
 import math
 from collections import namedtuple
 
-from numba import prange, types
+from numba import types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import edges, gradient_tiles, launch, pack, target
 from numba_attn.cpu.bias_gradient import Bias, add_tile, bias_types
 from numba_attn.cpu.gradient_tasks import Cut, Tables, rows_of_sums
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, get, holds_pairs, moved, put
 from numba_attn.cpu.results import column_of, norms_of, read, read_norms, write
@@ -40,6 +40,7 @@ from numba_attn.cpu.score_gradients import (
 from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.stored import in_place
 from numba_attn.cpu.visible import Matrix, visible
+from numba_attn.cpu.workers import by_workers
 
 # Where things are in a worker's memory, in elements.
 Memory = namedtuple(
@@ -383,9 +384,10 @@ def add_parts(first, end, tasks, sums, columns, factor, gradient, row, sizes):
         pack.write_row(total, columns, moved(gradient.data, key * gradient.row), gradient.step)
 
 
-@kernel
-def differentiate(memory, worker, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut):
+@device
+def do_tasks(worker, memories, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut):
     """Do chains of tasks until there are none."""
+    memory = memories[worker]
     align_stack()
     sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
     at = memory_map(sizes, cut.blocks)
@@ -409,18 +411,13 @@ def differentiate(memory, worker, counters, gradients, bias, tables, arrays, seq
                 add_parts(first, end, tables.tasks, gradients.sums_v, sizes.Dv, one, dv, element(memory, at.g), sizes)
 
 
-differentiate_through_pointer = through_pointer(differentiate.py_func)
+do_all_tasks = by_workers(do_tasks)
 
 
-@parallel_kernel
-def differentiate_together(
-    code, memory, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut
-):  # fmt: skip
-    """`differentiate`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        differentiate_through_pointer(
-            code, memory[worker], worker, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut
-        )
+@kernel
+def differentiate(launcher, memories, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, gradients, bias, tables, arrays, sequences, functions, settings, cut)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -445,7 +442,7 @@ def run(
     D, Dv, dtype = call.arrays.q.shape[2], call.arrays.out.shape[2], call.arrays.lse.dtype
     chains, rows, size = len(tables.chains), rows_of_sums(tables.tasks), memory_size(cut, D, Dv)
     k_columns, v_columns = (-(-n // cut.lanes) * cut.lanes for n in (D, Dv))
-    start = launch.prepared(serial, parallel, kinds, min(workers, chains), chains, operations, size, dtype)
+    start = launch.prepared(entry, kinds, min(workers, chains), chains, operations, size, dtype)
     with launch.working_memory(1, rows * (k_columns + v_columns), dtype) as (sums,):
         sums_k = sums[: rows * k_columns].reshape(rows, k_columns)
         sums_v = sums[rows * k_columns :].reshape(rows, v_columns)
@@ -462,8 +459,8 @@ def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `differentiate`, for a kind of element and an operand, see `narrow`."""
     element_type, table = COMPUTED[kind], types.Array(types.int64, 2, "C")
     return (
-        types.Array(element_type, 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(element_type, 2, "C"),
         types.Array(types.int64, 2, "C"),
         gradient_types(kind),
         bias_types(element_type),
@@ -473,4 +470,4 @@ def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     )
 
 
-serial, parallel = launch.entries(differentiate, differentiate_together, signature)
+entry = launch.entry(differentiate, signature)

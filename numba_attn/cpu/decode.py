@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import dropout, launch, pack, rows, softmax, target
 from numba_attn.cpu.dots import dots
 from numba_attn.cpu.factors import SUMMED, round_queries, weights_of
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import (
     address,
@@ -67,6 +67,7 @@ from numba_attn.cpu.splits import (
 )
 from numba_attn.cpu.stored import is_quantized
 from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import QUANTIZED
 
 MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
@@ -262,12 +263,13 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
         round_queries(height, block, address(arrays.k), columns, element(memory, at.steps + i * lanes))
 
 
-@kernel
-def decode(memory, worker, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
+@device
+def do_tasks(worker, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1).
 
     The tables of a worker are two of TABLE offsets.
     """
+    memory = memories[worker]
     align_stack()
     shared_heads = arrays.k.shape[0]
     tasks = sequences.numbers.shape[0] * shared_heads * cut.splits
@@ -300,17 +302,16 @@ def decode(memory, worker, counters, tables, partials, finished, arrays, sequenc
             finish(arrays, sequences, settings, own, b, shared, of_pair, memory)
 
 
+do_all_tasks = by_workers(do_tasks)
+
+
+@kernel
+def decode(launcher, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut)
+
+
 decode_through_pointer = through_pointer(decode.py_func)
-
-
-@parallel_kernel
-def decode_together(code, memory, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
-    """`decode`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        decode_through_pointer(
-            code, memory[worker], worker, counters, tables, partials, finished, arrays, sequences, functions, settings,
-            cut,
-        )  # fmt: skip
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
         cut = Cut(rows, heads, group, splits_of(sequences, Hkv, rows, settings))
         tasks, operations = pairs * cut.splits, launch.rows_times_keys(sequences) * Hq * (D + Dv)
         workers = launch.workers_for(threads_used, tasks, operations, SERIAL_WORK)
-        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+        start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
 
         def run(arrays: Arrays) -> None:
             partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
@@ -360,8 +361,8 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
     return (
-        types.Array(COMPUTED[kind], 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         types.Array(types.int64, 3, "C"),
         types.Array(COMPUTED[kind], 2, "C"),
@@ -371,4 +372,4 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
     )
 
 
-serial, parallel = launch.entries(decode, decode_together, signature)
+entry = launch.entry(decode, signature)

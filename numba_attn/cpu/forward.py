@@ -14,11 +14,11 @@ import functools
 from collections import namedtuple
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import amx, edges, launch, pack, softmax, tiles
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved, pointee_bytes
@@ -56,6 +56,7 @@ from numba_attn.cpu.short import write_products
 from numba_attn.cpu.stored import in_place, is_gathered
 from numba_attn.cpu.target import MANY_AT_ONCE, VECTOR_BYTES
 from numba_attn.cpu.visible import visible
+from numba_attn.cpu.workers import by_workers
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
 # that is not worth it.
@@ -215,9 +216,10 @@ def finish(out, statistics, first, end, sizes, settings, operands, memory, writt
     return finite
 
 
-@kernel
-def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
+@device
+def do_tasks(worker, memories, counters, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do."""
+    memory = memories[worker]
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
@@ -269,14 +271,16 @@ def work(memory, worker, counters, arrays, sequences, functions, settings, cut):
         amx.release(address(memory))
 
 
+do_all_tasks = by_workers(do_tasks)
+
+
+@kernel
+def work(launcher, memories, counters, arrays, sequences, functions, settings, cut):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, arrays, sequences, functions, settings, cut)
+
+
 work_through_pointer = through_pointer(work.py_func)
-
-
-@parallel_kernel
-def work_together(code, memory, counters, arrays, sequences, functions, settings, cut):
-    """`work`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        work_through_pointer(code, memory[worker], worker, counters, arrays, sequences, functions, settings, cut)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -296,7 +300,7 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
     def cut_for(sequences: Sequences) -> Run:
         operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
         workers = launch.workers_for(threads_used, tasks, operations)
-        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+        start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
         return lambda arrays: start(arrays, sequences, functions, settings, cut)
 
     return cut_for
@@ -320,12 +324,12 @@ def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `work`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
     return (
-        types.Array(COMPUTED[kind], 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 6, Cut),
     )
 
 
-serial, parallel = launch.entries(work, work_together, signature)
+entry = launch.entry(work, signature)

@@ -100,7 +100,6 @@ def warmup(kinds: Iterable[str] = tuple(COMPUTED)) -> list[str]:
     """Compile every kernel for kinds of element, or load it from the cache; returns their names."""
     names = []
     for kind in kinds:
-        for entry in (one_pass.serial, one_pass.parallel):
-            entry(kind, one_pass.operand(kind))
+        one_pass.entry(kind, one_pass.operand(kind))
         names.append(f"{one_pass.__name__}, {kind}")
     return names

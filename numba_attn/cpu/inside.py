@@ -64,7 +64,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         partials = np.empty((B * Hkv * count, state), out.dtype)
         counters[0, 1] = B * Hkv * count
         decode.decode_through_pointer(
-            codes[1:], np.empty(splits.whole_lines(size), out.dtype), 0, counters,
+            codes[1:], 0, np.empty((1, splits.whole_lines(size)), out.dtype), counters,
             np.empty((1, 2, splits.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
             arrays, sequences, functions, settings, cut_rows,
         )  # fmt: skip
@@ -74,7 +74,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     at = forward.memory_map(forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
     counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
     forward.work_through_pointer(
-        codes, np.empty(splits.whole_lines(at.state + at.state_size), out.dtype), 0, counters,
+        codes, 0, np.empty((1, splits.whole_lines(at.state + at.state_size)), out.dtype), counters,
         arrays, sequences, functions, settings, cut,
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ attend_through_pointer = through_pointer(attend.py_func)
 def entry(kind: str) -> tuple[Compiled, np.ndarray]:
     """`attend`, compiled for a kind of element, and the addresses that it takes."""
     kinds = kind, COMPUTED[kind], kind
-    codes = [module.serial(*kinds).code for module in (forward, decode)]
+    codes = [module.entry(*kinds).code for module in (forward, decode)]
     given = types.Array(STORED[kind], 4, "A", readonly=True, aligned=False)
     written = types.Array(STORED[kind], 4, "A", aligned=False)
     signature = (

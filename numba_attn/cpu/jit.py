@@ -12,19 +12,18 @@ import contextlib
 import gc
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import compiler
-from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from numba_attn.cpu import cache
+from numba_attn.cpu.compilers import CountingPartCompiler, KernelCompiler, PartCompiler
 
 if numba.config.DISABLE_JIT:
     raise NotImplementedError("backend 'cpu' needs Numba's compiler, which NUMBA_DISABLE_JIT turns off")
@@ -36,67 +35,14 @@ OPTIONS["no_cfunc_wrapper"] = True  # an entry for C, which nobody calls, and wh
 UNCOUNTED: dict[str, Any] = {**OPTIONS, "_nrt": False}
 
 
-class _Unoptimized(JITCodeLibrary):
-    """Code that is not optimised function by function, but with all that it calls."""
-
-    def _optimize_functions(self, module: Any) -> None:
-        module.data_layout = self._codegen._data_layout
-
-
-class _Part(_Unoptimized):
-    """The code of a function that is only ever part of others: they are optimised, and made machine code, with it."""
-
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-
-class _Whole(_Unoptimized):
-    """The code of a kernel: optimised once.  Numba does so twice, for counts of references that there are none of."""
-
-    def _optimize_final_module(self) -> None:
-        passes, builder = self._codegen._module_pass_manager()
-        passes.run(self._final_module, builder)
-
-
-class _KernelCompiler(compiler.Compiler):
-    """Numba's compiler, whose result is a `_Whole`."""
-
-    def compile_extra(self, function: Callable[..., Any]) -> Any:
-        self.state.library = _Whole(self.state.targetctx.codegen(), function.__qualname__)
-        self.state.library.enable_object_caching()
-        return super().compile_extra(function)
-
-
-def _nothing() -> Generator[None]:
-    yield
-
-
-class _PartCompiler(compiler.Compiler):
-    """Numba's compiler, without what is for calls from Python: a third of the time that a kernel takes to compile."""
-
-    def compile_extra(self, function: Callable[..., Any]) -> Any:
-        self.state.library = _Part(self.state.targetctx.codegen(), function.__qualname__)
-        flags = self.state.flags
-        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        result = super().compile_extra(function)
-        # Numba knows a function by its entry from Python: a builtin of its own, which raises if it is called.
-        result = result._replace(entry_point=_nothing().throw)
-        self.state.targetctx.insert_user_function(result.entry_point, result.fndesc, [result.library])
-        return result
-
-
-device = numba.njit(pipeline_class=_PartCompiler, **UNCOUNTED)
+device = numba.njit(pipeline_class=PartCompiler, **UNCOUNTED)
 # For code that makes arrays, and counts them: what it gets from a `device` is not counted, so must be no array.
-counting_device = numba.njit(pipeline_class=_PartCompiler, **OPTIONS)
+counting_device = numba.njit(pipeline_class=CountingPartCompiler, **OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A serial entry point, cached on disk."""
-    return _cached(numba.njit(pipeline_class=_KernelCompiler, **UNCOUNTED)(function))
+    return _cached(numba.njit(pipeline_class=KernelCompiler, **UNCOUNTED)(function))
 
 
 def counting_kernel(function: Callable[..., Any]) -> Any:
@@ -151,7 +97,7 @@ def _uncollected() -> Iterator[None]:
 def through_pointer(function: Callable[..., Any]) -> Any:
     """An intrinsic that calls `function`, compiled elsewhere, by the address in its first argument.
 
-    So a parallel kernel holds no second copy of the machine code, nor the time that it takes to compile it.
+    So the caller holds no second copy of the machine code, nor takes the time to compile it.
     """
 
     def typing(context: Any, code: types.Array, *args: types.Type) -> Any:
@@ -167,9 +113,14 @@ def through_pointer(function: Callable[..., Any]) -> Any:
         return types.none(code, *args), codegen
 
     names = ("context", "code", *inspect.signature(function).parameters)
-    typing.__name__ = typing.__qualname__ = f"{function.__name__}_through_pointer"
+    return intrinsic_of(typing, f"{function.__name__}_through_pointer", names)
+
+
+def intrinsic_of(typing: Callable[..., Any], name: str, parameters: Iterable[str]) -> Any:
+    """An intrinsic of so many parameters, which its function takes as *args."""
+    typing.__name__ = typing.__qualname__ = name
     typing.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        [inspect.Parameter(x, inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in parameters]
     )
     return intrinsic(typing)
 

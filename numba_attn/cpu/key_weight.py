@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import amx, launch, pack, softmax
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved
@@ -40,6 +40,7 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.workers import by_workers
 
 # Where things are in a worker's memory, in elements: qt, the norms of a row block, and one vector of sums a key.
 Memory = namedtuple("Memory", "scores bias keys rows zero low high norms qt sums")
@@ -109,9 +110,10 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             softmax.weigh(width, scores, n, unit, here.added, here.row, reference, log_total, to)
 
 
-@kernel
-def weigh(memory, worker, counters, weights, arrays, sequences, functions, settings, cut):
+@device
+def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none; weights is (heads, keys), and norms are those of the forward pass."""
+    memory = memories[worker]
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
@@ -143,16 +145,13 @@ def weigh(memory, worker, counters, weights, arrays, sequences, functions, setti
         amx.release(address(memory))
 
 
-weigh_through_pointer = through_pointer(weigh.py_func)
+do_all_tasks = by_workers(do_tasks)
 
 
-@parallel_kernel
-def weigh_together(code, memory, counters, weights, arrays, sequences, functions, settings, cut):
-    """`weigh`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        weigh_through_pointer(
-            code, memory[worker], worker, counters, weights, arrays, sequences, functions, settings, cut
-        )
+@kernel
+def weigh(launcher, memories, counters, weights, arrays, sequences, functions, settings, cut):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, weights, arrays, sequences, functions, settings, cut)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, threads
     def cut_for(sequences: Sequences) -> Run:
         operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
         workers = launch.workers_for(threads_used, tasks, operations)
-        start = launch.prepared(serial, parallel, kinds, workers, tasks, operations, size, dtype)
+        start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
         return lambda arrays: start(weights, arrays, sequences, functions, settings, cut)
 
     return cut_for
@@ -192,8 +191,8 @@ def memory_size(cut: Cut, D: int) -> int:
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `weigh`, for a kind of element, an operand and how keys are held, see `narrow`."""
     return (
-        types.Array(COMPUTED[kind], 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         types.Array(COMPUTED[kind], 2, "A"),
         *call_types(kind, operand, held),
@@ -201,4 +200,4 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
     )
 
 
-serial, parallel = launch.entries(weigh, weigh_together, signature)
+entry = launch.entry(weigh, signature)

@@ -14,6 +14,7 @@ from numba import types
 from numba_attn import threads
 from numba_attn.cpu.jit import Compiled, compiled, device
 from numba_attn.cpu.pointers import fetch_add
+from numba_attn.cpu.workers import launcher
 from numba_attn.kept import kept
 from numba_attn.memory import aligned
 
@@ -160,31 +161,22 @@ def _one_after_the_other(workers: int, tasks: int, operations: float) -> Iterato
         at_once = max(1, int(at_once * min(8.0, SLICE_SECONDS / max(seconds, 1e-6))))
 
 
-def entries(
-    kernel: Any, together: Any, signature: Callable[..., tuple[types.Type, ...]]
-) -> tuple[Callable[..., Compiled], Callable[..., Compiled]]:
-    """The serial and the parallel entry of a kernel: functions of what its signature depends on, which compile it.
+def entry(kernel: Any, signature: Callable[..., tuple[types.Type, ...]]) -> Callable[..., Compiled]:
+    """A function that compiles a kernel, of what its signature depends on.
 
-    The first argument of the kernel is the memory of one worker; of `together`, the address of the kernel's machine
-    code, and the memory of all workers instead.
+    The first arguments of the kernel are the address of what launches workers, 0 if there is one, the memories of
+    workers, and counters of their tasks.
     """
 
     @functools.cache
-    def serial(*kinds: Any) -> Compiled:
+    def of_kinds(*kinds: Any) -> Compiled:
         return compiled(kernel, signature(*kinds))
 
-    @functools.cache
-    def parallel(*kinds: Any) -> Compiled:
-        memory, _, *rest = signature(*kinds)
-        code = types.Array(types.intp, 1, "C")
-        return compiled(together, (code, types.Array(memory.dtype, 2, "C"), *rest))
-
-    return serial, parallel
+    return of_kinds
 
 
 def prepared(
-    serial: Callable[..., Compiled],
-    parallel: Callable[..., Compiled],
+    entry: Callable[..., Compiled],
     kinds: tuple[Any, ...],
     workers: int,
     tasks: int,
@@ -192,24 +184,20 @@ def prepared(
     size: int,
     dtype: np.dtype,
 ) -> Callable[..., None]:
-    """A kernel, of which there are a serial and a parallel entry for element types `kinds`, to be given arguments.
+    """A kernel for element types `kinds`, to be given arguments.
 
     It has so many tasks, of so many multiply-adds together, for as many workers.  Each worker has `size` elements of
     memory.  Where another thread has the workers, the caller's does it all.
     """
-    alone, together = serial(*kinds), parallel(*kinds) if workers > 1 else None
+    call, address = entry(*kinds).call, launcher() if workers > 1 else 0
 
     def run(*arguments: Any) -> None:
-        def by_all() -> None:
-            assert together is not None
-            with working_memory(workers, size, dtype) as memory:
+        def by(workers: int) -> None:
+            with working_memory(workers, size, dtype) as memories:
                 for counters in slices(workers, tasks, operations):
-                    together.call(alone.code, memory, counters, *arguments)
+                    call(address, memories, counters, *arguments)
 
-        if together is not None and threads.do_together(workers, by_all):
-            return
-        with working_memory(1, size, dtype) as memory:
-            for counters in slices(1, tasks, operations):
-                alone.call(memory[0], 0, counters, *arguments)
+        if not threads.do_together(workers, lambda: by(workers)):
+            by(1)
 
     return run

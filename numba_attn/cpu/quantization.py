@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 
 from numba_attn import threads
 from numba_attn.cpu import launch, pack
 from numba_attn.cpu.factors import across
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import INT8, STORED, bits_of, kind_of
 from numba_attn.cpu.pointers import address, moved
 from numba_attn.cpu.simd import I8, Value, Vectors, emits
+from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import BLOCKS, COARSEST, GROUP, MIDDLE, QUANTIZED, SHIFTS, TOGETHER, row_bytes
 
 ROWS = 64  # of a task
@@ -143,12 +144,13 @@ def fill(memory, D, columns):
         memory[d] = memory[again] if again < D else 0
 
 
-@kernel
-def convert(memory, worker, counters, x, scales, out, again):
+@device
+def do_tasks(worker, memories, counters, x, scales, out, again):
     """Do tasks until there are none: some rows of one head each.  Scales are (heads, D), or empty.
 
     Rows are filled up with their elements again, or with zeros.
     """
+    memory = memories[worker]
     (_, _, L, D), columns, helped = x.shape, memory.size, 0
     while True:
         b, h, first, helped = launch.take_rows(counters, worker, helped, x.shape, ROWS)
@@ -166,14 +168,13 @@ def convert(memory, worker, counters, x, scales, out, again):
             quantize(address(memory), D, to)
 
 
-convert_through_pointer = through_pointer(convert.py_func)
+do_all_tasks = by_workers(do_tasks)
 
 
-@parallel_kernel
-def convert_together(code, memory, counters, x, scales, out, again):
-    """`convert`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        convert_through_pointer(code, memory[worker], worker, counters, x, scales, out, again)
+@kernel
+def convert(launcher, memories, counters, x, scales, out, again):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, x, scales, out, again)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def run(x: np.ndarray, numbers: str, scales: np.ndarray | None) -> np.ndarray:
     workers = min(threads.count(), tasks) if x.size > SERIAL_SIZE else 1
     channels = np.empty((0, 0), np.float32) if scales is None else scales[:, 0]
     kinds = kind_of(x.dtype), numbers
-    start = launch.prepared(serial, parallel, kinds, workers, tasks, 50.0 * x.size, columns, np.dtype(np.float32))
+    start = launch.prepared(entry, kinds, workers, tasks, 50.0 * x.size, columns, np.dtype(np.float32))
     start(bits_of(x), channels, *((out.view(np.int8), 0) if numbers == "int8" else (out, 1)))
     return out
 
@@ -197,8 +198,8 @@ def run(x: np.ndarray, numbers: str, scales: np.ndarray | None) -> np.ndarray:
 def signature(kind: str, numbers: str) -> tuple[types.Type, ...]:
     """Of `convert`, for a kind of element and what is made of it."""
     return (
-        types.Array(types.float32, 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(types.float32, 2, "C"),
         types.Array(types.int64, 2, "C"),
         types.Array(STORED[kind], 4, "A", readonly=True, aligned=False),
         types.Array(types.float32, 2, "A", readonly=True),
@@ -207,12 +208,12 @@ def signature(kind: str, numbers: str) -> tuple[types.Type, ...]:
     )
 
 
-serial, parallel = launch.entries(convert, convert_together, signature)
+entry = launch.entry(convert, signature)
 
 
 def warmup() -> list[str]:
     """Compile the kernel for every kind of element, or load it from the cache; returns their names."""
     kinds = [(kind, numbers) for kind in ("f", "float16", "bfloat16") for numbers in QUANTIZED]
     for kind in kinds:
-        serial(*kind), parallel(*kind)
+        entry(*kind)
     return [f"{__name__}, {kind} to {numbers}" for kind, numbers in kinds]

@@ -6,14 +6,15 @@ from functools import partial
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 
 from numba_attn import threads
 from numba_attn.cpu import launch, narrow
-from numba_attn.cpu.jit import device, kernel, parallel_kernel, through_pointer
+from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED, STORED, bits_of, kind_of
 from numba_attn.cpu.pointers import address, moved
 from numba_attn.cpu.simd import BYTES, Value, emits
+from numba_attn.cpu.workers import by_workers
 
 ROWS = 64  # of a task
 SERIAL_SIZE = 1 << 16  # numbers that are rotated sooner than the threads are woken
@@ -95,8 +96,8 @@ def rotate_rows(x, cos, sin, out, b, h, first, end, offset, interleaved):
         copy(here, x.strides[3], to, out.strides[3], 2 * half, D)
 
 
-@kernel
-def turn(memory, worker, counters, x, cos, sin, out, offsets, interleaved):
+@device
+def do_tasks(worker, memories, counters, x, cos, sin, out, offsets, interleaved):
     """Do tasks until there are none: some rows of one head each."""
     helped = 0
     while True:
@@ -107,14 +108,13 @@ def turn(memory, worker, counters, x, cos, sin, out, offsets, interleaved):
         rotate_rows(x, cos, sin, out, b, h, first, min(first + ROWS, x.shape[2]), offset, interleaved)
 
 
-turn_through_pointer = through_pointer(turn.py_func)
+do_all_tasks = by_workers(do_tasks)
 
 
-@parallel_kernel
-def turn_together(code, memory, counters, x, cos, sin, out, offsets, interleaved):
-    """`turn`, whose machine code is at `code`, by as many workers as there are rows of memory."""
-    for worker in prange(memory.shape[0]):
-        turn_through_pointer(code, memory[worker], worker, counters, x, cos, sin, out, offsets, interleaved)
+@kernel
+def turn(launcher, memories, counters, x, cos, sin, out, offsets, interleaved):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, x, cos, sin, out, offsets, interleaved)
 
 
 # From Python ----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def run(
         return
     workers = min(threads.count(), tasks) if x.size > SERIAL_SIZE else 1
     arguments = bits_of(x), cos, sin, bits_of(out), offsets, int(interleaved)
-    start = launch.prepared(serial, parallel, (kind,), workers, tasks, 4.0 * x.size, 16, cos.dtype)
+    start = launch.prepared(entry, (kind,), workers, tasks, 4.0 * x.size, 16, cos.dtype)
     start(*arguments)
 
 
@@ -143,19 +143,19 @@ def signature(kind: str) -> tuple[types.Type, ...]:
     given = types.Array(STORED[kind], 4, "A", readonly=True, aligned=False)
     table = types.Array(COMPUTED[kind], 3, "A", readonly=True, aligned=False)
     return (
-        types.Array(COMPUTED[kind], 1, "C"),
-        types.int64,
+        types.intp,
+        types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         *(given, table, table, types.Array(STORED[kind], 4, "A", aligned=False)),
         *(types.Array(types.int64, 1, "C"), types.int64),
     )
 
 
-serial, parallel = launch.entries(turn, turn_together, signature)
+entry = launch.entry(turn, signature)
 
 
 def warmup() -> list[str]:
     """Compile the kernel for every kind of element, or load it from the cache; returns their names."""
     for kind in COMPUTED:
-        serial(kind), parallel(kind)
+        entry(kind)
     return [f"{__name__}, {kind}" for kind in COMPUTED]

@@ -1,21 +1,21 @@
-"""What a mask function leaves of each tile of the scores: a parallel kernel that calls a pass for every tile."""
+"""What a mask function leaves of each tile of the scores: a kernel that calls a pass for every tile."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from numba_attn import threads
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import launch
-from numba_attn.cpu.jit import Compiled, compiled, kernel, parallel_kernel
+from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.pointers import address, moved
 from numba_attn.cpu.user_functions import MASK, call_pass, integers, make_pass, position
+from numba_attn.cpu.workers import by_workers
 
 # Elements below which waking up threads costs more than they save.
 SERIAL_ELEMENTS = 1 << 16
@@ -46,24 +46,33 @@ def run_state_pass(codes, index, captured, state, rows, keys, b, h, i, j):
     """Write the state of the tile of `rows` queries from i on and `keys` keys from j on."""
 
 
-@kernel
-def classify(code, captured, states, Lq, Lk, rows, keys, first, end):
-    """The states (B, Hq, query tiles, key tiles), of the rows of tiles [first, end) of all heads together."""
-    for row in range(first, end):
-        head, i = row // states.shape[2], row % states.shape[2] * rows
-        for column in range(states.shape[3]):
+@device
+def do_tasks(worker, memories, counters, code, captured, states, Lq, Lk, rows, keys):
+    """Do tasks until there are none: a row of tiles each, of the states (B, Hq, query tiles, key tiles)."""
+    _, Hq, of_head, columns = states.shape
+    helped = 0
+    while True:
+        row, helped = launch.take(counters, worker, helped, states.shape[0] * Hq * of_head)
+        if row < 0:
+            break
+        head, i = row // of_head, row % of_head * rows
+        for column in range(columns):
             j = column * keys
-            state = moved(address(states), row * states.shape[3] + column)
+            state = moved(address(states), row * columns + column)
             tile_rows, tile_keys = min(rows, Lq - i), min(keys, Lk - j)
-            b, h = head // states.shape[1], head % states.shape[1]
-            run_state_pass(code, 0, captured, state, tile_rows, tile_keys, b, h, i, j)
+            run_state_pass(code, 0, captured, state, tile_rows, tile_keys, head // Hq, head % Hq, i, j)
 
 
-@parallel_kernel
-def classify_together(code, captured, states, Lq, Lk, rows, keys, first, end):
-    """`classify`, by Numba's threads."""
-    for row in prange(first, end):
-        classify(code, captured, states, Lq, Lk, rows, keys, row, row + 1)
+do_all_tasks = by_workers(do_tasks)
+
+
+@kernel
+def classify(launcher, memories, counters, code, captured, states, Lq, Lk, rows, keys):
+    """`do_tasks`, by as many workers as there are memories."""
+    do_all_tasks(launcher, memories, counters, code, captured, states, Lq, Lk, rows, keys)
+
+
+# From Python ----------------------------------------------------------------------------------------------------------
 
 
 def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size: tuple[int, int]) -> np.ndarray:
@@ -71,27 +80,24 @@ def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size
     (B, Hq, Lq, Lk), (rows, keys) = shape, block_size
     made = make_pass(STATE, mask_mod, np.uint8)
     states = np.empty((B, Hq, -(-Lq // rows), -(-Lk // keys)), np.uint8)
-    lines, elements = B * Hq * states.shape[2], B * Hq * Lq * Lk
-    workers = threads.count() if elements > SERIAL_ELEMENTS else 1
-
-    def run(entry: Compiled) -> None:
-        for counters in launch.slices(1, lines, elements * OPERATIONS):
-            first, end = counters[0, :2].tolist()
-            entry.call(made.code, made.captured, states, Lq, Lk, rows, keys, first, min(end, lines))
-
-    if not threads.do_together(workers, lambda: run(_parallel())):
-        run(_serial())
+    tasks, elements = B * Hq * states.shape[2], B * Hq * Lq * Lk
+    workers = max(1, min(threads.count(), tasks)) if elements > SERIAL_ELEMENTS else 1
+    start = launch.prepared(entry, (), workers, tasks, elements * OPERATIONS, 0, states.dtype)
+    start(made.code, made.captured, states, Lq, Lk, rows, keys)
     return states
 
 
-_ARRAYS = (types.Array(types.intp, 1, "C"), types.Array(types.int64, 1, "C"), types.Array(types.uint8, 4, "C"))
+def signature() -> tuple[types.Type, ...]:
+    """Of `classify`."""
+    return (
+        types.intp,
+        types.Array(types.uint8, 2, "C"),
+        types.Array(types.int64, 2, "C"),
+        types.Array(types.intp, 1, "C"),
+        types.Array(types.int64, 1, "C"),
+        types.Array(types.uint8, 4, "C"),
+        *integers(4),
+    )
 
 
-@functools.cache
-def _serial() -> Compiled:
-    return compiled(classify, (*_ARRAYS, *integers(6)))
-
-
-@functools.cache
-def _parallel() -> Compiled:
-    return compiled(classify_together, (*_ARRAYS, *integers(6)))
+entry = launch.entry(classify, signature)
