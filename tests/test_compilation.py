@@ -283,6 +283,10 @@ def test_machine_code_of_kernels(warm: dict[str, Any], name: str) -> None:
         assert faults(module, root) == [], signature
         if name in ("work", "weigh"):
             assert ("@llvm.fma." in module) is target.HAS_FMA
+        # A name that another kernel's code has as well must be this one's own.
+        apart = re.findall(r'^define (.*@"?(?:numba_attn\.|do_tasks\.).*)', module, re.M)
+        assert apart or name in {*SERIAL, PARALLEL}
+        assert all(line.startswith("internal ") for line in apart), apart
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

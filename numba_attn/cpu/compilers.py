@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+from llvmlite.binding import Linkage
 from numba.core import compiler, typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_machinery import PassManager
@@ -60,7 +61,7 @@ class _Part(_Own):
 
     def finalize(self) -> None:
         for function in self._final_module.functions:
-            if not function.is_declaration:
+            if function.linkage == Linkage.external and not function.is_declaration:
                 function.linkage = "linkonce_odr"
         self._finalized = True
 
