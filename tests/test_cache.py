@@ -233,7 +233,7 @@ def test_many_processes_that_start_at_once(tmp_path: Path, attempt: int) -> None
 
 @pytest.mark.slow
 def test_warmup_leaves_nothing_to_compile(python: Callable[..., str]) -> None:
-    """As for the image of a container: later calls, of every type, look for nothing that it has not looked for."""
+    """As for the image of a container: later calls, of every type, write nothing, nor look for what it has not."""
     warm_up = "from numba_attn import cli; cli.main(['warmup', '--json']); print('', *asked)"
     found = set(python(RECORDED + warm_up, timeout=600).splitlines()[-1].split())
     script = f"""{RECORDED}
@@ -245,6 +245,7 @@ for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
         numba_attn.apply_rotary(x, *numba_attn.rotary_tables(n, 32, dtype=x.dtype))
 x = np.ones((4, 400, 32), np.float32)
 numba_attn.scaled_dot_product_attention(x, x, x, precision="bfloat16")
+assert not saved
 print(*asked)
 """
     asked = set(python(script).split())

@@ -210,13 +210,6 @@ CALL = re.compile(r'\bcall .*?(?:(?P<asm>\basm\b)|@"?(?P<name>[\w.$]+)"?\(|(?P<a
 FUNCTIONS = re.compile(r"llvm\.(exp(?!erimental)|pow|log|sin|cos|tan|a(sin|cos|tan))")
 # Outside of LLVM: the logarithm of a row's sum.
 EXTERNAL = {"log2", "log2f"}
-# What Numba puts in front of the function that workers run: counts of who has an array, the end of one, which the
-# caller's put off, and more for the case that it raises: which none does.
-FOR_WORKERS = {
-    "NRT_MemInfo_call_dtor",
-    *("numba_gil_ensure", "numba_gil_release", "PyErr_Clear", "PyErr_SetString", "PyErr_SetNone", "NRT_Free"),
-    *("PyBytes_FromStringAndSize", "numba_unpickle", "numba_runtime_build_excinfo_struct", "numba_do_raise"),
-}
 
 
 def faults(module: str, root: str) -> list[str]:
@@ -233,28 +226,29 @@ def faults(module: str, root: str) -> list[str]:
     assert todo, f"no function {root}"
     for name in todo:  # which grows meanwhile
         _, _, body = functions[name].partition("\n")
-        of_workers = name.startswith("__gufunc__") or (root == "__gufunc__" and name.startswith("NRT_"))
-        may_call = EXTERNAL | (FOR_WORKERS if of_workers else set())
         for call in CALL.finditer(body):
             callee = call["name"] or ""
             if callee in functions:
                 todo += [callee] if callee not in todo else []
-            elif FUNCTIONS.match(callee) or (callee and not callee.startswith("llvm.") and callee not in may_call):
+            elif FUNCTIONS.match(callee) or (callee and not callee.startswith("llvm.") and callee not in EXTERNAL):
                 found.append(f"calls {callee}")
         if "numba_exception_output" in body or ".picklebuf." in body:
             found.append("raises")
         found += [f"is {flag}" for flag in FAST.findall(body)]
-        # Integers are made of addresses to find a distance, and either of the other in a call of what is at an address,
-        # and that is all.
+        # Integers are made of addresses to find a distance, addresses of integers to call a function, and that is all;
+        # but for the arguments of the functions of workers, where these are launched.
+        launches = name.startswith(root) and (root == "__gufunc__" or any(".of_worker" in x for x in functions))
         for value, made in re.findall(r"(%\S+) = (inttoptr|ptrtoint) ", body):
             names = [value]
             for name in names:  # which grows: where ways through the function meet, it goes on under another name
                 for use in re.findall(rf"^.*{re.escape(name)}(?![\w.]).*$", body, re.M):
-                    allowed = re.search(r" call (i32|void) %", use) or (made == "ptrtoint" and " = sub " in use)
+                    allowed = rf" call (i32|void) {re.escape(name)}\(" if made == "inttoptr" else " = sub "
+                    if launches:
+                        allowed = f"{allowed}| call (i32|void) %"
                     result, _, operation = use.strip().partition(" = ")
                     if operation.startswith("phi ptr "):
                         names += [result] if result not in names else []
-                    elif not allowed and result != name:
+                    elif not re.search(allowed, use) and result != name:
                         found.append(f"{made}: {use.strip()}")
     return found
 
