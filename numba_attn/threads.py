@@ -1,8 +1,8 @@
 """How many threads a call uses, and when it must not use Numba's pool at all.
 
 One thread at a time launches a parallel kernel: Numba's default threading layer ends the process otherwise.  A call
-that finds the pool taken, and every call in a forked child of a process that has used the pool, runs the serial kernel,
-which gives the same bits.
+that finds the pool taken, and every call in a forked child of a process that has used the pool, does all on the thread
+that makes it, to the same bits.
 """
 
 from __future__ import annotations

@@ -458,10 +458,8 @@ def memory_size(cut: Cut, D: int, Dv: int) -> int:
 def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:
     """Of `differentiate`, for a kind of element and an operand, see `narrow`."""
     element_type, table = COMPUTED[kind], types.Array(types.int64, 2, "C")
-    return (
-        types.intp,
-        types.Array(element_type, 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        element_type,
         gradient_types(kind),
         bias_types(element_type),
         types.NamedUniTuple(table, 5, Tables),

@@ -360,10 +360,8 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `decode`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
-    return (
-        types.intp,
-        types.Array(COMPUTED[kind], 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        COMPUTED[kind],
         types.Array(types.int64, 3, "C"),
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),

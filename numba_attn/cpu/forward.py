@@ -323,10 +323,8 @@ def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `work`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
-    return (
-        types.intp,
-        types.Array(COMPUTED[kind], 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        COMPUTED[kind],
         *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 6, Cut),
     )

@@ -41,12 +41,12 @@ counting_device = numba.njit(pipeline_class=CountingPartCompiler, **OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A serial entry point, cached on disk."""
+    """An entry point that makes no arrays, cached on disk."""
     return _cached(numba.njit(pipeline_class=KernelCompiler, **UNCOUNTED)(function))
 
 
 def counting_kernel(function: Callable[..., Any]) -> Any:
-    """A serial entry point that makes arrays, cached on disk."""
+    """An entry point that makes arrays, cached on disk."""
     return _cached(numba.njit(**OPTIONS)(function))
 
 

@@ -190,10 +190,8 @@ def memory_size(cut: Cut, D: int) -> int:
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `weigh`, for a kind of element, an operand and how keys are held, see `narrow`."""
-    return (
-        types.intp,
-        types.Array(COMPUTED[kind], 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        COMPUTED[kind],
         types.Array(COMPUTED[kind], 2, "A"),
         *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 4, Cut),

@@ -161,12 +161,17 @@ def _one_after_the_other(workers: int, tasks: int, operations: float) -> Iterato
         at_once = max(1, int(at_once * min(8.0, SLICE_SECONDS / max(seconds, 1e-6))))
 
 
-def entry(kernel: Any, signature: Callable[..., tuple[types.Type, ...]]) -> Callable[..., Compiled]:
-    """A function that compiles a kernel, of what its signature depends on.
+def signature_of(memory: types.Type, *others: types.Type) -> tuple[types.Type, ...]:
+    """Of a kernel whose workers have memory of elements of that type, and which has other arguments.
 
-    The first arguments of the kernel are the address of what launches workers, 0 if there is one, the memories of
-    workers, and counters of their tasks.
+    The first of all are the address of what launches workers, 0 if there is one, their memories, and counters of their
+    tasks.
     """
+    return (types.intp, types.Array(memory, 2, "C"), types.Array(types.int64, 2, "C"), *others)
+
+
+def entry(kernel: Any, signature: Callable[..., tuple[types.Type, ...]]) -> Callable[..., Compiled]:
+    """A function that compiles a kernel, of what its signature, see `signature_of`, depends on."""
 
     @functools.cache
     def of_kinds(*kinds: Any) -> Compiled:

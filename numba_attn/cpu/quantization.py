@@ -197,10 +197,8 @@ def run(x: np.ndarray, numbers: str, scales: np.ndarray | None) -> np.ndarray:
 
 def signature(kind: str, numbers: str) -> tuple[types.Type, ...]:
     """Of `convert`, for a kind of element and what is made of it."""
-    return (
-        types.intp,
-        types.Array(types.float32, 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        types.float32,
         types.Array(STORED[kind], 4, "A", readonly=True, aligned=False),
         types.Array(types.float32, 2, "A", readonly=True),
         types.Array(STORED[numbers], 4, "C"),

@@ -142,10 +142,8 @@ def signature(kind: str) -> tuple[types.Type, ...]:
     """Of `turn`, for a kind of element."""
     given = types.Array(STORED[kind], 4, "A", readonly=True, aligned=False)
     table = types.Array(COMPUTED[kind], 3, "A", readonly=True, aligned=False)
-    return (
-        types.intp,
-        types.Array(COMPUTED[kind], 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        COMPUTED[kind],
         *(given, table, table, types.Array(STORED[kind], 4, "A", aligned=False)),
         *(types.Array(types.int64, 1, "C"), types.int64),
     )

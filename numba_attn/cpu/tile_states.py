@@ -81,7 +81,7 @@ def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size
     made = make_pass(STATE, mask_mod, np.uint8)
     states = np.empty((B, Hq, -(-Lq // rows), -(-Lk // keys)), np.uint8)
     tasks, elements = B * Hq * states.shape[2], B * Hq * Lq * Lk
-    workers = max(1, min(threads.count(), tasks)) if elements > SERIAL_ELEMENTS else 1
+    workers = min(threads.count(), tasks) if elements > SERIAL_ELEMENTS else 1
     start = launch.prepared(entry, (), workers, tasks, elements * OPERATIONS, 0, states.dtype)
     start(made.code, made.captured, states, Lq, Lk, rows, keys)
     return states
@@ -89,10 +89,8 @@ def tile_states(mask_mod: Callable[..., Any], shape: tuple[int, ...], block_size
 
 def signature() -> tuple[types.Type, ...]:
     """Of `classify`."""
-    return (
-        types.intp,
-        types.Array(types.uint8, 2, "C"),
-        types.Array(types.int64, 2, "C"),
+    return launch.signature_of(
+        types.uint8,
         types.Array(types.intp, 1, "C"),
         types.Array(types.int64, 1, "C"),
         types.Array(types.uint8, 4, "C"),
