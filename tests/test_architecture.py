@@ -94,7 +94,9 @@ MAY_IMPORT = {
     "cpu.walk": {"cpu.blocks", "cpu.simd", "cpu.target"},
     "cpu.blocks": {"cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.softmax": {"cpu.blocks", "cpu.simd"},
-    "cpu.dots": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.walk", "storage"},
+    "cpu.dots": {
+        *("cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.walk", "storage"),
+    },
     "cpu.reading": {"cpu.jit", "cpu.pointers", "cpu.stored", "cpu.target", "cpu.walk"},
     "cpu.short": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.pointers": {"cpu.simd", "cpu.target"},
@@ -133,10 +135,10 @@ MAY_IMPORT = {
     },
     "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles", "cpu.walk"},
     "cpu.as_read": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.walk"},
-    "cpu.rows": {
-        *("cpu.as_read", "cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target"),
-        *("cpu.tiles", "cpu.walk"),
+    "cpu.mixing": {
+        *("cpu.as_read", "cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.walk"),
     },
+    "cpu.rows": {"cpu.blocks", "cpu.factors", "cpu.simd", "cpu.softmax"},
     "cpu.results": {"cpu.softmax", "cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
     "cpu.row_block": {
@@ -150,7 +152,7 @@ MAY_IMPORT = {
     },
     "cpu.splits": {"cpu.jit", "cpu.pointers", "cpu.reading", "cpu.score"},
     "cpu.decode": {
-        *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack"),
+        *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.mixing", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
         *("cpu.splits", "cpu.stored", "cpu.target", "cpu.workers", "block_mask", "storage"),
     },

@@ -22,7 +22,7 @@ def mix_one(
 ) -> None:  # fmt: skip
     """o (width vectors) += p.T (1, n) @ value (n, Dv) from a vector on, for probabilities p, `p_row` bytes apart.
 
-    As in `rows.mix`, of which this is one block; what is `ahead` is asked for.
+    As in `mixing`, of which this is one block; what is `ahead` is asked for.
     """
     # Of the four lanes, which a register of any x86 has, the first two keys', and zeros.
     b, stored, few = v.builder, v.pointees["value"], Vectors(v.builder, v.dtype, 4)

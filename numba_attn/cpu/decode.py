@@ -2,7 +2,7 @@
 
 A task is one key-value head and a tile of the keys.  The query rows of all heads that share it are done together, or
 one head after the other where masks and functions tell them apart, as in `forward`, with the products of `dots` and
-`rows`.  The worker that finishes the last split of a head joins them, in the order of the keys.
+`mixing`.  The worker that finishes the last split of a head joins them, in the order of the keys.
 
 Flash-Decoding (Dao et al., 2023) for the split along the keys.
 """
@@ -16,9 +16,10 @@ from numba import types
 
 from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import dropout, launch, pack, rows, softmax, target
-from numba_attn.cpu.dots import dots
+from numba_attn.cpu.dots import beside, dots
 from numba_attn.cpu.factors import SUMMED, round_queries, weights_of
 from numba_attn.cpu.jit import device, kernel, through_pointer
+from numba_attn.cpu.mixing import mix, mix_carefully
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import (
     address,
@@ -178,11 +179,11 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
             weights = as_factor(weights, arrays.v, arrays.operands)
             weights_of(count, stride, weights, some, v.data, v_at, sizes.Dv, step)
             if careful:
-                rows.mix_carefully(
+                mix_carefully(
                     count, v.data, v_at, v.row, until, page, sizes.Dv, some, weights, stride, step, state.o
                 )  # fmt: skip
             else:
-                rows.mix(
+                mix(
                     count, v.data, v_at, v_ahead, v.row, until, page, sizes.Dv, some, weights, stride, step, state.o
                 )  # fmt: skip
     finite, one = True, memory.dtype.type(1)
@@ -261,6 +262,7 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
     for i in range(cut.blocks):
         block = as_factor(element(memory, at.queries + i * height * columns), arrays.k, arrays.operands)
         round_queries(height, block, address(arrays.k), columns, element(memory, at.steps + i * lanes))
+        beside(height, block, columns, element(memory, at.keys))
 
 
 @device

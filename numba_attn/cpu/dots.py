@@ -12,14 +12,17 @@ from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
+from numba_attn.cpu.tiles import are_pairs
 from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
 
 # Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
 # foresees; with 16, as many as there are sums in a vector, as fewer wait for each other.
 BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
-# Whether rows that are read side by side are asked for one after the other, not a line of each in turns.
-WHOLE_ROWS = not target.MANY_REGISTERS
+# Whether rows that are read side by side are asked for one after the other, not a line of each in turns; and for a
+# single row, how often its lines are asked for: again where half as many rows are left, and an eighth.  Where many are
+# on their way, hardware does not take more, and says nothing.
+WHOLE_ROWS, AGAIN = (False, ()) if target.MANY_REGISTERS else (True, (1, 3))
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 HEAD_SIZES = 64, COLUMNS  # for which there is a form without loops over a row, whose queries stay in registers,
@@ -39,7 +42,7 @@ def _dots(v, height, k, offsets, ahead, row, until, page, n, held, D, q, step, s
 
     D is whole vectors of q, which is as `factors` says, of words in steps.  So many elements of k are held, whole
     vectors of numbers; q is 0 beyond them.  Where rows of k are is as in `Walk`; those `ahead` of each are asked for.
-    Whole vectors of s are written.
+    Whole vectors of s are written.  Rows of q lie vector beside vector, see `beside`.
     """
     arguments = Walk(k, offsets, n, row, until, page), ahead, held, D, q, step, s, v.room(v.lanes)
     v.choose(height, {rows: partial(_dots_of, v, rows, *arguments) for rows in powers_of_two(v.lanes)})
@@ -53,6 +56,8 @@ def _dots_of(
     words = v.pointees["q"] == WORDS
     steps = [v.load_scalar(step, r * v.size) for r in range(height)] if words and in_order(height, stored) else []
     keys, at_once = v.lanes // height, min(v.lanes // height, BESIDE)
+    again = AGAIN if at_once == 1 and BYTES[stored] > 1 else ()
+    aheads = [ahead, *(v.builder.ashr(ahead, v.index(shift)) for shift in again)]
 
     def row(j: Value, i: int | Value, rows_on: Value | None = None) -> Value:
         number = v.least(v.add_index(j, i), last)
@@ -62,7 +67,7 @@ def _dots_of(
         """The sums of all keys of a vector of scores, a few rows at a time."""
         sums = []
         for i in range(0, keys, at_once):
-            later = [row(j, i + n, ahead) for n in range(at_once)]
+            later = [row(j, i + n, on) for on in aheads for n in range(at_once)]
             sums += _dots_beside(v, factors, rows[i : i + at_once], later, height, held, D, q)
         return sums
 
@@ -107,7 +112,7 @@ def _dots_of(
     def of_size(D: int) -> None:
         """Keys of so many elements, of which none is asked for."""
         vectors = D // (factors.together * v.lanes)
-        in_turn(partial(_dots_of_whole, v, factors, _queries(v, factors, vectors, height, v.index(D), q)), False)
+        in_turn(partial(_dots_of_whole, v, factors, _queries(v, factors, vectors, height, q)), False)
 
     if not in_order(height, stored):
         v.loop(0, walk.n, keys, [], some)
@@ -130,10 +135,10 @@ def _elements(v: Vectors, factors: Factors, row: Value, d: Value, D: Value, vect
     return widened(v, row, d, D, stored, vectors)
 
 
-def _queries(v: Vectors, factors: Factors, vectors: int, height: int, D: Value, q: Value) -> list[list[Value]]:
-    """Rows of queries, of so many vectors each."""
-    load, q_row = v.load_pairs if factors.together == 2 else v.load, v.mul_index(D, factors.size)
-    return [[load(v.at(q, v.mul_index(q_row, r)), w * v.bytes) for w in range(vectors)] for r in range(height)]
+def _queries(v: Vectors, factors: Factors, vectors: int, height: int, q: Value) -> list[list[Value]]:
+    """Rows of queries, of so many vectors each, from the address of the first one."""
+    load = v.load_pairs if factors.together == 2 else v.load
+    return [[load(q, (w * height + r) * v.bytes) for w in range(vectors)] for r in range(height)]
 
 
 def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row: Value, _: list[Value]) -> list[Value]:
@@ -150,8 +155,7 @@ def _dots_beside(
 ) -> list[Value]:
     """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
     stored, two, multiply = v.pointees["k"], factors.together == 2, factors.multiply
-    lanes, load = factors.together * v.lanes, v.load_pairs if two else v.load
-    q_row = v.mul_index(D, factors.size)
+    lanes = factors.together * v.lanes
 
     def columns(d: Value, sums: list[Value], vectors: int) -> list[Value]:
         return add_products(d, [_elements(v, factors, row, d, D, vectors) for row in rows], sums)
@@ -162,18 +166,17 @@ def _dots_beside(
         return add_products(d, [[v.shuffle(x, ir.Constant(x.type, None), range(lanes))] for x in words], sums)
 
     def add_products(d: Value, of_rows: list[list[Value]], sums: list[Value]) -> list[Value]:
-        for w, keys in enumerate(zip(*of_rows, strict=True)):
-            at = v.mul_index(v.add_index(d, w * lanes), factors.size)
-            queries = [load(v.at(q, v.mul_index(q_row, r)), at) for r in range(height)]
+        of_queries = _queries(v, factors, len(of_rows[0]), height, v.at(q, v.mul_index(d, height * factors.size)))
+        for keys, queries in zip(zip(*of_rows, strict=True), zip(*of_queries, strict=True), strict=True):
             pairs = ((key, query) for key in keys for query in queries)
             sums = [multiply(key, query, total) for (key, query), total in zip(pairs, sums, strict=True)]
         return sums
 
-    line, row_by_row = max(1, LINE // (lanes * BYTES[stored])), WHOLE_ROWS and len(later) > 1
+    line, row_by_row = max(1, LINE // (lanes * BYTES[stored])), WHOLE_ROWS and len(rows) > 1
     for row in later if row_by_row else []:
         v.loop(0, v.mul_index(held, BYTES[stored]), LINE, [], partial(_ask, v, row), rolled=True)
     of_fours = stored == narrow.INT4
-    at_once = TOGETHER // lanes if of_fours else max(1, min(UNROLLED // height, COLUMNS // lanes))
+    at_once = TOGETHER // lanes if of_fours else max(line, min(UNROLLED // height, COLUMNS // lanes))
 
     def some(d: Value, sums: list[Value], vectors: int) -> list[Value]:
         together = vectors if of_fours else 1
@@ -212,4 +215,27 @@ def _sums_across(v: Vectors, vectors: list[Value], add: Callable[[Value, Value],
     return vectors[0]
 
 
+def _beside(v, height, q, D, kept):
+    """Vectors of the rows of q (height, D) beside each other, in place: the first of each row, then the second of each.
+
+    A constant apart, they need no registers for their addresses.  `kept` has room for as many.
+    """
+    size = 2 if v.pointees["q"] == WORDS or are_pairs(v, "q") else v.size
+    vectors = v.builder.sdiv(v.mul_index(D, size), v.index(v.bytes))
+
+    def move(i: Value) -> None:
+        v.store(v.load(q, v.mul_index(i, v.bytes)), kept, v.mul_index(i, v.bytes))
+
+    def rows(r: Value) -> None:
+        def row(w: Value) -> None:
+            x = v.load(kept, v.mul_index(v.add_index(v.mul_index(r, vectors), w), v.bytes))
+            v.store(x, q, v.mul_index(v.add_index(v.mul_index(w, height), r), v.bytes))
+
+        v.each(vectors, row)
+
+    v.each(v.mul_index(vectors, height), move)
+    v.each(height, rows)
+
+
 dots = emits(_dots, apart=True)
+beside = emits(_beside)

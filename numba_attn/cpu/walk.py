@@ -8,6 +8,7 @@ of pages, and what is asked for ahead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from numba_attn.cpu import target
@@ -19,6 +20,8 @@ from numba_attn.cpu.simd import I64, Value, Vectors
 # for two rows where there are too few registers for the sums of both.
 FEW, FEW_OF_VALUES, FEW_QUANTIZED = 2, 2 if target.MANY_REGISTERS else 1, 1
 ALONE = target.PREFETCH == 2
+
+Body = Callable[[Value, list[Value]], list[Value]]
 
 
 def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
@@ -69,6 +72,15 @@ class Ahead(NamedTuple):
         return phis
 
 
+class Pages(NamedTuple):
+    """Rows [begin, end), of which those from `until` on lie behind the end of the first one's page; pages in all."""
+
+    begin: Value
+    end: Value
+    until: Value
+    count: Value
+
+
 class Walk(NamedTuple):
     """n rows of a tile: `row` bytes apart up to row `until`, and then up to each `page` rows more.
 
@@ -84,12 +96,13 @@ class Walk(NamedTuple):
 
     def begin(self, v: Vectors, j: Value) -> list[Value]:
         """Where row j starts, and the next one that does not lie behind the one before it."""
-        b = v.builder
-        beyond = b.sub(j, self.until)
+        return [row_at(v, self.base, self.offsets, j), v.least(self._end_of_page(v, j), self.n)]
+
+    def _end_of_page(self, v: Vectors, j: Value) -> Value:
+        b, beyond = v.builder, v.builder.sub(j, self.until)
         pages = v.add_index(b.sdiv(beyond, self.page), 1)
         later = v.add_index(self.until, v.mul_index(pages, self.page))
-        until = b.select(b.icmp_signed("<", beyond, v.index(0)), self.until, later)
-        return [row_at(v, self.base, self.offsets, j), v.least(until, self.n)]
+        return b.select(b.icmp_signed("<", beyond, v.index(0)), self.until, later)
 
     def follow(self, v: Vectors, at: list[Value], j: Value) -> list[Value]:
         """The same for row j, from that of the row before it."""
@@ -111,3 +124,25 @@ class Walk(NamedTuple):
             phi.add_incoming(same, evenly)
             phi.add_incoming(other, jump)
         return [row, next_page]
+
+    def pages_of(self, v: Vectors, begin: Value, end: Value) -> Pages:
+        until = self._end_of_page(v, begin)
+        others = v.most(v.builder.sub(end, until), v.index(0))
+        count = v.builder.sdiv(v.add_index(v.add_index(others, self.page), -1), self.page)
+        return Pages(begin, end, until, v.add_index(count, 1))
+
+    def page_by_page(self, v: Vectors, pages: Pages, carried: list[Value], body: Body) -> list[Value]:
+        """`carried = body(where a row starts, carried)` for rows in order, with nothing to decide at each."""
+        begin, end, until, count = pages
+
+        def page(i: Value, carried: list[Value]) -> list[Value]:
+            stop = v.add_index(until, v.mul_index(i, self.page))
+            start = v.most(v.builder.sub(stop, self.page), begin)
+
+            def row(_: Value, carried: list[Value]) -> list[Value]:
+                return [v.at(carried[0], self.row), *body(carried[0], carried[1:])]
+
+            place = row_at(v, self.base, self.offsets, start)
+            return v.loop(start, v.least(stop, end), 1, [place, *carried], row, rolled=True)[1:]
+
+        return v.loop(0, count, 1, carried, page, rolled=True)
