@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,9 +95,11 @@ def blocky(mask_mod: Callable[..., Any], shape: tuple[int, int, int, int], block
     return BlockMask(mask_mod, shape, block_size, states)
 
 
+@functools.lru_cache(maxsize=256)
 def everywhere(mask_mod: Callable[..., Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The function at every (b, h, i, j), as a bool array of this shape."""
+    """The function at every (b, h, i, j), as a bool array of this shape, read-only: many a test asks for the same."""
     allowed = np.empty(shape, bool)
     for place in np.ndindex(shape):
         allowed[place] = mask_mod(*place)
+    allowed.flags.writeable = False
     return allowed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,13 @@ from contract import STORAGE
 
 from numba_attn.cpu import attention, plan
 from numba_attn.problem import AUX_NAMES
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def among(*values: Any) -> st.SearchStrategy[Any]:
+    """One of them: made once, as making and checking such a strategy takes longer than drawing from it."""
+    return st.sampled_from(values)
+
 
 IDENTITY: dict[str, Any] = {"as is": lambda x: x, **STORAGE}
 DTYPES = [*(["float32"] * 3), "float64", *SIXTEEN_BITS]
@@ -64,10 +72,10 @@ def four_axes(draw: st.DrawFn, most_Lq: int, most_Lk: int) -> Sizes:
 def any_axes(draw: st.DrawFn, most_Lq: int, most_Lk: int) -> Sizes:
     """Two to five axes, any of them empty, or one of them far longer than all others."""
     few, small, sizes = st.integers(0, 3), st.integers(0, 9), st.integers(0, 40)
-    axes = draw(st.sampled_from([2, 3, 4, 4, 5]))
+    axes = draw(among(2, 3, 4, 4, 5))
     batch = tuple(draw(few) for _ in range(axes - 3))
     Hkv, group = (1, 1) if axes == 2 else (draw(few), draw(st.integers(1, 3)))
-    long = draw(st.sampled_from([None, None, "Lq", "Lk", "D", "Dv", "heads", "batch"]))
+    long = draw(among(None, None, "Lq", "Lk", "D", "Dv", "heads", "batch"))
     if long is None:
         Lq, Lk = draw(st.integers(0, most_Lq)), draw(st.integers(0, most_Lk))
         return Sizes(batch, axes > 2, Hkv, group, Lq, Lk, draw(sizes), draw(sizes))
@@ -75,7 +83,7 @@ def any_axes(draw: st.DrawFn, most_Lq: int, most_Lk: int) -> Sizes:
     if long == "batch" and batch:
         batch = (draw(st.integers(20, 90)), *batch[1:])
     elif long == "heads" and axes > 2:
-        Hkv, group = draw(st.sampled_from([(1, 40), (30, 1), (8, 5)]))
+        Hkv, group = draw(among((1, 40), (30, 1), (8, 5)))
     elif long in n:
         n[long] = draw(st.integers(100, 20 * (most_Lq if long.startswith("L") else 30)))
     return Sizes(batch, axes > 2, Hkv, group, **n)
@@ -84,31 +92,30 @@ def any_axes(draw: st.DrawFn, most_Lq: int, most_Lk: int) -> Sizes:
 @st.composite
 def calls(draw: st.DrawFn, sizes: Callable[[int, int], st.SearchStrategy[Sizes]] = four_axes) -> Call:
     """Arrays, options and how to cut the problem."""
-    functions = draw(st.sampled_from(FUNCTIONS))
+    functions = draw(among(*FUNCTIONS))
     # The reference calls functions for one element after the other.
     size = draw(sizes(60, 70) if functions == (None, None, None) else sizes(20, 36))
-    dtype = dtype_of(draw(st.sampled_from(DTYPES)))
+    dtype = dtype_of(draw(among(*DTYPES)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     def stored(x: np.ndarray) -> np.ndarray:
-        return IDENTITY[draw(st.sampled_from(list(IDENTITY)))](x) if x.ndim > 1 else x  # type: ignore[no-any-return]
+        return IDENTITY[draw(among(*IDENTITY))](x) if x.ndim > 1 else x  # type: ignore[no-any-return]
 
     (B, Hq, Lq, Lk), Hkv = size.scores, size.Hkv
     shapes = size.shape(Hq, Lq, size.D), size.shape(Hkv, Lk, size.D), size.shape(Hkv, Lk, size.Dv)
     arrays = [stored(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
     options: dict[str, Any] = {"enable_gqa": size.group > 1, "is_causal": draw(st.booleans())}
     if draw(st.booleans()):
-        options["scale"] = draw(st.sampled_from([0.0, -1.0, 0.3, 2.0]))
-    options |= draw(intervals(B, Lq, Lk))
-    mask = draw(masks(size.shape(Hq, Lq, Lk), rng, dtype))
+        options["scale"] = draw(among(0.0, -1.0, 0.3, 2.0))
+    options |= intervals(draw, B, Lq, Lk)
+    mask = masks(draw, size.shape(Hq, Lq, Lk), rng, dtype)
     if mask is not None:
         options["attn_mask"] = stored(mask)
-    options |= draw(variants(size.scores, rng, dtype, functions))
+    options |= variants(draw, size.scores, rng, dtype, functions)
     options["return_aux"] = tuple(name for name in AUX_NAMES if draw(st.booleans()))
-    return arrays, options, draw(st.sampled_from([None, (1, 1), (5, 3), (48, 2)]))
+    return arrays, options, draw(among(None, (1, 1), (5, 3), (48, 2)))
 
 
-@st.composite
 def intervals(draw: st.DrawFn, B: int, Lq: int, Lk: int) -> dict[str, Any]:
     """Options that leave each row an interval of keys."""
     options: dict[str, Any] = {}
@@ -127,21 +134,19 @@ def intervals(draw: st.DrawFn, B: int, Lq: int, Lk: int) -> dict[str, Any]:
     return options
 
 
-@st.composite
 def masks(draw: st.DrawFn, scores: tuple[int, ...], rng: np.random.Generator, dtype: np.dtype) -> np.ndarray | None:
-    kind = draw(st.sampled_from(["none", "bool", "additive", "additive with -inf"]))
+    kind = draw(among("none", "bool", "additive", "additive with -inf"))
     if kind == "none":
         return None
-    shape = tuple(draw(st.sampled_from([n, 1])) for n in scores[draw(st.integers(0, len(scores))) :])
+    shape = tuple(draw(among(n, 1)) for n in scores[draw(st.integers(0, len(scores))) :])
     if kind == "bool":
-        return np.asarray(rng.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])))
+        return np.asarray(rng.random(shape) < draw(among(0.0, 0.1, 0.5, 0.9, 1.0)))
     mask = np.asarray(rng.standard_normal(shape))
     if kind == "additive with -inf":
         mask = np.where(rng.random(shape) < 0.5, mask, -np.inf)
-    return mask.astype(draw(st.sampled_from([np.dtype(np.float32), np.dtype(np.float64), dtype])))
+    return mask.astype(draw(among(np.dtype(np.float32), np.dtype(np.float64), dtype)))
 
 
-@st.composite
 def variants(
     draw: st.DrawFn,
     scores: tuple[int, int, int, int],
@@ -154,17 +159,17 @@ def variants(
     score_mod, mask_mod, block_mod = functions
     options: dict[str, Any] = {"score_mod": score_mod, "mask_mod": mask_mod}
     if block_mod is not None:
-        size = draw(st.sampled_from([(16, 16), (13, 7), (3, 5), (1, 64)]))
-        shape = scores if block_mod is mods.scattered else (draw(st.sampled_from([1, B])), 1, *scores[2:])
+        size = draw(among((16, 16), (13, 7), (3, 5), (1, 64)))
+        shape = scores if block_mod is mods.scattered else (draw(among(1, B)), 1, *scores[2:])
         options["block_mask"] = mods.blocky(block_mod, shape, size)
     if draw(st.booleans()):
-        options["softcap"] = draw(st.sampled_from([0.5, 3.0, 50.0]))
+        options["softcap"] = draw(among(0.5, 3.0, 50.0))
     if draw(st.booleans()):
-        options["alibi_slopes"] = rng.random(draw(st.sampled_from([(Hq,), (B, Hq)]))).astype(dtype)
+        options["alibi_slopes"] = rng.random(draw(among((Hq,), (B, Hq)))).astype(dtype)
     if draw(st.booleans()):
-        options["sinks"] = draw(st.sampled_from([1.0, 5.0])) * rng.standard_normal(Hq)
+        options["sinks"] = draw(among(1.0, 5.0)) * rng.standard_normal(Hq)
     if draw(st.booleans()):
-        options["dropout_p"] = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+        options["dropout_p"] = draw(among(0.0, 0.1, 0.5, 0.9))
         options["dropout_seed"] = draw(st.integers(0, 2**64 - 1))
     if dtype.itemsize == 4 and draw(st.integers(0, 3)) == 0:
         options["precision"] = "bfloat16"

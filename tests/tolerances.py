@@ -89,16 +89,16 @@ def _complaints(
     dtype, rows, found = arrays[0].dtype, arrays[0].shape[-2], []
     working = statistics_dtype(dtype)
     truths = exact(*arrays, **options)
-    roughs = compute(*arrays, working.type, **options)
+    plain: dict[str, np.ndarray] = {}  # computed where the floor is not enough
     score = max(_largest(truths["lse"]), _largest(truths["max_score"]))
     largest_value = max(1.0, _largest(arrays[2])) / (1 - options.get("dropout_p", 0.0))
     for name in results:
-        truth, rough, got = (x[name].astype(np.float64) for x in (truths, roughs, results))
+        truth, got = (x[name].astype(np.float64) for x in (truths, results))
         finite = np.isfinite(truth)
         if got.shape != truth.shape or not np.array_equal(got[~finite], truth[~finite], equal_nan=True):
             found.append(f"{name}: shape {got.shape}, or what is not finite, differs from {truth.shape}")
             continue
-        truth, rough, got = truth[finite], rough[finite], got[finite]
+        truth, got = truth[finite], got[finite]
         if not finite.any():
             continue
         scale = max(1.0, float(np.abs(truth).max()))
@@ -110,17 +110,23 @@ def _complaints(
         elif name == "key_weight":
             # A sum over rows, of scores that are made a second time: few rows by products in another order.
             roundings += rows + _largest_product(*arrays[:2], options.get("scale"))
-        rough_error = float(np.nanmax(np.abs(rough - truth)))
-        allowed = 2 * rough_error + roundings * float(np.finfo(working).eps) * scale
-        if rough_error <= CAPS[working]:
-            allowed = min(allowed, CAPS[working] * scale * (1 if name == "out" else max(1, score)))
+        floor = roundings * float(np.finfo(working).eps) * scale
+        cap = CAPS[working] * scale * (1 if name == "out" else max(1, score))
         slack: Any = 0.0
         if name == "out" and working != dtype:
             slack = largest_value * (2.0**-8 if is_bfloat16(dtype) else 2.0**-11 if rounded_weights else 0.0)
             slack = slack + np.abs(truth) * (BFLOAT16_EPS if is_bfloat16(dtype) else float(np.finfo(dtype).eps))
         if products_slack:
             slack = BFLOAT16_EPS * (1 + score / 8) * (largest_value if name == "out" else scale)
-        excess = np.abs(got - truth) - (allowed + slack)
+        error = np.abs(got - truth)
+        if (error <= min(floor, cap) + slack).all():
+            continue
+        plain = plain or compute(*arrays, working.type, **options)
+        rough_error = float(np.nanmax(np.abs(plain[name].astype(np.float64)[finite] - truth)))
+        allowed = 2 * rough_error + floor
+        if rough_error <= CAPS[working]:
+            allowed = min(allowed, cap)
+        excess = error - (allowed + slack)
         if not (excess <= 0).all():
             worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
             found.append(
