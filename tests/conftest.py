@@ -14,6 +14,8 @@ import pytest
 from numba_attn import repeats
 
 ROOT = Path(__file__).parent.parent
+# Whose tests take longest, a minute or two each: at the end, one process would be left alone with them.
+FIRST = "test_targets.py", "test_cache.py"
 
 hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, print_blob=True, database=None, max_examples=150
@@ -23,6 +25,10 @@ hypothesis.settings.load_profile("fixed")
 
 def pytest_report_header() -> str:
     return "seeds: fixed in each test; hypothesis derandomised"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 @pytest.fixture(autouse=True)
