@@ -19,9 +19,9 @@ from numba_attn.storage import TOGETHER
 # Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
 # foresees; with 16, as many as there are sums in a vector, as fewer wait for each other.
 BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
-# Whether rows that are read side by side are asked for one after the other, not a line of each in turns; and for a
-# single row, how often its lines are asked for: again where half as many rows are left, and an eighth.  Where many are
-# on their way, hardware does not take more, and says nothing.
+# Whether rows that are read side by side are asked for one after the other, not a line of each in turns; and where the
+# lines of a single row are asked for again, half as far ahead, and an eighth (as shifts): of requests that come while
+# many lines are on their way, hardware drops some.
 WHOLE_ROWS, AGAIN = (False, ()) if target.MANY_REGISTERS else (True, (1, 3))
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
@@ -153,7 +153,7 @@ def _dots_of_whole(v: Vectors, factors: Factors, queries: list[list[Value]], row
 def _dots_beside(
     v: Vectors, factors: Factors, rows: list[Value], later: list[Value], height: int, held: Value, D: Value, q: Value
 ) -> list[Value]:
-    """Vectors of partial sums, of each of a few rows of K with every row of q; as many rows are asked for `later`."""
+    """Vectors of partial sums, of each of a few rows of K with every row of q; those of `later` are asked for."""
     stored, two, multiply = v.pointees["k"], factors.together == 2, factors.multiply
     lanes = factors.together * v.lanes
 
