@@ -94,9 +94,7 @@ MAY_IMPORT = {
     "cpu.walk": {"cpu.blocks", "cpu.simd", "cpu.target"},
     "cpu.blocks": {"cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.softmax": {"cpu.blocks", "cpu.simd"},
-    "cpu.dots": {
-        *("cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles", "cpu.walk", "storage"),
-    },
+    "cpu.dots": {"cpu.blocks", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.walk", "storage"},
     "cpu.reading": {"cpu.jit", "cpu.pointers", "cpu.stored", "cpu.target", "cpu.walk"},
     "cpu.short": {"cpu.blocks", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
     "cpu.pointers": {"cpu.simd", "cpu.target"},

@@ -12,7 +12,6 @@ from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
-from numba_attn.cpu.tiles import are_pairs
 from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
 
@@ -220,8 +219,7 @@ def _beside(v, height, q, D, kept):
 
     A constant apart, they need no registers for their addresses.  `kept` has room for as many.
     """
-    size = 2 if v.pointees["q"] == WORDS or are_pairs(v, "q") else v.size
-    vectors = v.builder.sdiv(v.mul_index(D, size), v.index(v.bytes))
+    vectors = v.builder.sdiv(v.mul_index(D, factors_of(v, "q").size), v.index(v.bytes))
 
     def move(i: Value) -> None:
         v.store(v.load(q, v.mul_index(i, v.bytes)), kept, v.mul_index(i, v.bytes))

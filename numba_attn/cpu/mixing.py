@@ -67,16 +67,15 @@ class _Product(NamedTuple):
     def of_rows(self, rows: Value, heights: list[int], asked: bool) -> None:
         def keys(begin: Value, end: Value) -> None:
             pages = self.walk.pages_of(self.v, begin, end)
-
-            def some_rows(first: Value, height: int) -> None:
-                def block(vector: Value, width: int) -> None:
-                    _Block(self, pages, first, height, vector, width).add(asked)
-
-                for_widths(self.v, self.vectors, self.widths_of(height), block)
-
-            for_rows(self.v, rows, heights, some_rows)
+            for_rows(self.v, rows, heights, partial(self._some_rows, pages, asked))
 
         _near(self.v, self.walk.n, self.Dv, keys)
+
+    def _some_rows(self, keys: Pages, asked: bool, first: Value, height: int) -> None:
+        def block(vector: Value, width: int) -> None:
+            _Block(self, keys, first, height, vector, width).add(asked)
+
+        for_widths(self.v, self.vectors, self.widths_of(height), block)
 
     def of_one_row(self, asked: bool) -> None:
         """Of words."""
