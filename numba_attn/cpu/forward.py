@@ -44,6 +44,7 @@ from numba_attn.cpu.score import (
     Settings,
     Sizes,
     call_types,
+    copies_keys,
     element,
     head_of,
     is_narrow,
@@ -104,6 +105,7 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
+    copying = copies_keys(k, D, operands, blocks)
     for i in range(blocks):
         row = first + i * block
         state = state_of(memory, at, sizes, operands, i)
@@ -140,9 +142,9 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
             edges.cut(here, width, not parted, sizes, memory, at)
 
             if n > 0 and not loaded:
-                k, v = load_tile(head, k, v, tile_low, tile_high, packing, operands, sizes, memory, at)
+                k, v = load_tile(head, k, v, tile_low, tile_high, packing, copying, operands, sizes, memory, at)
                 loaded = True
-            k_tile = keys_of(k, start, tile_low, copied, D, operands)
+            k_tile = keys_of(k, start, tile_low, copied, D, operands, copying)
             v_tile = values_of(v, start, tile_low, tile_high, packing, values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(

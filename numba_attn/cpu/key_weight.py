@@ -101,9 +101,10 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             k, n = in_place(head.k, memory), here.stop - here.start
             if is_gathered(head.k):
                 k = gather(head.k, here.start, n, sizes.D, memory, element(memory, at.rows))
-            if copies_keys(k, sizes.D, operands):
+            copying = copies_keys(k, sizes.D, operands, 1)
+            if copying:
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
-            k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands)
+            k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands, copying)
             unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
             reference, log_total = element(memory, at.norms), element(memory, at.norms + block)

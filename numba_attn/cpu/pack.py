@@ -14,6 +14,8 @@ from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 
+ROWS_AHEAD = 8  # how far rows to be copied are asked for: they may be anywhere
+
 
 def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
     """How many of `count` elements of `size` bytes, `step` bytes apart, can be moved as whole vectors."""
@@ -83,6 +85,8 @@ def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
     def row(i: Value) -> None:
         source = v.at(k, v.mul_index(i, k_row))
         to = v.at(out, v.mul_index(v.mul_index(i, columns), kept_size))
+        ahead = v.at(source, v.mul_index(k_row, ROWS_AHEAD))
+        v.each(v.wholes(v.mul_index(D, size), LINE), lambda line: v.prefetch(ahead, v.mul_index(line, LINE)))
 
         def move(d: Value, _: list[Value], scalar: bool) -> list[Value]:
             x = narrow.load(v, source, v.mul_index(d, k_step if scalar else size), stored, scalar)

@@ -18,7 +18,7 @@ from numba_attn.cpu import dropout, edges, pack, softmax, tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.pointers import address, as_bfloat16, as_element, holds_pairs, moved
-from numba_attn.cpu.score import ON_TILES, columns_of, copies_keys, element, is_settled, score, slope
+from numba_attn.cpu.score import ON_TILES, columns_of, element, is_settled, score, slope
 from numba_attn.cpu.stored import gather, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix
@@ -129,7 +129,7 @@ def start_block(q, row, rows, state, operands, sizes, memory, at_once):
 
 
 @device
-def load_tile(head, k, v, low, high, packing, operands, sizes, memory, at):
+def load_tile(head, k, v, low, high, packing, copying, operands, sizes, memory, at):
     """Copy what is not read in place of the keys and values [low, high), of a tile; the matrices that are read then.
 
     Values are transposed for products where that is worth the `packing`, and those of bfloat16 for all products.
@@ -139,7 +139,7 @@ def load_tile(head, k, v, low, high, packing, operands, sizes, memory, at):
     if is_gathered(head.k):
         k = gather(head.k, low, n, D, memory, element(memory, at.rows_k))
         v = gather(head.v, low, n, Dv, memory, element(memory, at.rows_v))
-    if copies_keys(k, D, operands):
+    if copying:
         copied = as_element(element(memory, at.keys), operands)
         pack.copy_rows(moved(k.data, low * k.row), k.row, k.step, n, D, columns_of(D, operands), copied)
     v_low, vectors = moved(v.data, low * v.row), vectors_of_values(n, sizes)

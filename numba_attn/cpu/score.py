@@ -62,6 +62,7 @@ Run = Callable[[Arrays], None]
 Cutting = Callable[[Sequences], Run]
 
 ON_TILES = target.BFLOAT16 == "amx"
+SHARED = 2  # row blocks that share a tile of keys, from which bringing scattered ones together is worth it
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
 
 
@@ -225,6 +226,14 @@ def is_narrow(matrix):
 
 
 @device
+def is_scattered(matrix, columns, itemsize):
+    """Whether rows are not neighbours, as where heads alternate: each of a tile is in a page of its own, and no
+    processor foresees which comes next.
+    """
+    return matrix.step != itemsize or abs(matrix.row) > columns * itemsize
+
+
+@device
 def columns_of(D, operands):
     """Columns of keys that are copied: D, filled up with zeros to whole pairs or rows of tile registers."""
     if not holds_pairs(address(operands)):
@@ -233,17 +242,17 @@ def columns_of(D, operands):
 
 
 @device
-def copies_keys(k, D, operands):
-    """Whether keys are to be copied, a tile at a time, for the products."""
+def copies_keys(k, D, operands, blocks):
+    """Whether keys are to be copied, a tile at a time, for the products with so many row blocks."""
     if holds_pairs(address(operands)):
         return ON_TILES or not is_narrow(k) or k.step != 2 or D % 2 != 0
-    return is_narrow(k)
+    return is_narrow(k) or (blocks >= SHARED and is_scattered(k, D, operands.itemsize))
 
 
 @device
-def keys_of(k, start, first, copied, D, operands):
+def keys_of(k, start, first, copied, D, operands, copying):
     """The keys from `start` on: in place, or where those from `first` on have been copied to."""
-    if copies_keys(k, D, operands):
+    if copying:
         size = 2 if holds_pairs(address(operands)) else operands.itemsize
         row = columns_of(D, operands) * size
         return Matrix(moved(copied, (start - first) * row), row, operands.itemsize)

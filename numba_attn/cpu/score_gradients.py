@@ -22,6 +22,7 @@ from numba_attn.cpu.score import (
     element,
     is_narrow,
     is_plain,
+    is_scattered,
     keys_of,
     settle,
 )
@@ -61,7 +62,7 @@ def load_keys(k, first, n, sizes, memory, at):
     D, lanes, itemsize = sizes.D, sizes.lanes, memory.itemsize
     columns, data = padded(D, lanes), moved(k.data, first * k.row)
     plain = Matrix(as_element(data, memory), k.row, k.step)
-    if is_narrow(k) or k.step != itemsize or columns != D:
+    if is_narrow(k) or columns != D or is_scattered(k, D, itemsize):
         plain = Matrix(element(memory, at.k), columns * itemsize, itemsize)
         pack.copy_rows(data, k.row, k.step, n, D, columns, plain.data)
     clean = Matrix(element(memory, at.clean), spread(D, itemsize) * itemsize, itemsize)
@@ -73,9 +74,10 @@ def load_keys(k, first, n, sizes, memory, at):
 def load_pairs(x, first, n, D, operands, memory, at):
     """Rows [first, first + n) of keys or values as operands that are pairs, in place or copied."""
     copied = as_element(element(memory, at), operands)
-    if copies_keys(x, D, operands):
+    copying = copies_keys(x, D, operands, 1)
+    if copying:
         pack.copy_rows(moved(x.data, first * x.row), x.row, x.step, n, D, columns_of(D, operands), copied)
-    return keys_of(x, first, first, copied, D, operands)
+    return keys_of(x, first, first, copied, D, operands, copying)
 
 
 @device
@@ -86,9 +88,9 @@ def as_operands(numbers, operands):
 
 @device
 def load_values(v, first, n, sizes, memory, at):
-    """Rows [first, first + n) of values, in place or copied."""
+    """Rows [first, first + n) of values, in place, or copied where they are narrow or scattered."""
     data, itemsize = moved(v.data, first * v.row), memory.itemsize
-    if not is_narrow(v):
+    if not (is_narrow(v) or is_scattered(v, sizes.Dv, itemsize)):
         return Matrix(as_element(data, memory), v.row, v.step)
     columns, copied = padded(sizes.Dv, sizes.lanes), element(memory, at.v)
     pack.copy_rows(data, v.row, v.step, n, sizes.Dv, columns, copied)
