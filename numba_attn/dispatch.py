@@ -49,7 +49,12 @@ def checked(backend: Any, **call: Any) -> tuple[Callable[[], tuple[np.ndarray, A
     """
     key, _ = repeats.identify(backend, call)
     if type(call["query_offset"]) is int and call["kv_lengths"] is None and repeats.find(key) is not None:
-        return lambda: (attend(backend, **call), None), None
+
+        def repeated() -> tuple[np.ndarray, Aux | None]:
+            result = attend(backend, **call)
+            return result if call["return_aux"] else (result, None)
+
+        return repeated, None
     run, problem = forward(backend), Problem.from_call(**call)
 
     def compute() -> tuple[np.ndarray, Aux | None]:

@@ -1,8 +1,9 @@
 """Calls that are like an earlier one in everything but what is in their arrays.
 
-What is checked and laid out for a call depends on shapes, strides, dtypes and options alone where no option is an array
-or a function: a call that is like it needs neither again, which is most of the time that a small problem takes.  Where
-sequences have lengths or positions of their own, these are looked at in each call.
+What is checked and laid out for a call depends on shapes, strides, dtypes and options alone where no option is a
+function, and on what is in a few small arrays: a call that is like it needs neither again, which is most of the time
+that a small problem takes.  Where sequences have lengths or positions of their own, these are looked at in each call,
+and so is whether a result would be written over what it is made of.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ MakeRepeat = Callable[[], "Repeat | None"]
 Key = tuple[Any, ...]
 
 MOST = 256
-# Arguments of `Problem.from_call` that have to be None, and how many there are in all, in calls that can be repeated.
-ABSENT = (
-    *("attn_mask", "query_lengths", "softcap", "alibi_slopes", "sinks"),
-    *("score_mod", "mask_mod", "block_mask", "dropout_seed"),
-)
+# Arguments of `Problem.from_call` that have to be None, those as well that have to be on a device, and how many there
+# are in all, in calls that can be repeated.
+ABSENT = ("query_lengths", "score_mod", "mask_mod", "block_mask", "dropout_seed")
+ABSENT_ON_DEVICE = ("attn_mask", "kv_lengths", "softcap", "alibi_slopes", "sinks")
 ARGUMENTS = 23
+SMALL = 1024  # bytes of an array whose contents are compared
 UNKNOWN: tuple[None, tuple[()]] = None, ()
 
 _repeats: dict[Key, Repeat] = {}
@@ -45,29 +46,29 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
         if call[name] is not None:
             return UNKNOWN
     query, key, value, out = call["query"], call["key"], call["value"], call["out"]
-    given_offset, given_lengths = call["query_offset"], call["kv_lengths"]
+    given_offset, given_lengths, mask = call["query_offset"], call["kv_lengths"], call["attn_mask"]
+    aux = call["return_aux"]
     form: tuple[Any, ...]
-    given: tuple[Any, ...] = query, key, value, given_offset, given_lengths
+    given: tuple[Any, ...] = query, key, value, given_offset, given_lengths, mask, out
     if type(query) is not np.ndarray:
-        if type(given_offset) is not int or given_lengths is not None:
+        if type(given_offset) is not int or aux != () or any(call[name] is not None for name in ABSENT_ON_DEVICE):
             return UNKNOWN
         found = arrays.located(query, key, value, out)
         if found is None:
             return UNKNOWN
         form, given = found
-    elif not query.dtype.isnative or out is not None:  # of another byte order it is copied in any case
-        return UNKNOWN
-    elif type(key) is type(value) is np.ndarray and key.dtype.isnative and value.dtype.isnative:
-        held = key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype
-        form = query.shape, query.strides, query.dtype, held
-    elif type(key) is Storage and value is None:
-        form = query.shape, query.strides, query.dtype, key.form
     else:
-        return UNKNOWN
+        if type(key) is Storage and value is None:
+            held = key.form, None
+        else:
+            held = _form(key), _form(value)
+        form = _form(query), *held, _form(mask), _form(out), out is None or out.flags.writeable
+        if False in form:
+            return UNKNOWN
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
     offset, lengths = _if_an_array(given_offset), _if_an_array(given_lengths)
-    window, aux = call["window"], call["return_aux"]
-    layout, precision = call["layout"], call["precision"]
+    window, softcap, layout, precision = call["window"], call["softcap"], call["layout"], call["precision"]
+    slopes, sinks = _contents(call["alibi_slopes"]), _contents(call["sinks"])
     if not (
         (type(dropout) is float and dropout == 0)
         and (causal is True or causal is False)
@@ -76,14 +77,36 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
         and (type(offset) is int or offset is np.ndarray)
         and (lengths is None or lengths is np.ndarray)
         and (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
+        and (softcap is None or type(softcap) is float)
         and type(aux) is tuple
-        and not aux
+        and all(type(name) is str for name in aux)
+        and slopes is not False
+        and sinks is not False
         and type(layout) is str
         and (precision is None or type(precision) is str)
         and (backend is None or type(backend) is str)
     ):
         return UNKNOWN
-    return (form, causal, scale, gqa, offset, lengths, window, layout, precision, backend), given
+    numbers = scale, softcap, slopes, sinks
+    return (form, causal, gqa, numbers, offset, lengths, window, aux, layout, precision, backend), given
+
+
+def _form(x: Any) -> Any:
+    """All of an array but what is in it; None for None, and False for what is of another class, or has to be copied."""
+    if x is None:
+        return None
+    if type(x) is not np.ndarray or not x.dtype.isnative:
+        return False
+    return x.shape, x.strides, x.dtype
+
+
+def _contents(x: Any) -> Any:
+    """A small array as what can be compared; None and False likewise."""
+    if x is None:
+        return None
+    if type(x) is not np.ndarray or not x.dtype.isnative or x.nbytes > SMALL:
+        return False
+    return x.shape, x.dtype, x.tobytes()
 
 
 def _if_an_array(x: Any) -> Any:

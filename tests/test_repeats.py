@@ -47,7 +47,19 @@ def afresh(*arrays: np.ndarray, **options: Any) -> Any:
 PLAIN: list[dict[str, Any]] = [
     *({}, {"is_causal": True}, {"scale": 0.3}, {"query_offset": 5, "window": (3, None)}, {"window": (None, 0)}),
     *({"layout": "BLHD", "is_causal": True}, {"backend": "cpu"}, {"precision": None, "return_aux": ()}),
+    *({"softcap": 0.7}, {"return_aux": ("entropy", "lse")}, {"return_aux": ("max_score",), "layout": "BLHD"}),
 ]
+
+
+def bits_of_all(result: Any) -> list[np.ndarray]:
+    """The output, and the results beside it, of a call."""
+    out, aux = result if isinstance(result, tuple) else (result, ())
+    return [out, *(x for x in aux if x is not None)]
+
+
+def all_same_bits(results: Any, others: Any) -> bool:
+    of_one, of_other = bits_of_all(results), bits_of_all(others)
+    return all(same_bits(x, y) for x, y in zip(of_one, of_other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", *SIXTEEN_BITS])
@@ -68,9 +80,74 @@ def test_other_numbers_in_arrays_alike(options: dict[str, Any], dtype: str) -> N
                 key, _ = repeats.identify(options.get("backend"), arguments(*arrays, enable_gqa=True, **options))
                 assert (repeats.find(key) is not None) is (seed > 0), seed
                 got = scaled_dot_product_attention(*arrays, enable_gqa=True, **options)
-                assert same_bits(got, afresh(*arrays, enable_gqa=True, **options))
-                made.append(got)
-            assert not any(np.shares_memory(made[0], other) for other in made[1:])
+                assert all_same_bits(got, afresh(*arrays, enable_gqa=True, **options))
+                made.append(bits_of_all(got))
+            assert not any(np.shares_memory(*pair) for n in (1, 2) for pair in zip(made[0], made[n], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", *SIXTEEN_BITS])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_other_masks_and_places_of_results(rows: int, dtype: str) -> None:
+    """Of every broadcast form; the result goes where it is wanted, and nowhere else."""
+    q, k, v = (normal(2, 4, n, 16, dtype=dtype_of(dtype), seed=n) for n in (rows, 40, 41))
+    q, v = q, v[:, :, :40]
+    for layout in ("BHLD", "BLHD"):
+        arrays = [x if layout == "BHLD" else x.swapaxes(1, 2).copy() for x in (q, k, v)]
+        for shape in ((40,), (rows, 1), (4, rows, 40), (2, 1, 1, 40), (1, 4, rows, 40), (2, 4, rows, 40)):
+            for form in ("?", "f", dtype):
+                repeats.forget()
+                for seed in range(3):
+                    numbers = normal(*shape, seed=seed)
+                    mask = numbers > -0.5 if form == "?" else numbers.astype(dtype_of(form) if len(form) > 1 else form)
+                    out = np.full(arrays[0].shape, 7, arrays[0].dtype)
+                    options = {"attn_mask": mask, "layout": layout, "return_aux": ("lse",)}
+                    expected = afresh(*arrays, **options)
+                    given, aux = scaled_dot_product_attention(*arrays, out=out, **options)
+                    assert given is out and all_same_bits((out, aux), expected)
+                assert len(repeats._repeats) == 1
+
+
+def test_a_place_that_is_wrong() -> None:
+    """Over an operand, read-only, of strides that overlap: after a call of the same form that was right."""
+    whole = normal(4, 2, 20, 8)
+    q, k, v, out = whole
+    mask, shape, strides = np.zeros((2, 20, 20), np.float32), out.shape, out.strides
+    for _ in range(2):
+        assert scaled_dot_product_attention(q, k, v, out=out) is out
+        for operand in (q, k, v):
+            before = whole.copy()
+            with pytest.raises(ValueError, match="must not share memory"):
+                scaled_dot_product_attention(q, k, v, out=operand)
+            assert same_bits(whole, before)
+    square = normal(2, 20, 20)
+    for _ in range(2):
+        scaled_dot_product_attention(square, square, square, mask, out=square.copy())
+        with pytest.raises(ValueError, match="must not share memory with attn_mask"):
+            scaled_dot_product_attention(square, square, square, mask, out=mask)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        scaled_dot_product_attention(q, k, v, out=out)
+    with pytest.raises(ValueError, match="overlap itself"):
+        scaled_dot_product_attention(q, k, v, out=np.lib.stride_tricks.as_strided(v, shape, (0, *strides[1:])))
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_numbers_of_heads(name: str) -> None:
+    """What is in these arrays is a part of what a call is: written to in place, they are others."""
+    q, k, v = (normal(2, 4, n, 16, seed=n) for n in (3, 40, 40))
+    numbers = np.linspace(-1, 1, 4)
+    repeats.forget()
+    for n, dtype in enumerate(["f", "d", "e"]):
+        given = numbers.astype(dtype)
+        for again in range(3):
+            got = scaled_dot_product_attention(q, k, v, **{name: given})
+            assert same_bits(got, afresh(q, k, v, **{name: given}))
+            given += 0 if again == 0 else 1
+        assert len(repeats._repeats) == 2 * (n + 1)
+    given[1] = np.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="finite"):
+            scaled_dot_product_attention(q, k, v, **{name: given})
 
 
 def arguments(query: Any, key: Any, value: Any, **options: Any) -> dict[str, Any]:
@@ -151,6 +228,13 @@ def test_lengths_that_are_wrong(bad: dict[str, np.ndarray]) -> None:
         ({}, {"precision": "float16"}),
         ({}, {"dropout_p": 1.0}),
         ({}, {"return_aux": ("nothing",)}),
+        ({"return_aux": ("lse",)}, {"return_aux": "lse"}),
+        ({"softcap": 1.0}, {"softcap": True}),
+        ({"softcap": 1.0}, {"softcap": -1.0}),
+        ({"sinks": np.ones(2)}, {"sinks": np.ones(2, int)}),
+        ({"sinks": np.ones(2)}, {"sinks": np.ones((1, 2))}),
+        ({"attn_mask": np.ones((4, 4), bool)}, {"attn_mask": np.ones((4, 4), np.uint8)}),
+        ({"attn_mask": np.ones((4, 4))}, {"attn_mask": np.ma.ones((4, 4))}),
     ],
 )
 def test_a_call_that_is_wrong_stays_wrong(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -297,7 +381,12 @@ def test_steps_of_decoding(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rotated", "options"), [(False, {}), (True, {}), (True, {"query_offset": 3, "is_causal": True})], ids=str
+    ("rotated", "options"),
+    [
+        *((False, {}), (True, {}), (True, {"query_offset": 3, "is_causal": True})),
+        (False, {"return_aux": ("lse",), "attn_mask": np.tri(9, dtype=bool)}),
+    ],
+    ids=str,
 )
 def test_layers(rotated: bool, options: dict[str, Any]) -> None:
     """A layer asks for attention of arrays that it writes later: of these, not of an earlier call's."""
@@ -310,7 +399,7 @@ def test_layers(rotated: bool, options: dict[str, Any]) -> None:
         expected.append(layer(x, **options))
     repeats.forget()
     for (layer, x), result in zip(calls, expected, strict=True):
-        assert same_bits(layer(x, **options), result)
+        assert all_same_bits(layer(x, **options), result)
     assert len(repeats._repeats) == 1
     if rotated:
         with pytest.raises(ValueError, match="position"):
@@ -338,7 +427,10 @@ def test_any_plain_call_again(data: st.DataObject) -> None:
         "kv_lengths": None,
         "layout": data.draw(st.sampled_from(["BHLD", "BLHD"])),
         "enable_gqa": True,
+        "softcap": data.draw(st.sampled_from([None, None, 2.0])),
+        "return_aux": data.draw(st.sampled_from([(), (), ("lse",), ("max_score", "entropy")])),
     }
+    wanted = [name for name in ("attn_mask", "sinks", "alibi_slopes", "out") if data.draw(st.integers(0, 3)) == 0]
     dtype = dtype_of(data.draw(st.sampled_from(["float32", "float64", *SIXTEEN_BITS])))
     form = STORAGE[data.draw(st.sampled_from(list(STORAGE)))]
     each = data.draw(st.booleans())
@@ -350,4 +442,12 @@ def test_any_plain_call_again(data: st.DataObject) -> None:
         if options["layout"] == "BLHD":
             arrays = [x.swapaxes(1, 2) for x in arrays]
         arrays = [form(x) for x in arrays]
-        assert same_bits(scaled_dot_product_attention(*arrays, **options), afresh(*arrays, **options))
+        own = {
+            "attn_mask": normal(B, 1, Lq, Lk, seed=seed) > -1,
+            "sinks": np.arange(Hkv * group) / 4,
+            "alibi_slopes": np.arange(Hkv * group) / 8,
+            "out": np.empty((*arrays[0].shape[:-1], Dv), dtype),
+        }
+        options.update({name: own[name] for name in wanted})
+        expected = afresh(*arrays, **{**options, "out": None})
+        assert all_same_bits(scaled_dot_product_attention(*arrays, **options), expected)

@@ -13,13 +13,15 @@ import numpy as np
 from numba_attn import checks, threads
 from numba_attn.cpu import decode, key_weight, narrow, workers
 from numba_attn.cpu import forward as prefill
-from numba_attn.cpu.call import call_of, held_of, numbers, operands_of
+from numba_attn.cpu.call import NO_MASK, call_of, held_of, nothing, numbers, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
-from numba_attn.problem import Problem, Sizes, interval_table, statistics_dtype
+from numba_attn.problem import Aux, Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
+STATISTICS = ("lse", "max_score", "entropy")
+OF_ONE_CALL = ("q", "k", "v", "mask", "out", *STATISTICS)  # the first of `Arrays`
 MOST_REPEATED = 1024  # sequences of a call whose tables are kept: beside more, making them takes no time
 
 
@@ -111,33 +113,31 @@ def _take(steps: list[Step]) -> None:
         cut(sequences)(arrays)
 
 
-def _has_plain_arrays(problem: Problem) -> bool:
-    """Whether query, key, value and the result are all the arrays of a problem."""
-    others = ("packed", "mask", "slopes", "sinks", "block_mask", "lse", "max_score", "entropy", "key_weight")
-    return all(getattr(problem, name) is None for name in others)
-
-
 def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | None:
-    """How to compute problems like one that has no other arrays; not where as many threads are no longer to be used."""
-    if not _has_plain_arrays(problem):
+    """How to compute problems like one, of other arrays; not where as many threads are no longer to be used."""
+    if any(x is not None for x in (problem.packed, problem.block_mask, problem.key_weight)):
         return None
-    kept = []  # nothing of this problem's own
-    for cut, sequences, (_, _, _, mask, _, *others) in steps:
-        kept.append((cut, sequences, mask, others))
+    # Nothing of this problem's own, but slopes and sinks, which are those of all calls alike.
+    kept = [(cut, sequences, arrays[len(OF_ONE_CALL) :]) for cut, sequences, arrays in steps]
     shape, dtype, layout = problem.result.shape, problem.result.dtype, problem.layout
-    batch, sizes = problem.query.shape[:-3], problem.sizes
+    batch, sizes, axes = problem.query.shape[:-3], problem.sizes, problem.query.ndim
     cached = problem.storage is not None
     held = (problem.storage and problem.storage.numbers) or kind_of(dtype)
+    names = () if problem.aux is None else tuple(name for name in STATISTICS if getattr(problem, name) is not None)
+    computed = statistics_dtype(dtype)
 
-    def runs(**anew: np.ndarray) -> list[tuple[Run, Any, list[Any]]]:
-        return [(cut(sequences._replace(**anew)), mask, others) for cut, sequences, mask, others in kept]
+    def runs(**anew: np.ndarray) -> list[tuple[Run, tuple[Any, ...]]]:
+        return [(cut(sequences._replace(**anew)), others) for cut, sequences, others in kept]
 
     same_runs: list[Any] | None = None  # not made before they are wanted: many a call has no other like it
     as_given = _as_kernels_take(problem.result.ndim, layout, dtype)
+    as_given_numbers = _as_kernels_take(problem.result.ndim, layout, computed)
 
-    def repeat(query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any) -> np.ndarray | None:
+    def repeat(
+        query: np.ndarray, key: Any, value: Any, offset: Any, lengths: Any, mask: np.ndarray | None, out: Any
+    ) -> Any:
         nonlocal same_runs
-        if threads.count() != threads_used:
+        if threads.count() != threads_used or (out is not None and _is_met(out, query, key, value, mask)):
             return None
         if cached or lengths is not None or type(offset) is np.ndarray:
             anew = {"intervals": interval_table(batch, sizes.Lq, sizes.Lk, offset, None, lengths)}
@@ -146,17 +146,28 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
             to_do = runs(**anew)
         else:
             to_do = same_runs = same_runs or runs()
-        result = np.empty(shape, dtype)
-        q, out = as_given(query), as_given(result)
+        result = np.empty(shape, dtype) if out is None else out
         if cached:
             k, v = held_of(key.key[0], held), held_of(key.value[0], held)
         else:
             k, v = as_given(key), as_given(value)
-        for run, mask, others in to_do:
-            run(Arrays(q, k, v, mask, out, *others))
-        return result
+        of_mask = NO_MASK if mask is None else narrow.bytes_of(mask[(None,) * (axes - mask.ndim)][(0,) * (axes - 3)])
+        aux = {name: np.empty(shape[:-1], computed) for name in names}
+        statistics = [
+            as_given_numbers(aux[name][..., None])[..., 0] if name in aux else nothing(2, computed)
+            for name in STATISTICS
+        ]  # fmt: skip
+        for run, others in to_do:
+            run(Arrays(as_given(query), k, v, of_mask, as_given(result), *statistics, *others))
+        return (result, Aux(**aux)) if names else result
 
     return repeat
+
+
+def _is_met(out: np.ndarray, query: np.ndarray, key: Any, value: Any, mask: np.ndarray | None) -> bool:
+    """Whether a result would be written over something that it is made of: an error then, see `Problem`."""
+    held = (key.key, key.value) if value is None else (key, value)
+    return any(checks.overlap(out, x) for x in (query, *held, mask) if x is not None)
 
 
 def _as_kernels_take(ndim: int, layout: str, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:

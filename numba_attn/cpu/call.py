@@ -36,7 +36,7 @@ def call_of(problem: Problem, sizes: Sizes, operand: types.Type) -> tuple[Call, 
     statistics = [nothing(2, dtype) if x is None else x for x in (first.lse, first.max_score, first.entropy)]
     arrays = Arrays(
         bits_of(first.query), held_of(first.key, held), held_of(first.value, held),
-        _NO_MASK if first.mask is None else narrow.bytes_of(first.mask), bits_of(first.out),
+        NO_MASK if first.mask is None else narrow.bytes_of(first.mask), bits_of(first.out),
         *statistics, nothing(3, dtype) if norms is None else norms[0],  # type: ignore[call-arg]
         _base_2(problem.slopes, 2, dtype), _base_2(problem.sinks, 1, dtype),
         _NO_STATES if problem.block_mask is None else problem.block_mask.states,
@@ -131,7 +131,7 @@ def _functions(problem: Problem, dtype: np.dtype) -> tuple[Functions, list[Any]]
 
 _ONLY_ONE = np.zeros((1, 10), np.int64)
 _NO_FUNCTIONS = Functions(np.zeros(4, np.intp), *[np.zeros(1, np.int64)] * 4)
-_NO_MASK = np.empty((0, 0, 0), np.uint8)
+NO_MASK = np.empty((0, 0, 0), np.uint8)
 _NO_PAGES = np.zeros((1, 1), np.int64)
 _NO_STATES = np.empty((0, 0, 0, 0), np.uint8)
 

@@ -7,6 +7,7 @@ quantised rows, see `numba_attn.storage`: int8 for integers of 8 bits, uint8 for
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,12 @@ def bits_of(x: np.ndarray) -> np.ndarray:
 
 def bytes_of(mask: np.ndarray) -> np.ndarray:
     """A mask as kernels take it: the first byte of every element."""
-    first_byte = np.dtype({"names": ["first"], "formats": ["u1"], "itemsize": mask.dtype.itemsize})
-    return mask.view(first_byte)["first"]
+    return mask.view(_first_of(mask.dtype.itemsize))["first"]
+
+
+@functools.cache
+def _first_of(itemsize: int) -> np.dtype:
+    return np.dtype({"names": ["first"], "formats": ["u1"], "itemsize": itemsize})
 
 
 def load_integers(v: Vectors, row: Value, d: Value, D: Value, count: int, stored: types.Type) -> list[Value]:
