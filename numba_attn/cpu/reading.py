@@ -6,7 +6,7 @@ from numba_attn.cpu import target
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import pointee_bytes
 from numba_attn.cpu.stored import Rows, copy_rows, is_quantized, offset_of, rows_together
-from numba_attn.cpu.walk import FEW, FEW_OF_VALUES, FEW_QUANTIZED
+from numba_attn.cpu.walk import ALONE, FEW, FEW_OF_VALUES, FEW_QUANTIZED
 
 # Bytes of K, and of V, that are asked for before they are needed, see `dots`: less comes too late, more pushes out what
 # is still to come.  Into the second-level cache, for few query rows next to nothing, as hardware keeps up alone, or
@@ -20,6 +20,7 @@ SHORT, FEW_AHEAD, AHEAD, QUANTIZED_AHEAD, QUANTIZED_PAGES_AHEAD = (
     if target.MANY_REGISTERS
     else (256, (0, 0), (16 * 1024, 16 * 1024), (8 * 1024, 64 * 1024), (8 * 1024, 64 * 1024))
 )
+PAGES_FORESEEN = ALONE and not target.MANY_REGISTERS  # with their first lines asked for, see `walk`
 MOST_AHEAD = 512  # rows of them
 MANY = 1 << 32  # rows, more than any tile has
 
@@ -72,7 +73,7 @@ def rows_ahead(rows, columns, height, which):
     """Rows of K (which is 0) or of V (1) that are asked for ahead, for so many query rows."""
     length, quantized = max(1, columns * pointee_bytes(rows.data)), is_quantized(rows)
     few = FEW_QUANTIZED if quantized else FEW if which == 0 else FEW_OF_VALUES
-    if rows.page_rows == 0 and height <= few:
+    if height <= few and (rows.page_rows == 0 or (PAGES_FORESEEN and not quantized)):
         some = 0 if length <= SHORT else FEW_AHEAD[which]
     elif quantized:
         some = QUANTIZED_AHEAD[which] if rows.page_rows == 0 else QUANTIZED_PAGES_AHEAD[which]

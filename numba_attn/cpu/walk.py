@@ -20,6 +20,8 @@ from numba_attn.cpu.simd import I64, Value, Vectors
 # for two rows where there are too few registers for the sums of both.
 FEW, FEW_OF_VALUES, FEW_QUANTIZED = 2, 2 if target.MANY_REGISTERS else 1, 1
 ALONE = target.PREFETCH == 2
+# Of a page, asked for when the one before it begins: from these on, hardware foresees the others.
+FIRST_LINES = 2
 
 Body = Callable[[Value, list[Value]], list[Value]]
 
@@ -116,6 +118,7 @@ class Walk(NamedTuple):
         b.position_at_end(jump)
         far = row_at(v, self.base, self.offsets, v.least(j, v.add_index(self.n, -1)))
         later = v.least(v.add_index(until, self.page), self.n)
+        self._ask_for_page(v, later)
         later = b.select(b.icmp_signed("<", j, self.n), later, v.add_index(j, 1))
         b.branch(there)
         b.position_at_end(there)
@@ -124,6 +127,12 @@ class Walk(NamedTuple):
             phi.add_incoming(same, evenly)
             phi.add_incoming(other, jump)
         return [row, next_page]
+
+    def _ask_for_page(self, v: Vectors, j: Value) -> None:
+        """Ask for the first lines of the page that begins with row j, if there is one."""
+        start = row_at(v, self.base, self.offsets, v.least(j, v.add_index(self.n, -1)))
+        for line in range(FIRST_LINES):
+            v.prefetch(start, line * LINE)
 
     def pages_of(self, v: Vectors, begin: Value, end: Value) -> Pages:
         until = self._end_of_page(v, begin)
@@ -143,6 +152,7 @@ class Walk(NamedTuple):
                 return [v.at(carried[0], self.row), *body(carried[0], carried[1:])]
 
             place = row_at(v, self.base, self.offsets, start)
+            self._ask_for_page(v, stop)
             return v.loop(start, v.least(stop, end), 1, [place, *carried], row, rolled=True)[1:]
 
         return v.loop(0, count, 1, carried, page, rolled=True)
