@@ -34,6 +34,7 @@ from numba_attn.cpu.row_block import (
     values_of,
 )
 from numba_attn.cpu.score import (
+    COPIES_TILES,
     ON_TILES,
     Call,
     Cutting,
@@ -105,7 +106,8 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
     blocks = (end - first + block - 1) // block
-    copying = copies_keys(k, D, operands, blocks)
+    in_any_case = COPIES_TILES and not at_once
+    copying = in_any_case or copies_keys(k, D, operands, blocks), in_any_case and not (packing or pairs)
     for i in range(blocks):
         row = first + i * block
         state = state_of(memory, at, sizes, operands, i)
@@ -144,8 +146,8 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
             if n > 0 and not loaded:
                 k, v = load_tile(head, k, v, tile_low, tile_high, packing, copying, operands, sizes, memory, at)
                 loaded = True
-            k_tile = keys_of(k, start, tile_low, copied, D, operands, copying)
-            v_tile = values_of(v, start, tile_low, tile_high, packing, values, operands, sizes)
+            k_tile = keys_of(k, start, tile_low, copied, D, operands, copying[0])
+            v_tile = values_of(v, start, tile_low, tile_high, packing, copying[1], values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(
                     head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at

@@ -132,14 +132,16 @@ def start_block(q, row, rows, state, operands, sizes, memory, at_once):
 def load_tile(head, k, v, low, high, packing, copying, operands, sizes, memory, at):
     """Copy what is not read in place of the keys and values [low, high), of a tile; the matrices that are read then.
 
-    Values are transposed for products where that is worth the `packing`, and those of bfloat16 for all products.
+    Values are transposed for products where that is worth the `packing`, and those of bfloat16 for all products; others
+    are copied, and keys, where `copying` (of keys, of values) says so.
     """
     D, Dv, n, pairs = sizes.D, sizes.Dv, high - low, holds_pairs(address(operands))
     values = as_element(element(memory, at.values), operands)
     if is_gathered(head.k):
         k = gather(head.k, low, n, D, memory, element(memory, at.rows_k))
         v = gather(head.v, low, n, Dv, memory, element(memory, at.rows_v))
-    if copying:
+    copying_keys, copying_values = copying
+    if copying_keys:
         copied = as_element(element(memory, at.keys), operands)
         pack.copy_rows(moved(k.data, low * k.row), k.row, k.step, n, D, columns_of(D, operands), copied)
     v_low, vectors = moved(v.data, low * v.row), vectors_of_values(n, sizes)
@@ -149,11 +151,13 @@ def load_tile(head, k, v, low, high, packing, copying, operands, sizes, memory, 
         pack.pair_rows(v_low, v.row, v.step, n, Dv, values)
     elif packing:
         pack.transpose_tile(vectors, v_low, v.row, v.step, n, Dv, values)
+    elif copying_values:
+        pack.copy_rows(v_low, v.row, v.step, n, Dv, Dv, values)
     return k, v
 
 
 @device
-def values_of(v, start, low, high, packing, values, operands, sizes):
+def values_of(v, start, low, high, packing, copying, values, operands, sizes):
     """The values from `start` on: in place, or where `load_tile` has put those of a tile [low, high)."""
     pairs, size = holds_pairs(address(operands)), operands.itemsize
     row = vectors_of_values(high - low, sizes) * sizes.lanes
@@ -163,6 +167,8 @@ def values_of(v, start, low, high, packing, values, operands, sizes):
         return Matrix(moved(values, (start - low) // 2 * sizes.Dv * size), sizes.Dv * size, size)
     if packing:
         return Matrix(moved(values, (start - low) * size), size, row * size)
+    if copying:
+        return Matrix(moved(values, (start - low) * sizes.Dv * size), sizes.Dv * size, size)
     return Matrix(as_element(moved(v.data, start * v.row), operands), v.row, v.step)
 
 

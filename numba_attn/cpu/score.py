@@ -62,7 +62,10 @@ Run = Callable[[Arrays], None]
 Cutting = Callable[[Sequences], Run]
 
 ON_TILES = target.BFLOAT16 == "amx"
-SHARED = 2  # row blocks that share a tile of keys, from which bringing scattered ones together is worth it
+# Whether tiles are copied wherever they lie: rows in order are what processors foresee.  Where there are registers for
+# many addresses, products ask for rows themselves, see `tiles`.
+COPIES_TILES = not target.MANY_REGISTERS
+SHARED = 2  # row blocks that share a tile of keys, from which bringing scattered ones together is worth it in any case
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
 
 
@@ -243,7 +246,7 @@ def columns_of(D, operands):
 
 @device
 def copies_keys(k, D, operands, blocks):
-    """Whether keys are to be copied, a tile at a time, for the products with so many row blocks."""
+    """Whether keys have to be copied, a tile at a time, or had better be for the products with so many row blocks."""
     if holds_pairs(address(operands)):
         return ON_TILES or not is_narrow(k) or k.step != 2 or D % 2 != 0
     return is_narrow(k) or (blocks >= SHARED and is_scattered(k, D, operands.itemsize))

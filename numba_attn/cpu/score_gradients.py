@@ -13,6 +13,7 @@ from numba_attn.cpu.jit import device
 from numba_attn.cpu.narrow import COMPUTED, STORED
 from numba_attn.cpu.pointers import as_element, moved
 from numba_attn.cpu.score import (
+    COPIES_TILES,
     DERIVATIVE,
     SCORE,
     base_2,
@@ -44,6 +45,9 @@ def gradient_types(kind: str) -> types.Type:
     return types.NamedTuple([given, above, rows, written, written, written, sums, sums, offsets], GradientArrays)
 
 
+LONG = 512  # bytes of a row, from which on a tile of a group had better be copied
+
+
 @device
 def padded(columns, lanes):
     """Columns filled up to whole vectors."""
@@ -57,12 +61,18 @@ def spread(columns, itemsize):
 
 
 @device
+def is_better_copied(matrix, columns, itemsize):
+    """Whether rows are scattered, or so long that they might as well be."""
+    return is_scattered(matrix, columns, itemsize) or (COPIES_TILES and columns * itemsize >= LONG)
+
+
+@device
 def load_keys(k, first, n, sizes, memory, at):
     """Rows [first, first + n) of keys: as they are, and `spread` in whole vectors, with 0 for what is not finite."""
     D, lanes, itemsize = sizes.D, sizes.lanes, memory.itemsize
     columns, data = padded(D, lanes), moved(k.data, first * k.row)
     plain = Matrix(as_element(data, memory), k.row, k.step)
-    if is_narrow(k) or columns != D or is_scattered(k, D, itemsize):
+    if is_narrow(k) or columns != D or is_better_copied(k, D, itemsize):
         plain = Matrix(element(memory, at.k), columns * itemsize, itemsize)
         pack.copy_rows(data, k.row, k.step, n, D, columns, plain.data)
     clean = Matrix(element(memory, at.clean), spread(D, itemsize) * itemsize, itemsize)
@@ -90,7 +100,7 @@ def as_operands(numbers, operands):
 def load_values(v, first, n, sizes, memory, at):
     """Rows [first, first + n) of values, in place, or copied where they are narrow or scattered."""
     data, itemsize = moved(v.data, first * v.row), memory.itemsize
-    if not (is_narrow(v) or is_scattered(v, sizes.Dv, itemsize)):
+    if not (is_narrow(v) or is_better_copied(v, sizes.Dv, itemsize)):
         return Matrix(as_element(data, memory), v.row, v.step)
     columns, copied = padded(sizes.Dv, sizes.lanes), element(memory, at.v)
     pack.copy_rows(data, v.row, v.step, n, sizes.Dv, columns, copied)
