@@ -94,11 +94,26 @@ def _padded(case: Case) -> Prepared:
     return Prepared(call, functools.partial(within, case))
 
 
-# What is timed of a gradient, a layer or a diagnosis is no attention's output: the plain result stands for its own.
+# What follows is another problem of the same arrays, or no attention's output: the case's own result stands for it.
 
 
 def plain_result(case: Case) -> Callable[[Any], np.ndarray]:
-    return lambda _: np.asarray(numba_attn.scaled_dot_product_attention(*case.arrays(), **case.keywords()))
+    def result(_: Any) -> np.ndarray:
+        out = numba_attn.scaled_dot_product_attention(*case.arrays(), **case.keywords())
+        return np.asarray(out[0] if isinstance(out, tuple) else out)
+
+    return result
+
+
+def _without_options(case: Case, dtype: str | None = None, **options: Any) -> Prepared:
+    """The same arrays, of another dtype perhaps, with no options but these."""
+    arrays = [x if dtype is None else x.astype(dtype_of(dtype)) for x in case.arrays()]
+    call = functools.partial(numba_attn.scaled_dot_product_attention, *arrays, enable_gqa=True, **options)
+    return Prepared(call, plain_result(case))
+
+
+def _as_float32(case: Case) -> Prepared:
+    return _without_options(case, "float32", **case.options)
 
 
 def upstream(case: Case) -> np.ndarray:
@@ -159,6 +174,9 @@ FORMS: dict[str, Callable[[Case], Prepared]] = {
     "varlen": _varlen,
     "loop": _loop,
     "padded": _padded,
+    "plain": _without_options,
+    "full causal": functools.partial(_without_options, is_causal=True),
+    "as float32": _as_float32,
     "gradient": _gradient,
     "backward": _backward,
     "layer": _layer,

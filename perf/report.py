@@ -99,6 +99,17 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
+def of_form(case: Result, form: str, twin: Result | None) -> float | None:
+    """How many times as long as the case the same arrays take in another form, timed in the same turns.
+
+    Of a run that has not timed it, a case like it, timed minutes before or after.
+    """
+    other = case["peers"].get(f"{OURS} {form}", {}).get("median")
+    if other is None:
+        return over_ours(twin, case)
+    return float(other / case["peers"][OURS]["median"])
+
+
 def plain_twin(case: Result, cases: Iterable[Result]) -> Result | None:
     """The case of the same size with nothing masked and no shared heads; None if there is none, or it is the case."""
 
@@ -158,7 +169,7 @@ def section(results: Result) -> str:
         main_table("16-bit types", tagged(cases, "narrow"), cases),
         overhead_table("variants", tagged(cases, "variant"), cases),
     ]
-    lines = accuracy_lines(cases) + documents_lines(cases, results["extras"])
+    lines = accuracy_lines(cases) + window_lines(cases) + documents_lines(cases, results["extras"])
     lines += extra_lines(results["extras"]) if results["extras"] else []
     parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(environment_sentence(results))
@@ -224,11 +235,11 @@ def decoding(cases: Sequence[Result]) -> list[str]:
     lines = [f"* {line}" for case in tagged(cases, "cache") for line in comparisons(case)]
     if not tables and not lines:
         return []
-    text = (
+    measured = tables and (
         'One new token attends to a cache: GB/s are of keys and values, and "of reading" is against a sum of the same '
         f"arrays by all threads, measured in the same turns ({reading_range(cases)} GB/s)."
     )
-    return ["### Decoding", *([text, *tables] if tables else []), "\n".join(lines)]
+    return ["### Decoding", *([measured, *tables] if measured else []), "\n".join(lines)]
 
 
 def reading_range(cases: Iterable[Result]) -> str:
@@ -289,7 +300,7 @@ def main_table(
             name_of(case, columns),
             milliseconds(case["peers"][OURS]["median"]),
             *(tell(case) for tell in speed.values()),
-            *([times(over_ours(float32_twin(case, of_float32), case))] if of_float32 else []),
+            *([times(of_form(case, "as float32", float32_twin(case, of_float32)))] if of_float32 else []),
             *(times(ratio(case, rival)) for rival in columns),
         ]
         for case in cases
@@ -330,12 +341,12 @@ def overhead_table(title: str, cases: Sequence[Result], all_cases: Sequence[Resu
     head = [title, "ms", "time / plain", *(f"{rival} / ours" for rival in columns)]
     rows = []
     for case in cases:
-        twin = plain_twin(case, all_cases)
+        plain = of_form(case, "plain", plain_twin(case, all_cases))
         rows.append(
             [
                 name_of(case, columns),
                 milliseconds(case["peers"][OURS]["median"]),
-                NONE if twin is None else f"{over_ours(case, twin):.2f}",
+                NONE if plain is None else f"{1 / plain:.2f}",
                 *(times(ratio(case, rival)) for rival in columns),
             ]
         )
@@ -390,13 +401,19 @@ def accuracy_lines(cases: Sequence[Result]) -> list[str]:
     return lines
 
 
+def window_lines(cases: Sequence[Result]) -> list[str]:
+    """What a window saves."""
+    gains = {case["name"]: of_form(case, "full causal", None) for case in cases if case["options"].get("window")}
+    return [f"{name}: {gain:.1f} times as fast as every earlier key." for name, gain in gains.items() if gain]
+
+
 def documents_lines(cases: Sequence[Result], extras: Result | None) -> list[str]:
     """What a block mask saves, and what it costs to make."""
     found = [case for case in cases if case["options"].get("documents")]
     if not found:
         return []
     case, text = found[0], ""
-    if gain := over_ours(plain_twin(case, cases), case):
+    if gain := of_form(case, "plain", plain_twin(case, cases)):
         text = f" {gain:.1f} times as fast as with every key"
     cost = (extras or {}).get("block_mask_seconds")
     if cost:

@@ -173,6 +173,11 @@ def _perf(name: str, Hq: int, L: int, D: int, mask: str | None = None, tags: str
     return Case(name, Hq, L, L, D, mask=mask, tags=_PERF | frozenset(tags.split()), **rest)
 
 
+def _option(name: str, *sizes: int, mask: str | None = None, forms: tuple[str, ...] = (), **rest: Any) -> Case:
+    """What costs or saves something, beside the same arrays without it."""
+    return _perf(name, *sizes, mask=mask, forms=("plain", *forms), **rest)
+
+
 def _tilted(score: Any, b: int, h: int, i: int, j: int) -> Any:
     return score + 0.001 * (i - j)
 
@@ -214,7 +219,7 @@ def _forms(L: int, D: int) -> tuple[str, ...]:
 
 def _narrow(dtype: str, H: int, L: int, D: int, options: dict[str, Any]) -> Case:
     name = f"{dtype}, {H} x {L}, D {D}{', causal' * bool(options)}"
-    forms = _forms(L, D) if dtype == "bfloat16" and H == 8 else ()
+    forms = ("as float32", *(_forms(L, D) if dtype == "bfloat16" and H == 8 else ()))
     return _perf(name, H, L, D, tags="narrow", dtype=dtype, options=options, forms=forms)
 
 
@@ -242,14 +247,23 @@ PERF = [
     _perf("16 of 12 x 128, D 32", 12, 128, 32, B=16, tags="table model", forms=("layer",)),
     _perf("64 of 12 x 17, D 64", 12, 17, 64, B=64, tags="table model", forms=("layer",)),
     _perf("float64, 8 x 1024, D 64", 8, 1024, 64, dtype="float64", tags="table"),
-    _perf("window 256, 2 x 8192, D 64", 2, 8192, 64, options={"is_causal": True, "window": (256, 0)}),
+    _option(
+        "window 256, 2 x 8192, D 64",
+        2,
+        8192,
+        64,
+        options={"is_causal": True, "window": (256, 0)},
+        forms=("full causal",),
+    ),
     _perf("no mask, 4 of 8 x 1024", 8, 1024, 64, B=4),
-    _perf("padding mask, 4 of 8 x 1024", 8, 1024, 64, "bool (B,1,1,Lk)", B=4),
-    _perf("padding lengths, 4 of 8 x 1024", 8, 1024, 64, B=4, options={"kv_lengths": np.array([1024, 768, 512, 256])}),
-    _perf("full lengths, 4 of 8 x 1024", 8, 1024, 64, B=4, options={"kv_lengths": np.array([1024] * 4)}),
-    _perf("bool all true, 8 x 2048", 8, 2048, 64, "bool all true"),
-    _perf("bool half empty, 8 x 2048", 8, 2048, 64, "bool half empty"),
-    _perf("additive, 8 x 2048", 8, 2048, 64, "additive", forms=("gradient", "backward")),
+    _option("padding mask, 4 of 8 x 1024", 8, 1024, 64, mask="bool (B,1,1,Lk)", B=4),
+    _option(
+        "padding lengths, 4 of 8 x 1024", 8, 1024, 64, B=4, options={"kv_lengths": np.array([1024, 768, 512, 256])}
+    ),
+    _option("full lengths, 4 of 8 x 1024", 8, 1024, 64, B=4, options={"kv_lengths": np.array([1024] * 4)}),
+    _option("bool all true, 8 x 2048", 8, 2048, 64, mask="bool all true"),
+    _option("bool half empty, 8 x 2048", 8, 2048, 64, mask="bool half empty"),
+    _option("additive, 8 x 2048", 8, 2048, 64, mask="additive", forms=("gradient", "backward")),
     Case("grouped 8/2 x 2048, D 64", 8, 2048, 2048, 64, Hkv=2, tags=_PERF),
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),
@@ -265,7 +279,7 @@ PERF = [
         for options in ({}, *([CAUSAL] if L == 2048 else []))
     ),
     *(
-        _perf(f"{name}, 8 x 2048, D 64", 8, 2048, 64, options=options, tags="variant")
+        _option(f"{name}, 8 x 2048, D 64", 8, 2048, 64, options=options, tags="variant")
         for name, options in {
             "softcap": {"softcap": 50.0},
             "alibi": {"alibi_slopes": _slopes(8)},
@@ -276,7 +290,7 @@ PERF = [
             "key_weight": {"return_aux": ("key_weight",)},
         }.items()
     ),
-    _perf("documents, 16 in 2 x 8192, D 64", 2, 8192, 64, documents=16, tags="variant"),
+    _option("documents, 16 in 2 x 8192, D 64", 2, 8192, 64, documents=16, tags="variant"),
     *(
         _decode(*sizes, dtype=dtype)
         for dtype in ("float32", *SIXTEEN_BITS[1:])
