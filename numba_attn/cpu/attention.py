@@ -173,9 +173,11 @@ def _is_met(out: np.ndarray, query: np.ndarray, key: Any, value: Any, mask: np.n
 def _as_kernels_take(ndim: int, layout: str, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
     """From a caller's array, of so many axes, to the heads of the first sequence."""
     first = (0,) * (ndim - 3)
-    if layout == "BHLD" and dtype.itemsize > 2:
+    if dtype.itemsize > 2:
         # Nothing but indexing: a small problem does not take much longer.
-        return operator.itemgetter((None,) if ndim == 2 else first)
+        if layout == "BHLD" or ndim == 2:
+            return operator.itemgetter((None,) if ndim == 2 else first)
+        return lambda x: x[first].swapaxes(0, 1)
     return lambda x: bits_of(checks.heads_first(x, layout)[first])
 
 

@@ -101,7 +101,7 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             k, n = in_place(head.k, memory), here.stop - here.start
             if is_gathered(head.k):
                 k = gather(head.k, here.start, n, sizes.D, memory, element(memory, at.rows))
-            copying = copies_keys(k, sizes.D, operands, 1)
+            copying = copies_keys(k, sizes.D, operands)
             if copying:
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands, copying)

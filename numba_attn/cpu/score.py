@@ -65,7 +65,6 @@ ON_TILES = target.BFLOAT16 == "amx"
 # Whether tiles are copied wherever they lie: rows in order are what processors foresee.  Where there are registers for
 # many addresses, products ask for rows themselves, see `tiles`.
 COPIES_TILES = not target.MANY_REGISTERS
-SHARED = 2  # row blocks that share a tile of keys, from which bringing scattered ones together is worth it in any case
 PAIRED_COLUMNS = amx.NUMBERS if ON_TILES else 2
 
 
@@ -229,14 +228,6 @@ def is_narrow(matrix):
 
 
 @device
-def is_scattered(matrix, columns, itemsize):
-    """Whether rows are not neighbours, as where heads alternate: each of a tile is in a page of its own, and no
-    processor foresees which comes next.
-    """
-    return matrix.step != itemsize or abs(matrix.row) > columns * itemsize
-
-
-@device
 def columns_of(D, operands):
     """Columns of keys that are copied: D, filled up with zeros to whole pairs or rows of tile registers."""
     if not holds_pairs(address(operands)):
@@ -245,11 +236,11 @@ def columns_of(D, operands):
 
 
 @device
-def copies_keys(k, D, operands, blocks):
-    """Whether keys have to be copied, a tile at a time, or had better be for the products with so many row blocks."""
+def copies_keys(k, D, operands):
+    """Whether keys have to be copied, a tile at a time, for the products."""
     if holds_pairs(address(operands)):
         return ON_TILES or not is_narrow(k) or k.step != 2 or D % 2 != 0
-    return is_narrow(k) or (blocks >= SHARED and is_scattered(k, D, operands.itemsize))
+    return is_narrow(k)
 
 
 @device

@@ -23,7 +23,6 @@ from numba_attn.cpu.score import (
     element,
     is_narrow,
     is_plain,
-    is_scattered,
     keys_of,
     settle,
 )
@@ -62,8 +61,9 @@ def spread(columns, itemsize):
 
 @device
 def is_better_copied(matrix, columns, itemsize):
-    """Whether rows are scattered, or so long that they might as well be."""
-    return is_scattered(matrix, columns, itemsize) or (COPIES_TILES and columns * itemsize >= LONG)
+    """Whether rows are far apart, as where heads alternate, or so long that they might as well be."""
+    length = columns * itemsize
+    return COPIES_TILES and (matrix.step != itemsize or abs(matrix.row) > length or length >= LONG)
 
 
 @device
@@ -72,7 +72,7 @@ def load_keys(k, first, n, sizes, memory, at):
     D, lanes, itemsize = sizes.D, sizes.lanes, memory.itemsize
     columns, data = padded(D, lanes), moved(k.data, first * k.row)
     plain = Matrix(as_element(data, memory), k.row, k.step)
-    if is_narrow(k) or columns != D or is_better_copied(k, D, itemsize):
+    if is_narrow(k) or k.step != itemsize or columns != D or is_better_copied(k, D, itemsize):
         plain = Matrix(element(memory, at.k), columns * itemsize, itemsize)
         pack.copy_rows(data, k.row, k.step, n, D, columns, plain.data)
     clean = Matrix(element(memory, at.clean), spread(D, itemsize) * itemsize, itemsize)
@@ -84,7 +84,7 @@ def load_keys(k, first, n, sizes, memory, at):
 def load_pairs(x, first, n, D, operands, memory, at):
     """Rows [first, first + n) of keys or values as operands that are pairs, in place or copied."""
     copied = as_element(element(memory, at), operands)
-    copying = copies_keys(x, D, operands, 1)
+    copying = copies_keys(x, D, operands)
     if copying:
         pack.copy_rows(moved(x.data, first * x.row), x.row, x.step, n, D, columns_of(D, operands), copied)
     return keys_of(x, first, first, copied, D, operands, copying)
@@ -98,7 +98,7 @@ def as_operands(numbers, operands):
 
 @device
 def load_values(v, first, n, sizes, memory, at):
-    """Rows [first, first + n) of values, in place, or copied where they are narrow or scattered."""
+    """Rows [first, first + n) of values, in place or copied."""
     data, itemsize = moved(v.data, first * v.row), memory.itemsize
     if not (is_narrow(v) or is_better_copied(v, sizes.Dv, itemsize)):
         return Matrix(as_element(data, memory), v.row, v.step)
