@@ -28,6 +28,7 @@ MOST = 256
 ABSENT = ("query_lengths", "score_mod", "mask_mod", "block_mask", "dropout_seed")
 ABSENT_ON_DEVICE = ("attn_mask", "kv_lengths", "softcap", "alibi_slopes", "sinks")
 ARGUMENTS = 23
+NUMBERS = float, int  # 1 is a scale as 1.0 is, and True is not
 SMALL = 1024  # bytes of an array whose contents are compared
 UNKNOWN: tuple[None, tuple[()]] = None, ()
 
@@ -72,12 +73,12 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
     if not (
         (type(dropout) is float and dropout == 0)
         and (causal is True or causal is False)
-        and (scale is None or type(scale) is float)
+        and (scale is None or type(scale) in NUMBERS)
         and (gqa is True or gqa is False)
         and (type(offset) is int or offset is np.ndarray)
         and (lengths is None or lengths is np.ndarray)
         and (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
-        and (softcap is None or type(softcap) is float)
+        and (softcap is None or type(softcap) in NUMBERS)
         and type(aux) is tuple
         and all(type(name) is str for name in aux)
         and slopes is not False

@@ -223,6 +223,7 @@ def _narrow(dtype: str, H: int, L: int, D: int, options: dict[str, Any]) -> Case
     return _perf(name, H, L, D, tags="narrow", dtype=dtype, options=options, forms=forms)
 
 
+LAST_OF_16384 = {**CAUSAL, "query_offset": 16384 - 16}
 CACHES = "float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"  # forms of one
 
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
@@ -265,6 +266,7 @@ PERF = [
     _option("bool half empty, 8 x 2048", 8, 2048, 64, mask="bool half empty"),
     _option("additive, 8 x 2048", 8, 2048, 64, mask="additive", forms=("gradient", "backward")),
     Case("grouped 8/2 x 2048, D 64", 8, 2048, 2048, 64, Hkv=2, tags=_PERF),
+    Case("16 new rows, 32/8 x 16384, D 128", 32, 16, 16384, 128, Hkv=8, options=LAST_OF_16384, tags=_PERF),
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),
     *(

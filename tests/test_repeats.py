@@ -47,7 +47,12 @@ def afresh(*arrays: np.ndarray, **options: Any) -> Any:
 PLAIN: list[dict[str, Any]] = [
     *({}, {"is_causal": True}, {"scale": 0.3}, {"query_offset": 5, "window": (3, None)}, {"window": (None, 0)}),
     *({"layout": "BLHD", "is_causal": True}, {"backend": "cpu"}, {"precision": None, "return_aux": ()}),
-    *({"softcap": 0.7}, {"return_aux": ("entropy", "lse")}, {"return_aux": ("max_score",), "layout": "BLHD"}),
+    *(
+        {"softcap": 0.7},
+        {"softcap": 2, "scale": 1},
+        {"return_aux": ("entropy", "lse")},
+        {"return_aux": ("max_score",), "layout": "BLHD"},
+    ),
 ]
 
 
@@ -223,6 +228,8 @@ def test_lengths_that_are_wrong(bad: dict[str, np.ndarray]) -> None:
         ({"window": (1, 0)}, {"window": (1.0, 0)}),
         ({"window": (1, 0)}, {"window": (1, 0, 0)}),
         ({"scale": 1.0}, {"scale": "1.0"}),
+        ({"scale": 1}, {"scale": True}),
+        ({"softcap": 1}, {"softcap": np.True_}),
         ({}, {"layout": "LBHD"}),
         ({}, {"backend": "gpu"}),
         ({}, {"precision": "float16"}),

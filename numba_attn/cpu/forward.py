@@ -107,7 +107,7 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
 
     blocks = (end - first + block - 1) // block
     in_any_case = COPIES_TILES and not (at_once or is_gathered(head.k))
-    copying = in_any_case or copies_keys(k, D, operands), in_any_case and not (packing or pairs)
+    copying = (in_any_case or copies_keys(k, D, operands), in_any_case and not (packing or pairs))
     for i in range(blocks):
         row = first + i * block
         state = state_of(memory, at, sizes, operands, i)
