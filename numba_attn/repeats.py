@@ -52,7 +52,9 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
     form: tuple[Any, ...]
     given: tuple[Any, ...] = query, key, value, given_offset, given_lengths, mask, out
     if type(query) is not np.ndarray:
-        if type(given_offset) is not int or aux != () or any(call[name] is not None for name in ABSENT_ON_DEVICE):
+        if type(given_offset) is not int or type(aux) is not tuple or aux:
+            return UNKNOWN
+        if any(call[name] is not None for name in ABSENT_ON_DEVICE):
             return UNKNOWN
         found = arrays.located(query, key, value, out)
         if found is None:
@@ -63,9 +65,10 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
             held = key.form, None
         else:
             held = _form(key), _form(value)
-        form = _form(query), *held, _form(mask), _form(out), out is None or out.flags.writeable
+        form = _form(query), *held, _form(mask), _form(out)
         if False in form:
             return UNKNOWN
+        form = *form, out is None or out.flags.writeable
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
     offset, lengths = _if_an_array(given_offset), _if_an_array(given_lengths)
     window, softcap, layout, precision = call["window"], call["softcap"], call["layout"], call["precision"]

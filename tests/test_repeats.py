@@ -235,6 +235,12 @@ def test_lengths_that_are_wrong(bad: dict[str, np.ndarray]) -> None:
         ({}, {"precision": "float16"}),
         ({}, {"dropout_p": 1.0}),
         ({}, {"return_aux": ("nothing",)}),
+        ({}, {"return_aux": np.array(["lse", "entropy"])}),
+        *(
+            ({}, {name: wrong})
+            for name in ("out", "attn_mask", "sinks", "alibi_slopes")
+            for wrong in ([], "x", 1, object())
+        ),
         ({"return_aux": ("lse",)}, {"return_aux": "lse"}),
         ({"softcap": 1.0}, {"softcap": True}),
         ({"softcap": 1.0}, {"softcap": -1.0}),
