@@ -13,7 +13,7 @@ import numpy as np
 from numba_attn import checks, moments
 from numba_attn.block_mask import and_masks
 from numba_attn.calls import DEFAULTS, check_names, prepare
-from numba_attn.problem import Problem, statistics_dtype
+from numba_attn.problem import STATISTICS, Problem, statistics_dtype
 
 SATURATED = 0.99
 """A row whose largest probability is above this is saturated: its softmax has next to no gradient."""
@@ -29,7 +29,6 @@ DUPLICATE = 0.999
 """The cosine between results of two heads."""
 
 _OPTIONS = tuple(name for name in DEFAULTS if name not in ("out", "return_aux"))
-_STATISTICS = ("lse", "max_score", "entropy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +160,7 @@ def diagnose(
        1    6.215     500       0.0%       0.2%               0         0  uniform: every key has the same weight
     """
     check_names("diagnose", options, _OPTIONS)
-    names = (*_STATISTICS, *(("key_weight",) if checks.flag("key_weight", key_weight) else ()))
+    names = (*STATISTICS, *(("key_weight",) if checks.flag("key_weight", key_weight) else ()))
     run, problem = prepare(query, key, value, attn_mask=attn_mask, return_aux=names, **options)
     rows = sample(sample_rows, seed, problem.sizes.Lq)
 

@@ -19,7 +19,8 @@ from numba_attn.kept import kept
 from numba_attn.masks import MOST_OFFSET, UNBOUNDED, KeyIntervals
 from numba_attn.storage import Storage
 
-AUX_NAMES = ("lse", "max_score", "entropy", "key_weight")
+STATISTICS = ("lse", "max_score", "entropy")  # one number for each query row
+AUX_NAMES = (*STATISTICS, "key_weight")
 _PLACE = ("b", "h", "i", "j")
 MOD_PARAMETERS = {"score_mod": ("score", *_PLACE), "score_mod_grad": ("score", *_PLACE), "mask_mod": _PLACE}
 

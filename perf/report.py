@@ -235,11 +235,12 @@ def decoding(cases: Sequence[Result]) -> list[str]:
     lines = [f"* {line}" for case in tagged(cases, "cache") for line in comparisons(case)]
     if not tables and not lines:
         return []
-    measured = tables and (
-        'One new token attends to a cache: GB/s are of keys and values, and "of reading" is against a sum of the same '
-        f"arrays by all threads, measured in the same turns ({reading_range(cases)} GB/s)."
-    )
-    return ["### Decoding", *([measured, *tables] if measured else []), "\n".join(lines)]
+    parts = ["### Decoding"]
+    if tables:
+        text = 'One new token attends to a cache: GB/s are of keys and values, and "of reading" is against a sum of '
+        text += f"the same arrays by all threads, measured in the same turns ({reading_range(cases)} GB/s)."
+        parts += [text, *tables]
+    return [*parts, "\n".join(lines)]
 
 
 def reading_range(cases: Iterable[Result]) -> str:

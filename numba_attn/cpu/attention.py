@@ -17,10 +17,9 @@ from numba_attn.cpu.call import NO_MASK, call_of, held_of, nothing, numbers, ope
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
-from numba_attn.problem import Aux, Problem, Sizes, interval_table, statistics_dtype
+from numba_attn.problem import STATISTICS, Aux, Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 
-STATISTICS = ("lse", "max_score", "entropy")
 OF_ONE_CALL = ("q", "k", "v", "mask", "out", *STATISTICS)  # the first of `Arrays`
 MOST_REPEATED = 1024  # sequences of a call whose tables are kept: beside more, making them takes no time
 
@@ -123,8 +122,8 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
     batch, sizes, axes = problem.query.shape[:-3], problem.sizes, problem.query.ndim
     cached = problem.storage is not None
     held = (problem.storage and problem.storage.numbers) or kind_of(dtype)
-    names = () if problem.aux is None else tuple(name for name in STATISTICS if getattr(problem, name) is not None)
-    computed = statistics_dtype(dtype)
+    names, computed = [name for name in STATISTICS if getattr(problem, name) is not None], statistics_dtype(dtype)
+    absent = nothing(2, computed)
 
     def runs(**anew: np.ndarray) -> list[tuple[Run, tuple[Any, ...]]]:
         return [(cut(sequences._replace(**anew)), others) for cut, sequences, others in kept]
@@ -153,12 +152,10 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
             k, v = as_given(key), as_given(value)
         of_mask = NO_MASK if mask is None else narrow.bytes_of(mask[(None,) * (axes - mask.ndim)][(0,) * (axes - 3)])
         aux = {name: np.empty(shape[:-1], computed) for name in names}
-        statistics = [
-            as_given_numbers(aux[name][..., None])[..., 0] if name in aux else nothing(2, computed)
-            for name in STATISTICS
-        ]  # fmt: skip
+        statistics = [as_given_numbers(aux[name][..., None])[..., 0] if name in aux else absent for name in STATISTICS]
+        of_call = as_given(query), k, v, of_mask, as_given(result), *statistics
         for run, others in to_do:
-            run(Arrays(as_given(query), k, v, of_mask, as_given(result), *statistics, *others))
+            run(Arrays(*of_call, *others))
         return (result, Aux(**aux)) if names else result
 
     return repeat

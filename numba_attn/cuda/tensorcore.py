@@ -18,14 +18,13 @@ from numba_attn.cuda.flash import Configuration, make_flash
 from numba_attn.cuda.flash_results import STATISTICS_BYTES, part_columns
 from numba_attn.cuda.row_results import FAR, LOG2_E
 from numba_attn.cuda.sequences import ADDRESSES, PARAMETERS
-from numba_attn.problem import Problem, Sizes
+from numba_attn.problem import STATISTICS, Problem, Sizes
 
 LARGEST_HEAD = 256
 LEAST_SCALE = 2.0**-100  # of those by which the largest score can be found before it is scaled
 LARGEST_CAP = 2.0**125  # far beyond most scores, and its reciprocal is none of those that a device takes for 0
 CHUNK = 256  # keys of a part of few rows; of more rows, as many times more
 FEW, SOME = 16, 64  # packed rows that are computed in parts
-STATISTICS = "lse", "max_score", "entropy"
 _TYPES, _IN_ORDER = tuple(PARAMETERS.values()), operator.itemgetter(*PARAMETERS)
 _INT32 = 1 << 31
 _POSITIONS = 1 << 30
