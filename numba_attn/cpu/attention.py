@@ -93,7 +93,7 @@ def _steps(
             of_kernels = kind, decode.operand(kind, problem.bfloat16_products, held), held
             if of_kernels != kinds:
                 some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
-            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
+            decoding = decode.prepared(some, of_kernels, _heads_alike(problem, call.arrays.mask), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
         else:
             prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
@@ -192,10 +192,10 @@ def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, n
     return everyone[short], everyone[~short]
 
 
-def _heads_alike(problem: Problem) -> bool:
-    """Whether nothing but intervals of keys decides what a row attends to, and how: the same for all heads."""
-    telling = ("mask", "block_mask", "slopes", "score_mod", "mask_mod", "dropout")
-    return all(getattr(problem, name) is None for name in telling)
+def _heads_alike(problem: Problem, mask: np.ndarray) -> bool:
+    """Whether what a row attends to, and how, is the same for all heads; `mask` is that of a sequence, (heads, ...)."""
+    telling = ("block_mask", "slopes", "score_mod", "mask_mod", "dropout")
+    return all(getattr(problem, name) is None for name in telling) and (len(mask) <= 1 or mask.strides[0] == 0)
 
 
 def warmup() -> list[str]:

@@ -83,7 +83,7 @@ def for_keys(
     return v.loop(whole, n, 1, carried, lambda j, carried: body(j, 1, carried))
 
 
-def lane_rows(v: Vectors, w: Value, rows: Value) -> list[Value]:
-    """The row of each lane of vector w of a block of `rows` rows: the last one again beyond them."""
-    first, last = v.mul_index(w, v.lanes), v.add_index(rows, -1)
+def lane_rows(v: Vectors, w: Value, count: Value) -> list[Value]:
+    """The row of each lane of vector w of a block of `count` rows: the last one again beyond them."""
+    first, last = v.mul_index(w, v.lanes), v.add_index(count, -1)
     return [v.least(v.add_index(first, i), last) for i in range(v.lanes)]

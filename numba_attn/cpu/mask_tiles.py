@@ -51,15 +51,18 @@ def _as_bias(v: Vectors, x: Value, stored: types.Type) -> Value:
     return b.select(b.fcmp_ordered("==", x, constant(-INFINITY)), x, scaled)
 
 
-def _mask_rows(v, width, bias, mask, kind, mask_row, rows, n):
-    """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes."""
+def _mask_rows(v, width, bias, mask, kind, mask_row, rows, count, n):
+    """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes.
+
+    Of `count` rows in the block, those of a head after the other, each head's have the `rows` rows of the mask.
+    """
     row = v.mul_index(width, v.bytes)
 
     def of_kind(stored: types.Type) -> None:
         element, size = _stored(stored)
 
         def vector(w: Value, here: Value) -> None:
-            lanes = [v.at(mask, v.mul_index(mask_row, i)) for i in lane_rows(v, w, rows)]
+            lanes = [v.at(mask, v.mul_index(mask_row, v.builder.urem(i, rows))) for i in lane_rows(v, w, count)]
 
             def keys(j: Value, _: list[Value]) -> list[Value]:
                 at = v.mul_index(j, size)
@@ -94,15 +97,16 @@ def _mask_keys(v, width, bias, mask, kind, mask_step, n):
     _for_kind(kind, of_kind, v)
 
 
-def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, first, n):
-    """bias (n, block), keys from `first` on, from a mask of any strides, element by element."""
+def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, count, first, n):
+    """The same, keys from `first` on, from a mask of any strides, element by element."""
     row = v.mul_index(width, v.bytes)
-    last = v.add_index(rows, -1)
+    last = v.add_index(count, -1)
 
     def of_kind(stored: types.Type) -> None:
         def key(j: Value, _: list[Value]) -> list[Value]:
             def lane(i: Value) -> None:
-                at = v.at(v.at(mask, v.mul_index(mask_row, v.least(i, last))), v.mul_index(j, mask_step))
+                number = v.builder.urem(v.least(i, last), rows)
+                at = v.at(v.at(mask, v.mul_index(mask_row, number)), v.mul_index(j, mask_step))
                 x = _as_bias(v, v.builder.load(at, align=1, typ=_stored(stored)[0]), stored)
                 v.store(x, v.at(bias, v.mul_index(j, row)), v.mul_index(i, v.size))
 

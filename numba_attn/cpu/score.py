@@ -118,7 +118,7 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
     """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile.
 
     It begins at an `even` number of keys from start if so wanted: at a pair of keys.  The lanes are those rows of this
-    head, and of `heads` - 1 after it where nothing but intervals of keys is to be regarded.
+    head, and of `heads` - 1 after it where nothing but intervals of keys and a mask of all heads is to be regarded.
     """
     tile = select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at)
     return slope(head, tile, row, rows, sizes, memory, at)
@@ -159,7 +159,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
         if even and (start - origin) % 2:
             start, of_block = start - 1, PARTIAL
     if head.mask_kind >= 0:
-        start, stop, kept = left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bias)
+        start, stop, kept = left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memory, bias)
         if kept == EMPTY:
             return nothing
         if kept == PARTIAL:
@@ -193,7 +193,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
 
 
 @device
-def left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bias):
+def left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memory, bias):
     """Which of the keys [start, stop) of the tile from `origin` on the mask leaves to rows, and how much of them.
 
     If it is a part, the mask's tile is written to `bias`.  What is noted, of a head with the same mask, is not looked
@@ -214,7 +214,7 @@ def left_by_mask(head, row, rows, origin, start, stop, width, sizes, memory, bia
             while n > TRIM and none_true(here, kind, rows, 0):
                 start, n = start + TRIM, n - TRIM
                 here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
-        kept = mask_tile(here, kind, rows, n, width, sizes.lanes, bias)
+        kept = mask_tile(here, kind, rows, rows * heads, n, width, sizes.lanes, bias)
     stop = start + n
     if notes.columns > 0 and noted == 0:
         memory[at] = 1 + kept + 4 * (start - origin + 512 * (stop - origin))

@@ -66,14 +66,14 @@ def none_true(mask, kind, rows, first):
 
 
 @device
-def mask_tile(mask, kind, rows, n, width, lanes, bias):
-    """Write what the mask adds to a tile of scores to `bias`; what it leaves of the tile."""
+def mask_tile(mask, kind, rows, count, n, width, lanes, bias):
+    """Write what the mask, of `rows` rows, adds to a tile of scores, of `count`, to `bias`; what it leaves of the tile."""
     if mask.row == 0:
         mask_tiles.mask_keys(width, bias, mask.data, kind, mask.step, n)
     else:
         whole = n // lanes * lanes if mask.step == MASK_BYTES[kind] else 0
-        mask_tiles.mask_rows(width, bias, mask.data, kind, mask.row, rows, whole)
-        mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, mask.step, rows, whole, n)
+        mask_tiles.mask_rows(width, bias, mask.data, kind, mask.row, rows, count, whole)
+        mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, mask.step, rows, count, whole, n)
     # One key tells most often: only where it does not, all are looked at.
     kept = mask_tiles.classify(width, bias, 1)
     return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
