@@ -267,6 +267,7 @@ PERF = [
     _option("additive, 8 x 2048", 8, 2048, 64, mask="additive", forms=("gradient", "backward")),
     Case("grouped 8/2 x 2048, D 64", 8, 2048, 2048, 64, Hkv=2, tags=_PERF),
     Case("16 new rows, 32/8 x 16384, D 128", 32, 16, 16384, 128, Hkv=8, options=LAST_OF_16384, tags=_PERF),
+    Case("32 rows, 1 x 65536, D 64", 1, 32, 65536, 64, tags=_PERF),
     Case("one query, 8 x 4096, D 64", 8, 1, 4096, 64, tags=_PERF),
     Case("tiny, 1 x 64, D 64", 1, 1, 64, 64, tags=_PERF),
     *(

@@ -186,7 +186,7 @@ def cut_into(tiles: tuple[int, int] | None) -> Iterator[None]:
                 attention,
                 "plan",
                 lambda *shape: (p := plan.plan(*shape))._replace(
-                    keys=keys, short=2 * keys, blocks=blocks, tasks=-(-shape[1] // (p.block * blocks))
+                    keys=keys, short=2 * keys, blocks=blocks, split=3 * keys, tasks=-(-shape[1] // (p.block * blocks))
                 ),
             )
         yield

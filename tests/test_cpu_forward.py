@@ -14,7 +14,7 @@ from tolerances import compute, exact
 
 from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
 from numba_attn.cpu import attention, decode, forward, key_weight, score, target
-from numba_attn.cpu.plan import plan
+from numba_attn.cpu.plan import plan, split_keys, splits_of
 
 
 @pytest.fixture
@@ -231,6 +231,96 @@ def test_plan(shape: tuple[int, ...], workers: int) -> None:
     assert cut.keys == plan(*shape, 1).keys, "the keys of a tile decide bits"
     if workers == 2 and shape[0] > 1:
         assert shape[0] * cut.tasks >= 16, "too few tasks to finish together"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 64])
+@pytest.mark.parametrize(("group", "Lq"), [(1, 9), (4, 16), (7, 30), (32, 100), (6, 2000)])
+def test_plan_of_heads_that_share_keys(group: int, Lq: int, workers: int) -> None:
+    cut = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers, None, 4, group)
+    assert 1 <= cut.heads <= group
+    assert cut.heads == 1 or cut.tasks == 1, "all rows of each"
+    one = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers)
+    limit = max(one.blocks, 12)  # whose states fit the second-level cache with the keys
+    assert cut.heads * cut.blocks <= limit
+    if Lq <= 100:
+        assert cut.heads * cut.blocks >= min(group, limit) // 2 or workers == 64, "each tile of keys is for many rows"
+        splits = splits_of(1 << 16, split_keys(4, Lq, 1 << 16, cut.block, cut.keys, cut.split))
+        assert 4 * -(-group // cut.heads) * cut.tasks * splits >= min(4 * workers, 48), (
+            "too few tasks to finish together"
+        )
+
+
+def test_keys_are_split_by_the_sequence_alone() -> None:
+    def splits(Hkv: int, rows: int, kv_length: int) -> int:
+        keys = split_keys(Hkv, rows, kv_length, 24, 96, 2048)
+        assert keys % 96 == 0
+        return splits_of(kv_length, keys)
+
+    assert splits(8, 2048, 1 << 20) == splits(1, 16, 4095) == splits(1, 16, 0) == 1
+    assert splits(1, 16, 4096) == 2
+    assert splits(1, 16, 1 << 33) <= 64
+    assert splits(8, 48, 1 << 20) == 4
+
+
+@pytest.mark.parametrize(("Hq", "Hkv", "Lq"), [(1, 1, 9), (6, 2, 50), (7, 1, 100)])
+def test_split_keys_change_no_bit(Hq: int, Hkv: int, Lq: int, two_threads: Any) -> None:
+    """Of any number of threads, alone or in a batch, and whatever is in what is masked."""
+    rng, lengths = np.random.default_rng(0), np.array([9000, 4096, 300])
+    query, key, value = (
+        rng.standard_normal((3, H, L, 32), dtype=np.float32) for H, L in ((Hq, Lq), (Hkv, 9000), (Hkv, 9000))
+    )
+    allowed = np.arange(9000) % 5 != 3
+    given: dict[str, Any] = {"enable_gqa": True, "return_aux": ("lse", "entropy"), "sinks": np.linspace(-1, 1, Hq)}
+    for mask in (None, allowed):
+        results = []
+        for n in (1, 2):
+            two_threads(n)
+            results.append(scaled_dot_product_attention(query, key, value, mask, kv_lengths=lengths, **given))
+        (out, aux), (again, _) = results
+        assert np.array_equal(out, again)
+        exact, aux_exact = scaled_dot_product_attention(
+            query, key, value, mask, kv_lengths=lengths, backend="reference", **given
+        )
+        np.testing.assert_allclose(out, exact, atol=2e-6)
+        np.testing.assert_allclose(aux.lse, aux_exact.lse, atol=2e-5)
+        np.testing.assert_allclose(aux.entropy, aux_exact.entropy, atol=2e-5)
+        for b, n in enumerate(lengths):
+            own = None if mask is None else mask[:n]
+            alone, _ = scaled_dot_product_attention(query[b], key[b, :, :n], value[b, :, :n], own, **given)
+            assert np.array_equal(alone, out[b])
+        poisoned, poison = (x.copy() for x in (key, value)), [np.nan, np.inf]
+        key_2, value_2 = poisoned
+        for x, bad in zip((key_2, value_2), poison, strict=True):
+            for b, n in enumerate(lengths):
+                x[b, :, n:] = bad
+            if mask is not None:
+                x[:, :, ~mask] = bad
+        found, _ = scaled_dot_product_attention(query, key_2, value_2, mask, kv_lengths=lengths, **given)
+        assert np.array_equal(found, out)
+
+
+@pytest.mark.parametrize("Lq", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", ["bool", "additive", "transposed", "of all rows"])
+def test_few_rows_and_a_mask_that_heads_share(kind: str, Lq: int) -> None:
+    """Query heads that share keys are done together, as without a mask; with a mask for each, one by one."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        rng.standard_normal((2, H, L, 40)).astype(np.float32) for H, L in ((6, Lq), (2, 700), (2, 700))
+    )
+    mask = rng.random((2, 1, Lq, 700)) < 0.6
+    mask[..., -Lq:] = np.tril(np.ones((Lq, Lq), bool))
+    if kind == "additive":
+        mask = np.where(mask, rng.standard_normal(mask.shape), -np.inf).astype(np.float32)
+    elif kind == "transposed":
+        mask = np.asfortranarray(mask)
+    elif kind == "of all rows":
+        mask = mask[:, :, :1]
+    shared = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    exact = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True, backend="reference")
+    np.testing.assert_allclose(shared, exact, atol=2e-6)
+    for_each = np.broadcast_to(mask, (2, 6, *mask.shape[2:])).copy()
+    apart = scaled_dot_product_attention(query, key, value, for_each, enable_gqa=True)
+    np.testing.assert_allclose(shared, apart, atol=1e-6)
 
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])

@@ -68,14 +68,14 @@ def _steps(
     problem: Problem, sizes: Sizes, threads_used: int, wanted: np.ndarray | None = None
 ) -> tuple[list[Step], list[Any]]:
     """What is to be done for a problem, and what must live until it is; for those `wanted`, as for many rows."""
-    B, Hq, _, Lq, Lk, D, Dv = sizes
+    B, Hq, Hkv, Lq, Lk, D, Dv = sizes
     dtype, kind = statistics_dtype(problem.query.dtype), kind_of(problem.query.dtype)
     held = (problem.storage and problem.storage.numbers) or kind
     kinds = kind, narrow.operand(kind, problem.bfloat16_products), held
     call, alive = call_of(problem, sizes, kinds[1])
 
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
-    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows)
+    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
     few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize) if Dv else 0)
     if wanted is not None:

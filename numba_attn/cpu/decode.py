@@ -213,7 +213,7 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
         state = state_of(partials[0], i, height, Dv, lanes)
         for s in range(1, cut.splits):
             other = state_of(partials[s], i, height, Dv, lanes)
-            rows.join(state.reference, other.reference, kept, factors)
+            softmax.join(1, VECTOR_BYTES, state.reference, other.reference, kept, factors)
             rows.add_rows(count, state.o, Dv_padded, kept, other.o, factors)
         if arrays.sinks.size:
             # A key without a value, which is not counted among the scores.
@@ -221,7 +221,7 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
                 memory[others + lane] = arrays.sinks[first + min(lane, count - 1) // Lq]
                 memory[others + lanes + lane], memory[others + 2 * lanes + lane] = 1, 0
                 memory[others + 3 * lanes + lane] = -math.inf
-            rows.join(state.reference, element(memory, others), kept, factors)
+            softmax.join(1, VECTOR_BYTES, state.reference, element(memory, others), kept, factors)
             rows.weigh_rows(count, state.o, Dv_padded, kept)
         rows.shares(state.reference, settings.gain, factors)
         rows.weigh_rows(count, state.o, Dv_padded, factors)

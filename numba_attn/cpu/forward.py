@@ -2,8 +2,10 @@
 
     s = scale * q.k (+ mask),   p = exp(s - m),   out = sum of p * v / sum of p,   lse = m + log(sum of p)
 
-A task is a few row blocks of one head, which share each tile of keys while it is in cache; what each of them does with
-a tile is in `row_block`.  How rows are cut into blocks and tasks, and who does them, changes no bit of a result.
+A task is a few row blocks of one head, or of a few that share keys, which share each tile of keys while it is in
+cache; what each of them does with a tile is in `row_block`.  How rows are cut into blocks and tasks, and who does them,
+changes no bit of a result.  Where there are few blocks to many keys, these are split: the worker that finishes the last
+split joins them, in the order of the keys.
 
 Milakov and Gimelshein (2018) for the streaming softmax, Dao et al. (2022) for the tiling.
 """
@@ -17,25 +19,29 @@ import numpy as np
 from numba import types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import amx, edges, launch, pack, softmax, tiles
+from numba_attn.cpu import amx, edges, launch, pack, plan, softmax, tiles
 from numba_attn.cpu.jit import device, kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
-from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.row_block import (
+    Memory,
     divisor_of,
     exponentiate_tile,
+    kept_size,
     load_tile,
     memory_map,
     rounded_sums,
     start_block,
+    start_of_results,
     state_of,
     values_of,
 )
 from numba_attn.cpu.score import (
     COPIES_TILES,
     ON_TILES,
+    Arrays,
     Call,
     Cutting,
     Kinds,
@@ -61,11 +67,13 @@ from numba_attn.cpu.visible import visible
 from numba_attn.cpu.workers import by_workers
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
-# that is not worth it.
-Cut = namedtuple("Cut", "keys short block blocks lanes columns")
+# that is not worth it; and splits of the keys of a sequence, the most that one has.
+Cut = namedtuple("Cut", "keys short block blocks lanes columns heads split splits")
 
 MOST_NOTES = 1 << 20  # on what a mask leaves of tiles, in each worker's memory
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
+
+split_keys, splits_of = device(plan.split_keys), device(plan.splits_of)
 
 
 # One task -------------------------------------------------------------------------------------------------------------
@@ -86,51 +94,62 @@ def is_done_at_once(head, out, first, end, sizes, operands, most_keys):
 
 
 @device
-def attend(head, out, first, end, sizes, settings, operands, weighted, memory, careful, at_once, to_next):
-    """Stream the keys past the rows [first, end): leaves the state of each row block in memory.
+def attend(
+    arrays, sequences, functions, settings, head, heads, out, first, end, low, high, sizes, memory, careful, at_once
+):  # fmt: skip
+    """Stream the keys [low, high) past the rows [first, end) of a head and others: leaves their states in memory.
 
-    `weighted` is whether the moment, for the entropy, is wanted.  Where all is done `at_once`, see `is_done_at_once`,
-    results are not a part of the state but written; and the next head, so many bytes after this one in the arrays of
-    queries, keys and values, may be asked for meanwhile.  Returns whether results are finite.
+    These are the `heads` from that one on, which share its keys.  Where all is done `at_once`, see `is_done_at_once`,
+    results are not a part of the state but written; and the next head may be asked for meanwhile.  Returns whether
+    results are finite.
     """
     D, Dv, keys, block, lanes = sizes
+    operands, weighted, first_head = arrays.operands, arrays.entropy.size > 0, head
     k, v, at = in_place(head.k, memory), in_place(head.v, memory), memory_map(sizes)
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
     values = as_element(element(memory, at.values), operands)
     clean = as_element(element(memory, at.clean), operands)
     pairs = holds_pairs(address(operands))
-    packing = not at_once and (end - first >= PACKED_ROWS or is_narrow(v) or pairs)
+    packing = not at_once and ((end - first) * heads >= PACKED_ROWS or is_narrow(v) or pairs)
     top, nothing = element(memory, at.top), memory.dtype.type(0)
     plain = is_plain(head) and not (pairs and settings.threshold != 0)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
-    blocks = (end - first + block - 1) // block
+    blocks = blocks_of(end - first, sizes) * heads
     in_any_case = COPIES_TILES and not (at_once or is_gathered(head.k))
     copying = (in_any_case or copies_keys(k, D, operands), in_any_case and not (packing or pairs))
+    h, row = head.h, first
     for i in range(blocks):
-        row = first + i * block
-        state = state_of(memory, at, sizes, operands, i)
-        start_block(head.q, row, min(block, end - row), state, operands, sizes, memory, at_once)
+        q, state = matrix(arrays.q, sequences.offsets[head.b, 0], h), state_of(memory, at, sizes, operands, i)
+        start_block(q, row, min(block, end - row), state, operands, sizes, memory, at_once)
+        row += block
+        if row >= end:
+            h, row = h + 1, first
 
     # Longer heads take longer than what is read for the next one; of which no more is asked for than a tile.
     key_count = head.position.kv_length
     asking = MANY_AT_ONCE and at_once and blocks <= 2 and key_count <= keys
     if asking:
-        pack.ask_for(moved(v.data, to_next[2]), v.row, key_count, Dv * memory.itemsize)
+        pack.ask_for(moved(v.data, arrays.v.strides[0]), v.row, key_count, Dv * memory.itemsize)
 
     finite = True
     # Bit i: scores of block i have been out of their reference's range.  A literal would have all compiled twice.
     rising = np.int64(0)
     task_low, task_high, _, _ = visible(first, end, head.position)
+    task_low, task_high = max(task_low, low), min(task_high, high)
     for number in range(task_low // keys, (task_high + keys - 1) // keys):
         tile = number * keys
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
         if pairs:
             tile_low -= (tile_low - tile) % 2
         loaded = False
+        head, row = first_head, first - block
         for i in range(blocks):
-            row = first + i * block
+            row += block
+            if row >= end:
+                head = head_of(arrays, sequences, functions, settings, head.b, head.h + 1, nothing, head.notes)
+                row = first
             rows = min(block, end - row)
             here = select_unsloped(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
             start, n = here.start, here.stop - here.start
@@ -154,15 +173,16 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
                 )  # fmt: skip
             if at_once:
                 if asking and i == blocks - 1:
-                    pack.ask_for(moved(k.data, to_next[1]), k.row, key_count, D * memory.itemsize)
-                    pack.ask_for(moved(head.q.data, to_next[0]), head.q.row, end - first, D * memory.itemsize)
+                    pack.ask_for(moved(k.data, arrays.k.strides[0]), k.row, key_count, D * memory.itemsize)
+                    q = moved(head.q.data, arrays.q.strides[0])
+                    pack.ask_for(q, head.q.row, end - first, D * memory.itemsize)
                 to = moved(out.data, row * out.row)
-                low, high = element(memory, at.low), element(memory, at.high)
+                from_keys, to_keys = element(memory, at.low), element(memory, at.high)
                 if not parted:
-                    pack.fill_lanes(low, nothing, width)
-                    pack.fill_lanes(high, memory.dtype.type(n), width)
+                    pack.fill_lanes(from_keys, nothing, width)
+                    pack.fill_lanes(to_keys, memory.dtype.type(n), width)
                 if write_products(
-                    width, rows, v_tile.data, v_tile.row, Dv, low, high, scores,
+                    width, rows, v_tile.data, v_tile.row, Dv, from_keys, to_keys, scores,
                     state.total, settings.gain, top, to, out.row,
                 ):  # fmt: skip
                     finite = False
@@ -175,14 +195,49 @@ def attend(head, out, first, end, sizes, settings, operands, weighted, memory, c
 
 
 @device
-def include_sink(sink, first, end, sizes, settings, operands, memory):
-    """Add a sink, a logit in base 2, to the states of the rows [first, end)."""
+def blocks_of(rows, sizes):
+    """Row blocks of so many rows of a head."""
+    return (rows + sizes.block - 1) // sizes.block
+
+
+@device
+def keep_states(memory, sizes, heads, rows, partial):
+    """Copy the states of so many rows of each of some heads, but for the queries, to a task's memory."""
+    at = memory_map(sizes)
+    size = kept_size(at, sizes)
+    for i in range(heads * blocks_of(rows, sizes)):
+        start = start_of_results(at, sizes, i)
+        for j in range(size):
+            partial[i * size + j] = memory[start + j]
+
+
+@device
+def join_states(memory, sizes, heads, rows, operands, partials):
+    """The states of all splits' tasks together, in the order of the keys."""
+    at = memory_map(sizes)
+    size, of_head = kept_size(at, sizes), blocks_of(rows, sizes)
+    kept, factors = element(memory, at.top), element(memory, at.correction)
+    for i in range(heads * of_head):
+        width = (min(sizes.block, rows - i % of_head * sizes.block) + sizes.lanes - 1) // sizes.lanes
+        start, state = start_of_results(at, sizes, i), state_of(memory, at, sizes, operands, i)
+        for j in range(size):
+            memory[start + j] = partials[0, i * size + j]
+        for s in range(1, partials.shape[0]):
+            other = element(partials[s], i * size)
+            of_lanes = moved(other, at.ot_rows * sizes.block * memory.itemsize)
+            softmax.join(width, sizes.block * memory.itemsize, state.reference, of_lanes, kept, factors)
+            softmax.add_weighed(width, state.ot, sizes.Dv + 1, kept, other, factors)
+
+
+@device
+def include_sink(sink, number, first, end, sizes, settings, operands, memory):
+    """Add a sink, a logit in base 2, to the states of the rows [first, end), from that of this number on."""
     at = memory_map(sizes)
     top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
-    for i in range((end - first + sizes.block - 1) // sizes.block):
+    for i in range(blocks_of(end - first, sizes)):
         rows = min(sizes.block, end - first - i * sizes.block)
         width = (rows + sizes.lanes - 1) // sizes.lanes
-        state = state_of(memory, at, sizes, operands, i)
+        state = state_of(memory, at, sizes, operands, number + i)
         softmax.challenge(width, sink, state.reference, top)
         if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
             softmax.rescale(width, state.ot, sizes.Dv + 1, correction)
@@ -192,19 +247,19 @@ def include_sink(sink, first, end, sizes, settings, operands, memory):
 
 
 @device
-def finish(out, statistics, first, end, sizes, settings, operands, memory, written):
-    """Normalise and write the rows [first, end), unless they are, and their statistics.
+def finish(out, statistics, number, first, end, sizes, settings, operands, memory, written):
+    """Normalise and write the rows [first, end), unless they are, and their statistics, of states from a number on.
 
     Returns whether every result is finite that was written here.
     """
     Dv, block, lanes = sizes.Dv, sizes.block, sizes.lanes
     at = memory_map(sizes)
     finite = True
-    for i in range((end - first + block - 1) // block):
+    for i in range(blocks_of(end - first, sizes)):
         row = first + i * block
         rows = min(block, end - row)
         width = (rows + lanes - 1) // lanes
-        state = state_of(memory, at, sizes, operands, i)
+        state = state_of(memory, at, sizes, operands, number + i)
         to, factors = moved(out.data, row * out.row), element(memory, at.top)
         divisor = divisor_of(state, width, settings, operands, sizes)
         if not written and pack.write_rows(
@@ -212,7 +267,7 @@ def finish(out, statistics, first, end, sizes, settings, operands, memory, writt
         ):
             finite = False
         if any_wanted(statistics):
-            lane_0 = at.state + i * at.state_size + (at.qt_rows + at.ot_rows) * block
+            lane_0 = at.state + (number + i) * at.state_size + (at.qt_rows + at.ot_rows) * block
             for lane in range(rows):
                 reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
                 moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
@@ -221,8 +276,11 @@ def finish(out, statistics, first, end, sizes, settings, operands, memory, writt
 
 
 @device
-def do_tasks(worker, memories, counters, arrays, sequences, functions, settings, cut):
-    """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do."""
+def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, functions, settings, cut):
+    """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do.
+
+    If keys are split, partials is (tasks, states of each), and finished (tasks that are not splits of one, 1).
+    """
     memory = memories[worker]
     align_stack()
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
@@ -231,46 +289,75 @@ def do_tasks(worker, memories, counters, arrays, sequences, functions, settings,
     (Hq, _, D), Dv, Lq = arrays.q.shape, arrays.out.shape[2], settings.Lq
     per_task = cut.blocks * cut.block
     per_head = (Lq + per_task - 1) // per_task
-    tasks = sequences.numbers.shape[0] * Hq * per_head
+    Hkv = arrays.k.shape[0]
+    group = Hq // Hkv
+    shares = (group + cut.heads - 1) // cut.heads
+    of_sequence = Hkv * shares
+    tasks = sequences.numbers.shape[0] * of_sequence * per_head * cut.splits
     at = memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
-    notes, noted = Notes(at.state + cut.blocks * at.state_size, cut.columns), -1
+    notes, noted = Notes(at.state + cut.heads * cut.blocks * at.state_size, cut.columns), -1
     helped = 0
     while True:
         task, helped = launch.take(counters, worker, helped, tasks)
         if task < 0:
             break
-        b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
-        first = (per_head - 1 - task % per_head) * per_task
-        end = min(first + per_task, sequences.intervals[b, 1] if settings.packed else Lq)
-        valid = max(first, min(end, sequences.intervals[b, 1]))
+        number, split = task, 0
+        if cut.splits > 1:
+            number, split = task // cut.splits, task % cut.splits
+        b, share = sequences.numbers[number // per_head // of_sequence, 0], number // per_head % of_sequence
+        h = share // shares * group + share % shares * cut.heads
+        heads = min(cut.heads, (share // shares + 1) * group - h)
+        rows, kv_length = sequences.intervals[b, 1], sequences.intervals[b, 2]
+        keys, splits = kv_length, 1
+        if cut.splits > 1:
+            keys = split_keys(Hkv, rows, kv_length, cut.block, cut.keys, cut.split)
+            splits = splits_of(kv_length, keys)
+            if split >= splits:
+                continue
+        first = (per_head - 1 - number % per_head) * per_task
+        end = min(first + per_task, rows if settings.packed else Lq)
+        valid = max(first, min(end, rows))
         if b != noted:
             for note in range((Lq + cut.block - 1) // cut.block * notes.columns):
                 memory[notes.start + note] = 0
             noted = b
         head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes)
-        keys = cut.short if head.position.kv_length <= cut.short else cut.keys
-        sizes = Sizes(D, Dv, keys, cut.block, cut.lanes)
+        sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
-        statistics = statistics_of(arrays, sequences, b, h)
-        weighted, careful = arrays.entropy.size > 0, np.bool_(False)
-        at_once = arrays.sinks.size == 0 and is_done_at_once(
-            head, out_head, first, valid, sizes, arrays.operands, cut.short
-        )
-        to_next = arrays.q.strides[0], arrays.k.strides[0], arrays.v.strides[0]
+        alone = splits == 1 and heads == 1 and arrays.sinks.size == 0
+        at_once = alone and is_done_at_once(head, out_head, first, valid, sizes, arrays.operands, cut.short)
+        of_all = partials[number * cut.splits : number * cut.splits + splits]
+        part, until, careful = split, split + 1, np.bool_(False)
         while valid > first:
-            finite = attend(
-                head, out_head, first, valid, sizes, settings, arrays.operands, weighted, memory, careful, at_once,
-                to_next,
-            )  # fmt: skip
-            if arrays.sinks.size:
-                include_sink(arrays.sinks[h], first, valid, sizes, settings, arrays.operands, memory)
-            finite &= finish(out_head, statistics, first, valid, sizes, settings, arrays.operands, memory, at_once)
+            finite = True
+            while part < until:
+                finite = attend(
+                    arrays, sequences, functions, settings, head, heads, out_head, first, valid, part * keys,
+                    (part + 1) * keys, sizes, memory, careful, at_once,
+                )  # fmt: skip
+                if splits > 1:
+                    keep_states(memory, sizes, heads, valid - first, of_all[part])
+                part += 1
+            if splits > 1:
+                if not careful and fetch_add(finished, number) != splits - 1:
+                    break
+                join_states(memory, sizes, heads, valid - first, arrays.operands, of_all)
+            for i in range(heads):
+                out, states = matrix(arrays.out, sequences.offsets[b, 4], h + i), i * blocks_of(valid - first, sizes)
+                if arrays.sinks.size:
+                    include_sink(arrays.sinks[h + i], states, first, valid, sizes, settings, arrays.operands, memory)
+                statistics = statistics_of(arrays, sequences, b, h + i)
+                finite &= finish(
+                    out, statistics, states, first, valid, sizes, settings, arrays.operands, memory, at_once
+                )
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
             # tells them apart.
             careful, at_once = np.bool_(True), np.bool_(False)
-        fill_padding(arrays, sequences, b, h, valid, end)
+            part, until = 0, splits
+        for i in range(heads if split == 0 else 0):
+            fill_padding(arrays, sequences, b, h + i, valid, end)
     if on_tiles:
         amx.release(address(memory))
 
@@ -279,9 +366,9 @@ do_all_tasks = by_workers(do_tasks)
 
 
 @kernel
-def work(launcher, memories, counters, arrays, sequences, functions, settings, cut):
+def work(launcher, memories, counters, partials, finished, arrays, sequences, functions, settings, cut):
     """`do_tasks`, by as many workers as there are memories."""
-    do_all_tasks(launcher, memories, counters, arrays, sequences, functions, settings, cut)
+    do_all_tasks(launcher, memories, counters, partials, finished, arrays, sequences, functions, settings, cut)
 
 
 work_through_pointer = through_pointer(work.py_func)
@@ -296,18 +383,40 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cuttin
     """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
-    columns = columns_noted(arrays.mask, Hq, settings, whole)
-    cut = Cut(whole.keys, whole.short, whole.block, whole.blocks, VECTOR_BYTES // dtype.itemsize, columns)
-    tasks = len(call.sequences.numbers) * Hq * whole.tasks
-    size = memory_size(whole, D, Dv, cut.lanes, -(-settings.Lq // whole.block) * columns)
+    columns, lanes = columns_noted(arrays.mask, Hq, settings, whole), VECTOR_BYTES // dtype.itemsize
+    shares = len(arrays.k) * -(-Hq // len(arrays.k) // whole.heads)
+    blocks, whole_tasks = whole.heads * whole.blocks, len(call.sequences.numbers) * shares * whole.tasks
+    size = memory_size(whole, D, Dv, lanes, -(-settings.Lq // whole.block) * columns)
+    kept = blocks * kept_size.py_func(*map_of(whole, D, Dv, lanes))
 
     def cut_for(sequences: Sequences) -> Run:
-        operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
+        splits = most_splits(sequences, len(arrays.k), whole)
+        cut = Cut(
+            whole.keys, whole.short, whole.block, whole.blocks, lanes, columns, whole.heads, whole.split, splits
+        )  # fmt: skip
+        operations, tasks = launch.rows_times_keys(sequences) * Hq * (D + Dv), whole_tasks * splits
         workers = launch.workers_for(threads_used, tasks, operations)
         start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
-        return lambda arrays: start(arrays, sequences, functions, settings, cut)
+
+        def run(arrays: Arrays) -> None:
+            partials = np.empty((tasks, kept) if splits > 1 else (0, 0), dtype)
+            finished = np.zeros((len(partials) // splits, 1), np.int64)
+            start(partials, finished, arrays, sequences, functions, settings, cut)
+
+        return run
 
     return cut_for
+
+
+def most_splits(sequences: Sequences, Hkv: int, whole: Plan) -> int:
+    """The largest number of splits of a sequence's keys, see `plan.split_keys`."""
+    rows_and_keys = sequences.intervals[sequences.numbers[:, 0], 1:]
+    long = rows_and_keys[rows_and_keys[:, 1] >= 2 * whole.split]
+    return max((_splits(Hkv, *one, whole) for one in set(map(tuple, long.tolist()))), default=1)
+
+
+def _splits(Hkv: int, rows: int, keys: int, whole: Plan) -> int:
+    return splits_of.py_func(keys, split_keys.py_func(Hkv, rows, keys, whole.block, whole.keys, whole.split))
 
 
 def columns_noted(mask: np.ndarray, Hq: int, settings: Settings, cut: Plan) -> int:
@@ -320,17 +429,25 @@ def columns_noted(mask: np.ndarray, Hq: int, settings: Settings, cut: Plan) -> i
 @functools.lru_cache(maxsize=256)
 def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
     """Elements of a worker's memory, with room for so many notes on a mask."""
-    at = memory_map.py_func(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes))
+    at, _ = map_of(cut, D, Dv, lanes)
     # Whole cache lines, so that workers do not share one.
-    return -(-(at.state + cut.blocks * at.state_size + notes) // 16) * 16
+    return -(-(at.state + cut.heads * cut.blocks * at.state_size + notes) // 16) * 16
+
+
+def map_of(cut: Plan, D: int, Dv: int, lanes: int) -> tuple[Memory, Sizes]:
+    """Where things are in a worker's memory."""
+    sizes = Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes)
+    return memory_map.py_func(sizes), sizes
 
 
 def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ...]:
     """Of `work`, for a kind of element, an operand and how keys and values are held, see `narrow`."""
     return launch.signature_of(
         COMPUTED[kind],
+        types.Array(COMPUTED[kind], 2, "C"),
+        types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 6, Cut),
+        types.NamedUniTuple(types.int64, 9, Cut),
     )
 
 

@@ -15,10 +15,12 @@ from numba_attn.cpu import decode, forward, plan, splits
 from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import Compiled, compiled, counting_kernel, device, through_pointer
 from numba_attn.cpu.narrow import COMPUTED, STORED
+from numba_attn.cpu.plan import LEAST_KEYS
 from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
 
 tile_keys, short_keys = device(plan.tile_keys), device(plan.short_keys)
+split_keys, splits_of = forward.split_keys, forward.splits_of
 
 
 @counting_kernel
@@ -70,12 +72,17 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         )  # fmt: skip
         return
     block = plan.WIDEST * lanes
-    cut = forward.Cut(tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize), block, 1, lanes, 0)
-    at = forward.memory_map(forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
-    counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
+    keys = tile_keys(block, D, Dv, itemsize)
+    count = splits_of(kv_length, split_keys(Hkv, query_length, kv_length, block, keys, LEAST_KEYS))
+    cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, lanes, 0, 1, LEAST_KEYS, count)
+    sizes = forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)
+    at = forward.memory_map(sizes)
+    parts = B * Hq * ((Lq + block - 1) // block)
+    counters[0, 1] = parts * count
+    partials = np.empty((parts * count if count > 1 else 0, forward.kept_size(at, sizes)), out.dtype)
     forward.work_through_pointer(
         codes, 0, np.empty((1, splits.whole_lines(at.state + at.state_size)), out.dtype), counters,
-        arrays, sequences, functions, settings, cut,
+        partials, np.zeros((parts, 1), np.int64), arrays, sequences, functions, settings, cut,
     )  # fmt: skip
 
 

@@ -33,6 +33,9 @@ SHORT, VALUES = 128, 32 * 1024
 
 # Multiply-adds of a task, at most, if one row block has no more: 0.2 s with AVX-512, so that a call can be interrupted.
 MOST_OPERATIONS = 10**10
+# Keys are split where a sequence has so few row blocks that a large machine would be idle: into so many tasks of a
+# sequence at most, of so many keys at least.
+MOST_TASKS, LEAST_KEYS = 64, 2048
 
 
 class Plan(NamedTuple):
@@ -41,24 +44,40 @@ class Plan(NamedTuple):
     keys: int  # of a key tile
     short: int  # keys of a sequence that is one tile
     block: int  # query rows of a row block: as many lanes as the widest register tile
-    blocks: int  # row blocks of a task, which share each key tile while it is in cache
+    blocks: int  # row blocks of a task, and of each of its heads, which share each key tile while it is in cache
     tasks: int  # tasks of one head
+    heads: int  # query heads of a task, that share a key-value head; fewer in the last one of a group
+    split: int  # keys of a task, at least, where those of a sequence are split: not fewer than `short`
 
 
 @functools.lru_cache(maxsize=256)
 def plan(
-    heads: int, Lq: int, Lk: int, D: int, Dv: int, itemsize: int, workers: int, mean_rows: int | None = None
+    heads: int,
+    Lq: int,
+    Lk: int,
+    D: int,
+    Dv: int,
+    itemsize: int,
+    workers: int,
+    mean_rows: int | None = None,
+    Hkv: int = 1 << 30,
+    group: int = 1,
 ) -> Plan:
     """Cut `heads` (B x Hq) problems with Lq query rows, or `mean_rows` on the average, and Lk keys into tasks.
 
     The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
     blocks in the second: the larger a task, the less often keys are fetched from beyond.  But there are eight tasks or
-    more for each worker wherever the problem allows it, so that all finish together.
+    more for each worker wherever the problem allows it, so that all finish together; or four, of the rows of all heads
+    of a `group` that share each of Hkv key-value heads.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
-    keys = tile_keys(block, D, Dv, itemsize)
+    keys, short = tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize)
     rows = -(-Lq // block)
-    fit = min(STATES // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(Lk * (D + Dv), 1)))
+    of_split = split_keys(Hkv, Lq, Lk, block, keys, LEAST_KEYS)
+    heads *= splits_of(Lk, of_split)  # each of them as a head of its own
+    fit = min(
+        STATES // (block * (D + Dv + 2) * itemsize), MOST_OPERATIONS // (block * max(min(Lk, of_split) * (D + Dv), 1))
+    )
     mean_rows = Lq if mean_rows is None else mean_rows
     most = _within(fit, 1, MOST_BLOCKS)
     blocks = _within(heads * -(-mean_rows // block) // (8 * workers), 1, most)
@@ -68,7 +87,26 @@ def plan(
     if longer <= most and heads * -(-rows // max(longer, 1)) >= 8 * workers:
         tasks -= 1
     blocks = max(1, -(-rows // max(tasks, 1)))
-    return Plan(keys, short_keys(Dv, itemsize), block, blocks, -(-rows // blocks))
+    tasks, together = -(-rows // blocks), 1
+    if tasks == 1 and Lk > short:
+        most_heads = max(1, min(most // blocks, heads // (4 * workers)))
+        together = -(-group // -(-group // most_heads))
+    return Plan(keys, short, block, blocks, tasks, together, LEAST_KEYS)
+
+
+def split_keys(Hkv: int, rows: int, kv_length: int, block: int, keys: int, least: int) -> int:
+    """Keys of a task, whole tiles of so many, of a sequence with so many query rows; compiled too.
+
+    By what the sequence has for itself, so that it comes to the same bits in any batch and on any number of threads.
+    """
+    tasks = Hkv * max(1, (rows + block - 1) // block)
+    splits = max(1, min(MOST_TASKS // tasks, kv_length // least))
+    return max(1, (kv_length + splits * keys - 1) // (splits * keys)) * keys
+
+
+def splits_of(kv_length: int, of_split: int) -> int:
+    """Into how many tasks that are so many keys each; compiled too."""
+    return max(1, (kv_length + of_split - 1) // of_split)
 
 
 def tile_keys(block: int, D: int, Dv: int, itemsize: int) -> int:

@@ -91,6 +91,18 @@ def state_of(memory, at, sizes, operands, i):
     )
 
 
+@device
+def kept_size(at, sizes):
+    """Elements of what has come of a row block, all of its state but the queries: kept of each split of the keys."""
+    return (at.ot_rows + STATE_VECTORS) * sizes.block
+
+
+@device
+def start_of_results(at, sizes, i):
+    """Where that of row block i begins in memory."""
+    return at.state + i * at.state_size + at.qt_rows * sizes.block
+
+
 # A block and a tile ---------------------------------------------------------------------------------------------------
 
 

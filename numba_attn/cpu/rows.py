@@ -100,35 +100,6 @@ def _add_rows(v, rows, o, Dv, kept, other, factors):
     v.each(rows, row)
 
 
-def _join(v, state, other, kept, factors):
-    """Take the sums of other keys into those so far: two states (reference, total, moment, best), a vector each.
-
-    kept and factors are by what outputs so far, and those of the other keys, are to be multiplied.
-    """
-    zero, lowest = v.constant(0.0), v.constant(-INFINITY)
-    names = [i * v.bytes for i in range(4)]
-    (reference, total, moment, best), (reference_2, total_2, moment_2, best_2) = (
-        [v.load(x, at) for at in names] for x in (state, other)
-    )
-    # Where there was no key, there is nothing to weigh, and the reference means nothing.
-    none, none_2 = v.equal(total, zero), v.equal(total_2, zero)
-    new = v.maximum(v.select(none, lowest, reference), v.select(none_2, lowest, reference_2))
-    new = v.select(v.equal(new, lowest), reference, new)
-    steps = v.select(none, zero, v.sub(reference, new)), v.select(none_2, zero, v.sub(reference_2, new))
-    keep, factor = v.exp2(*steps)
-
-    def moved(step: Value, total: Value, moment: Value, by: Value) -> Value:
-        # Where nothing is left, the step may be beyond what a product of it can be.
-        return v.select(v.equal(by, zero), zero, v.mul(v.fma(step, total, moment), by))
-
-    moments = v.add(moved(steps[0], total, moment, keep), moved(steps[1], total_2, moment_2, factor))
-    total = v.fma(total_2, factor, v.mul(total, keep))
-    for x, at in zip((new, total, moments, v.maximum(best_2, best)), names, strict=True):
-        v.store(x, state, at)
-    v.store(keep, kept)
-    v.store(factor, factors)
-
-
 def _shares(v, state, gain, factors):
     """factors = gain / total of a state."""
     v.store(share(v, v.load(state, v.bytes), gain), factors)
@@ -140,5 +111,4 @@ add_across = emits(_add_across)
 highest_across = emits(_highest_across)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)
 add_rows = emits(_add_rows)
-join = emits(_join)
 shares = emits(_shares)

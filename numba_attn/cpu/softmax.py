@@ -311,6 +311,55 @@ def _rescale(v, width, ot, Dv, correction):
     for_vectors(v, width, vector)
 
 
+def _join(v, width, row, state, other, kept, factors):
+    """Take the sums of other keys into those so far: two states (reference, total, moment, best), `row` bytes apart.
+
+    kept and factors are by what outputs so far, and those of the other keys, are to be multiplied.
+    """
+    zero, lowest = v.constant(0.0), v.constant(-INFINITY)
+
+    def vector(here: Value) -> None:
+        names = [v.add_index(v.mul_index(row, i), here) for i in range(4)]
+        (reference, total, moment, best), (reference_2, total_2, moment_2, best_2) = (
+            [v.load(x, at) for at in names] for x in (state, other)
+        )
+        # Where there was no key, there is nothing to weigh, and the reference means nothing.
+        none, none_2 = v.equal(total, zero), v.equal(total_2, zero)
+        new = v.maximum(v.select(none, lowest, reference), v.select(none_2, lowest, reference_2))
+        new = v.select(v.equal(new, lowest), reference, new)
+        steps = v.select(none, zero, v.sub(reference, new)), v.select(none_2, zero, v.sub(reference_2, new))
+        keep, factor = v.exp2(*steps)
+
+        def moved(step: Value, total: Value, moment: Value, by: Value) -> Value:
+            # Where nothing is left, the step may be beyond what a product of it can be.
+            return v.select(v.equal(by, zero), zero, v.mul(v.fma(step, total, moment), by))
+
+        moments = v.add(moved(steps[0], total, moment, keep), moved(steps[1], total_2, moment_2, factor))
+        total = v.fma(total_2, factor, v.mul(total, keep))
+        for x, at in zip((new, total, moments, v.maximum(best_2, best)), names, strict=True):
+            v.store(x, state, at)
+        v.store(keep, kept, here)
+        v.store(factor, factors, here)
+
+    for_vectors(v, width, vector)
+
+
+def _add_weighed(v, width, ot, Dv, kept, other, factors):
+    """ot = kept * ot + factors * other, with one factor a query."""
+    row = v.mul_index(width, v.bytes)
+
+    def vector(here: Value) -> None:
+        keep, factor = v.load(kept, here), v.load(factors, here)
+
+        def column(d: Value) -> None:
+            to = v.add_index(v.mul_index(d, row), here)
+            v.store(v.fma(v.load(other, to), factor, v.mul(v.load(ot, to), keep)), ot, to)
+
+        v.each(Dv, column)
+
+    for_vectors(v, width, vector)
+
+
 cap = emits(_cap)
 settle = emits(_settle)
 highest = emits(_highest)
@@ -325,3 +374,5 @@ challenge = emits(_challenge)
 add_sink = emits(_add_sink)
 weigh = emits(_weigh)
 rescale = emits(_rescale)
+join = emits(_join)
+add_weighed = emits(_add_weighed)

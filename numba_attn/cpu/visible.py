@@ -67,7 +67,7 @@ def none_true(mask, kind, rows, first):
 
 @device
 def mask_tile(mask, kind, rows, count, n, width, lanes, bias):
-    """Write what the mask, of `rows` rows, adds to a tile of scores, of `count`, to `bias`; what it leaves of the tile."""
+    """Write what the mask, of `rows` rows, adds to a tile of scores of `count` rows to `bias`; what it leaves of it."""
     if mask.row == 0:
         mask_tiles.mask_keys(width, bias, mask.data, kind, mask.step, n)
     else:
