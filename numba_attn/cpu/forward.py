@@ -165,11 +165,16 @@ def attend(
             if n > 0 and not loaded:
                 k, v = load_tile(head, k, v, tile_low, tile_high, packing, copying, operands, sizes, memory, at)
                 loaded = True
+            # While the first block is computed, the next tile is asked for.
+            following = tile + keys < task_high and i == 0
+            k_ahead = rows_ahead(head.k, tile + keys, following, D, element(memory, at.keys), arrays.k)
+            v_ahead = rows_ahead(head.v, tile + keys, following, Dv, element(memory, at.keys), arrays.v)
             k_tile = keys_of(k, start, tile_low, copied, D, operands, copying[0])
             v_tile = values_of(v, start, tile_low, tile_high, packing, copying[1], values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(
-                    head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
+                    head, k_tile, k_ahead, here, i, row, rows, rising, settings, sizes, plain, weighted, state,
+                    memory, at,
                 )  # fmt: skip
             if at_once:
                 if asking and i == blocks - 1:
@@ -190,8 +195,19 @@ def attend(
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
             else:
                 cuts = element(memory, at.cuts)
-                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts)
+                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts, v_ahead)
     return finite
+
+
+@device
+def rows_ahead(rows, first, following, columns, near, array):
+    """Where the rows of an array from `first` on begin, to be asked for, if they follow, and lie side by side.
+
+    If not, what is near already: asking for it does nothing.
+    """
+    size = pointee_bytes(rows.data)
+    beside = rows.row == columns * size and rows.step == size and rows.page_rows == 0
+    return moved(rows.data, first * rows.row) if following and beside else as_element(near, array)
 
 
 @device

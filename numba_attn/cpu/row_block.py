@@ -191,10 +191,13 @@ def vectors_of_values(n, sizes):
 
 
 @device
-def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at):
+def exponentiate_tile(
+    head, k_tile, ahead, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
+):  # fmt: skip
     """Scores of row block i and a tile, to probabilities below its reference: what `accumulate` takes.
 
-    Bit i of `rising`, which is returned, is whether scores of the block have been out of its reference's range.
+    Keys that are `ahead` may be asked for.
+        Bit i of `rising`, which is returned, is whether scores of the block have been out of its reference's range.
     """
     D, Dv, keys, _, lanes = sizes
     n, width = here.stop - here.start, (rows + lanes - 1) // lanes
@@ -217,7 +220,7 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
         fusing = fusing and not capped and not weighted
     if fusing and full:
         done = fused = exponentiate_whole(
-            head, k_tile, settings, n, width, distance, D, weighted, state, scores, memory, at
+            head, k_tile, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at
         )
     if not done:
         here = slope(head, here, row, rows, sizes, memory, at)
@@ -260,7 +263,7 @@ def exponentiate_tile(head, k_tile, here, i, row, rows, rising, settings, sizes,
 
 
 @device
-def exponentiate_whole(head, k, settings, n, width, distance, D, weighted, state, scores, memory, at):
+def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at):
     """Exponentiate scores where they are made, of a tile in which every row may attend to every key.
 
     For one option at most, a cap, ALiBi or moments.  Returns whether that is done, see `tiles.probabilities`.
@@ -274,7 +277,7 @@ def exponentiate_whole(head, k, settings, n, width, distance, D, weighted, state
     if settings.softcap == 0 and head.slope == 0:
         return tiles.probabilities(
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
-            sums, top, scores,
+            sums, top, scores, ahead,
         )  # fmt: skip
     if settings.softcap == 0:
         return tiles.sloped_probabilities(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -21,7 +22,7 @@ from numba import types
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, fill_rows, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, I1, I32, I64, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.softmax import accept, times_log
 from numba_attn.cpu.target import MANY_REGISTERS
 
@@ -44,12 +45,13 @@ def product(
     pairs: bool = False,
     b_row: Value | None = None,
     acc: list[Value] | None = None,
+    ahead: tuple[Value, int] | None = None,
 ) -> list[Value]:
     """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc, which is 0 if None, in registers.
 
     a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), its rows `b_row` bytes
     apart, contiguous if None.  Of `pairs` of bfloat16 numbers, an element holds two, and `count` numbers make half as
-    many elements.
+    many elements.  Memory `ahead` is asked for meanwhile: from where on, and so many bytes for each element of a.
     """
     if pairs:
         count = v.half(count)
@@ -62,7 +64,8 @@ def product(
     share = height if neighbours else 4
     reach = [v.mul_index(a_row, i) for i in range(min(height, share))]
     starts = [v.opaque(v.at(a, v.mul_index(a_row, i))) if i else a for i in range(0, height, share)]
-    pointers = 1 + len(starts)
+    places = [] if ahead is None else [ahead[0]]
+    pointers = 1 + len(starts) + len(places)
 
     def step(b: Value, starts: list[Value], on: int, acc: list[Value]) -> list[Value]:
         columns = [(v.load_pairs if pairs else v.load)(b, w * v.bytes) for w in range(width)]
@@ -75,6 +78,12 @@ def product(
 
     def steps(_: Value, carried: list[Value], at_once: int) -> list[Value]:
         (b, *starts), acc = carried[:pointers], carried[pointers:]
+        places = []
+        if ahead is not None:
+            place, asked = starts.pop(), height * at_once * ahead[1]
+            for line in range(0, asked, LINE):
+                v.prefetch(place, line)
+            places = [v.at(place, asked)]
         if neighbours:
             for _ in range(at_once - 1):
                 acc = step(b, starts, 0, acc)
@@ -84,9 +93,9 @@ def product(
         for i in range(at_once):
             acc = step(v.at(b, v.mul_index(b_row, i)) if i else b, starts, i * v.size, acc)
         beyond = v.mul_index(a_step, at_once)
-        return [v.at(b, v.mul_index(b_row, at_once)), *(v.at(p, beyond) for p in starts), *acc]
+        return [v.at(b, v.mul_index(b_row, at_once)), *(v.at(p, beyond) for p in starts), *places, *acc]
 
-    carried = [b, *starts, *(acc or [v.constant(0.0)] * (height * width))]
+    carried = [b, *starts, *places, *(acc or [v.constant(0.0)] * (height * width))]
     start = v.index(0)
     if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs:
         whole = v.whole_steps(start, count, STEPS)
@@ -118,6 +127,17 @@ def ask_for_rows(v: Vectors, rows: Value, row: Value, D: Value, height: int) -> 
     v.loop(0, v.mul_index(D, v.size), LINE, [], lines)
 
 
+def ahead_of(v: Vectors, operand: str, elements: Value, first: Value, height: int, width: int) -> Any:
+    """For `product`: the part of the next tile's elements that belongs to rows whose elements begin with `first`.
+
+    Where products ask for rows of their own tile, and in small register tiles, nothing.
+    """
+    if MANY_REGISTERS or width == 1 or height != HEIGHTS[width][0]:
+        return None
+    size = BYTES[v.pointees[operand]]
+    return v.at(elements, v.mul_index(first, size)), size
+
+
 # Products -------------------------------------------------------------------------------------------------------------
 
 
@@ -137,15 +157,17 @@ def _scores(v, width, k, k_row, k_step, n, D, qt, s):
     for_rows(v, n, HEIGHTS[width], tile)
 
 
-def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p):
+def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, ahead):
     """p = exp2(scale * k.qt - reference) and total += its column sums, without the scores ever being stored.
 
     top = the largest exponent of each query, and best the largest score so far.  Returns whether every reference will
     do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
-    arithmetic is that of `scores` and `exponentiate`.
+    arithmetic is that of `scores` and `exponentiate`.  The n rows of D keys' elements that begin `ahead` are asked for.
     """
     exponents = _plain_exponents(v, scale)
-    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+    return _exponentials(
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, ahead=ahead
+    )
 
 
 def _weighted_probabilities(
@@ -221,7 +243,7 @@ def _capped_probabilities(
 
 def _exponentials(
     v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None,
-    at_once=AT_ONCE,
+    at_once=AT_ONCE, ahead=None,
 ):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
@@ -235,14 +257,15 @@ def _exponentials(
             v.store(v.constant(0.0), moment[1], w * v.bytes)
     row, moments = v.index(width * v.bytes), None if moment is None else moment[1]
     _exponentials_of_part(
-        v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments, at_once
+        v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments, at_once, ahead
     )
     added = [(total, sums), *([] if moment is None else [moment])]
     return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
 
 
 def _exponentials_of_part(
-    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None, at_once=AT_ONCE
+    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None, at_once=AT_ONCE,
+    ahead=None,
 ):  # fmt: skip
     """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes.
 
@@ -264,7 +287,9 @@ def _exponentials_of_part(
             if height == HEIGHTS[width][0] and not pairs and MANY_REGISTERS:
                 # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
-            acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
+            asked = None if ahead is None else ahead_of(v, "ahead", ahead, v.mul_index(i, D), height, width)
+            keys = v.at(k, v.mul_index(i, k_row))
+            acc = product(v, keys, k_row, k_step, qt, D, height, width, pairs, row, ahead=asked)
         p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
         for w in range(width):
             base = v.load(reference, w * v.bytes)
@@ -325,10 +350,11 @@ def pair_rows(
     for_vectors(v, width, vector)
 
 
-def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
+def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahead):
     """ot += value.T @ p, where some vectors may be masked in some parts of the tile, see `edges`, and are left out.
 
-    Of pairs there is a row more of ot, for their sums, but not on tile registers.
+    The n rows of Dv values that begin `ahead` are asked for.  Of pairs there is a row more of ot, for their sums, but
+    not on tile registers.
     """
     row, pairs = width * v.bytes, are_pairs(v, "value")
     if pairs and target.BFLOAT16 == "amx":
@@ -346,7 +372,8 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts):
                 v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
 
         def whole() -> None:
-            add(product(v, values, value_step, value_row, p, n, height, width, pairs))
+            asked = ahead_of(v, "ahead", ahead, v.mul_index(i, n), height, width)
+            add(product(v, values, value_step, value_row, p, n, height, width, pairs, ahead=asked))
 
         def in_parts() -> None:
             acc = [v.constant(0.0)] * (height * width)
