@@ -143,9 +143,12 @@ MAY_IMPORT = {
         *("cpu.dropout", "cpu.edges", "cpu.jit", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.score", "cpu.softmax"),
         *("cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
+    "cpu.shares": {
+        *("cpu.jit", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.row_block", "cpu.score", "cpu.softmax"),
+    },
     "cpu.forward": {
         *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.row_block", "cpu.score", "cpu.short", "cpu.softmax", "cpu.stored", "cpu.target"),
+        *("cpu.results", "cpu.row_block", "cpu.score", "cpu.shares", "cpu.short", "cpu.stored", "cpu.target"),
         *("cpu.tiles", "cpu.visible", "cpu.workers", "block_mask"),
     },
     "cpu.splits": {"cpu.jit", "cpu.pointers", "cpu.reading", "cpu.score"},
@@ -166,7 +169,7 @@ MAY_IMPORT = {
     },
     "cpu.attention": {
         *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
-        *("cpu.workers", "checks", "problem", "repeats", "threads"),
+        *("cpu.target", "cpu.workers", "checks", "problem", "repeats", "storage", "threads"),
     },
     "cpu.gradient_tiles": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.tiles"},
     "cpu.score_gradients": {

@@ -299,6 +299,44 @@ def test_split_keys_change_no_bit(Hq: int, Hkv: int, Lq: int, two_threads: Any) 
         assert np.array_equal(found, out)
 
 
+@pytest.mark.parametrize("Lq", [3, 8, 9, 12, 25])
+@pytest.mark.parametrize("group", [2, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_rows_of_heads_that_share_keys(dtype: str, group: int, Lq: int) -> None:
+    """They may be in one row block; and where they are many, have the bits that they have with keys of their own."""
+    rng, Hq, Lk = np.random.default_rng(0), 2 * group, 300
+    shapes = (2, Lq, Hq, 24), (2, Lk, 2, 24), (2, Lk, 2, 17)
+    query, key, value = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in shapes)
+    own_key, own_value = (np.repeat(x, group, axis=2) for x in (key, value))
+    mask = rng.random((2, 1, Lq, Lk)) < 0.5
+    mask[:, :, 1, :] = False
+    wanted: dict[str, Any] = {"layout": "BLHD", "return_aux": ("lse", "max_score", "entropy")}
+    for options in (
+        {},
+        {"is_causal": True, "query_offset": "bottom_right", "softcap": 20.0},
+        {"attn_mask": mask, "window": (200, None), "query_offset": 250},
+        {
+            "attn_mask": mask.astype(np.float32),
+            "query_lengths": np.array([Lq, Lq - 2]),
+            "kv_lengths": np.array([9, Lk]),
+        },
+        {"alibi_slopes": rng.random(Hq), "sinks": rng.standard_normal(Hq)},
+        {"attn_mask": rng.random((2, Hq, Lq, Lk)) < 0.5},
+    ):
+        out, aux = scaled_dot_product_attention(query, key, value, enable_gqa=True, **wanted, **options)
+        apart, aux_apart = scaled_dot_product_attention(query, own_key, own_value, **wanted, **options)
+        exact, aux_exact = scaled_dot_product_attention(
+            query, own_key, own_value, backend="reference", **wanted, **options
+        )
+        tolerance = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2}[dtype]
+        np.testing.assert_allclose(out.astype(np.float64), exact.astype(np.float64), atol=tolerance, rtol=tolerance)
+        for name in wanted["return_aux"]:
+            np.testing.assert_allclose(getattr(aux, name), getattr(aux_exact, name), atol=10 * tolerance)
+        if Lq - 2 > decode.MOST_ROWS:  # rows of every sequence
+            assert out.tobytes() == apart.tobytes()
+            assert all(np.array_equal(getattr(aux, name), getattr(aux_apart, name)) for name in wanted["return_aux"])
+
+
 @pytest.mark.parametrize("Lq", [1, 2, 3, 8])
 @pytest.mark.parametrize("kind", ["bool", "additive", "transposed", "of all rows"])
 def test_few_rows_and_a_mask_that_heads_share(kind: str, Lq: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_attn import checks, threads
-from numba_attn.cpu import decode, key_weight, narrow, workers
+from numba_attn.cpu import decode, key_weight, narrow, target, workers
 from numba_attn.cpu import forward as prefill
 from numba_attn.cpu.call import NO_MASK, call_of, held_of, nothing, numbers, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
@@ -19,6 +19,7 @@ from numba_attn.cpu.plan import plan
 from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
 from numba_attn.problem import STATISTICS, Aux, Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
+from numba_attn.storage import QUANTIZED
 
 OF_ONE_CALL = ("q", "k", "v", "mask", "out", *STATISTICS)  # the first of `Arrays`
 MOST_REPEATED = 1024  # sequences of a call whose tables are kept: beside more, making them takes no time
@@ -54,7 +55,7 @@ def make_norms_alike(problem: Problem) -> None:
     """
     sizes, norms, lengths = problem.sizes, problem.norms, problem.intervals.table[:, 1]
     assert norms is not None
-    few, _ = _by_rows(problem, sizes.B, sizes.Lq, decode.most_rows(norms.itemsize))
+    few, _ = _by_rows(problem, sizes.B, sizes.Lq, _most_rows(problem))
     large = [b for b in few[:, 0].tolist() if norms[b, :, : lengths[b], 0].any()]
     if large:
         value, out = problem.value[..., :0], problem.out[..., :0]
@@ -77,7 +78,7 @@ def _steps(
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
-    few, many = _by_rows(problem, B, Lq, decode.most_rows(dtype.itemsize) if Dv else 0)
+    few, many = _by_rows(problem, B, Lq, _most_rows(problem) if Dv else 0)
     if wanted is not None:
         few, many = numbers(0), wanted
     key_weights = None if problem.key_weight is None else problem.first_sequence().key_weight
@@ -93,10 +94,10 @@ def _steps(
             of_kernels = kind, decode.operand(kind, problem.bfloat16_products, held), held
             if of_kernels != kinds:
                 some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
-            decoding = decode.prepared(some, of_kernels, _heads_alike(problem, call.arrays.mask), threads_used)
+            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
         else:
-            prefilling = prefill.prepared(some, of_kernels, whole, threads_used)
+            prefilling = prefill.prepared(some, of_kernels, whole, _share_blocks(problem), threads_used)
             steps.append(Step(prefilling, some.sequences, some.arrays))
         if key_weights is not None and Lk:
             if kernels is decode:
@@ -192,10 +193,24 @@ def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, n
     return everyone[short], everyone[~short]
 
 
-def _heads_alike(problem: Problem, mask: np.ndarray) -> bool:
-    """Whether what a row attends to, and how, is the same for all heads; `mask` is that of a sequence, (heads, ...)."""
+def _most_rows(problem: Problem) -> int:
+    """Query rows of a head that are few."""
+    alike = _share_blocks(problem) and (problem.storage is None or problem.storage.numbers not in QUANTIZED)
+    lanes = target.VECTOR_BYTES // statistics_dtype(problem.query.dtype).itemsize
+    return decode.most_rows(lanes, problem.sizes.Hq // problem.sizes.Hkv if alike else 1)
+
+
+def _share_blocks(problem: Problem) -> bool:
+    """Whether heads that share keys can be in one row block: sinks are added to whole blocks."""
+    return _heads_alike(problem) and problem.sinks is None
+
+
+def _heads_alike(problem: Problem) -> bool:
+    """Whether what a row attends to, and how, is the same for all heads."""
     telling = ("block_mask", "slopes", "score_mod", "mask_mod", "dropout")
-    return all(getattr(problem, name) is None for name in telling) and (len(mask) <= 1 or mask.strides[0] == 0)
+    mask = problem.mask
+    shared = mask is None or mask.ndim == 2 or mask.shape[-3] == 1 or mask.strides[-3] == 0
+    return shared and all(getattr(problem, name) is None for name in telling)
 
 
 def warmup() -> list[str]:

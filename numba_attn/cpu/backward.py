@@ -124,11 +124,11 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
         width = (rows + lanes - 1) // lanes
         qt, gt = operands_of(i, operands, sizes, memory, at)
         above = element(memory, at.above) if pairs else element(memory, at.gt + i * block * Dv)
-        pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, D, qt)
-        pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, above)
+        pack.transpose(width, moved(q.data, row * q.row), 0, q.row, q.step, rows, rows, D, qt)
+        pack.transpose(width, moved(g.data, row * g.row), 0, g.row, g.step, rows, rows, Dv, above)
         if pairs:
-            pack.transpose(width, moved(g.data, row * g.row), g.row, g.step, rows, Dv, gt)
-        pack.transpose(width, moved(out.data, row * out.row), out.row, out.step, rows, Dv, ot)
+            pack.transpose(width, moved(g.data, row * g.row), 0, g.row, g.step, rows, rows, Dv, gt)
+        pack.transpose(width, moved(out.data, row * out.row), 0, out.row, out.step, rows, rows, Dv, ot)
         gradient_tiles.column_dots(width, ot, above, Dv, element(memory, at.delta + i * block))
         coarse = read_norms(norms, row, rows, lanes, block, memory, at.norms + 2 * i * block)
         memory[at.coarse + i] = 1 if coarse else 0

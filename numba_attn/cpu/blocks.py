@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba_attn.cpu.plan import HEIGHTS
 from numba_attn.cpu.simd import Value, Vectors
@@ -83,7 +83,29 @@ def for_keys(
     return v.loop(whole, n, 1, carried, lambda j, carried: body(j, 1, carried))
 
 
-def lane_rows(v: Vectors, w: Value, count: Value) -> list[Value]:
-    """The row of each lane of vector w of a block of `count` rows: the last one again beyond them."""
-    first, last = v.mul_index(w, v.lanes), v.add_index(count, -1)
-    return [v.least(v.add_index(first, i), last) for i in range(v.lanes)]
+class Lanes(NamedTuple):
+    """What is read for the lanes of a block of `count` rows: of one head after the other, with `rows` each.
+
+    These lie so many bytes apart, and the last one is read again for the lanes beyond them.
+    """
+
+    v: Vectors
+    count: Value
+    row: Value
+    to_next_head: Value  # from where a head would go on
+    heads_in_row: Value  # of which lane times so many are as many heads as are before it, times 2 ** 16
+
+    @classmethod
+    def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value) -> Lanes:
+        inverse = v.add_index(v.builder.udiv(v.index(1 << 16), rows), 1)
+        return cls(v, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse)
+
+    def place(self, start: Value, lane: Value) -> Value:
+        """The address of what is read for a lane, if `start` is that of the first."""
+        v, number = self.v, self.v.least(lane, self.v.add_index(self.count, -1))
+        heads = v.builder.lshr(v.mul_index(number, self.heads_in_row), v.index(16))
+        return v.at(v.at(start, v.mul_index(number, self.row)), v.mul_index(heads, self.to_next_head))
+
+    def places(self, start: Value, w: Value) -> list[Value]:
+        """The addresses for the lanes of vector w."""
+        return [self.place(start, self.v.add_index(self.v.mul_index(w, self.v.lanes), i)) for i in range(self.v.lanes)]

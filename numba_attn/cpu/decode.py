@@ -33,6 +33,7 @@ from numba_attn.cpu.pointers import (
 from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahead
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
+    COPIES_TILES,
     NO_NOTES,
     SCORE,
     Arrays,
@@ -71,7 +72,9 @@ from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import QUANTIZED
 
-MOST_ROWS = 8  # query rows of a head; for more, queries as lanes are faster
+# Query rows of a head; for more, queries as lanes are faster.  So they are where products find keys copied, for the
+# rows of all heads that share them, if these fill a vector and a half.
+MOST_ROWS, FULL = 8, 3  # half vectors
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
 
 
@@ -319,9 +322,14 @@ decode_through_pointer = through_pointer(decode.py_func)
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def most_rows(itemsize: int) -> int:
-    """Query rows of a head, up to which they are better done here."""
-    return min(MOST_ROWS, VECTOR_BYTES // itemsize)
+def most_rows(lanes: int, together: int) -> int:
+    """Query rows of a head, up to which they are better done here, if `forward` would do so many heads together.
+
+    Compiled too.
+    """
+    if not COPIES_TILES or together == 1:
+        return min(MOST_ROWS, lanes)
+    return max(1, (FULL * lanes // 2 - 1) // together)
 
 
 def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:
@@ -339,8 +347,8 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
     Dv, Lq = arrays.out.shape[2], settings.Lq
-    group, pairs, rows = Hq // Hkv, len(call.sequences.numbers) * Hkv, min(Lq, most_rows(dtype.itemsize))
-    heads = group if alike else 1
+    group, pairs = Hq // Hkv, len(call.sequences.numbers) * Hkv
+    heads, rows = group if alike else 1, min(Lq, MOST_ROWS, lanes)
     wide = 2 * lanes if kinds[1] in (PAIRS, WORDS) else lanes
     size, state = sizes_of(rows, heads, group, D, Dv, lanes, wide)
 

@@ -19,22 +19,19 @@ import numpy as np
 from numba import types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import amx, edges, launch, pack, plan, softmax, tiles
+from numba_attn.cpu import amx, edges, launch, pack, plan, tiles
 from numba_attn.cpu.jit import device, kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, holds_pairs, moved, pointee_bytes
-from numba_attn.cpu.results import any_wanted, fill_padding, statistics_of, write_statistics
+from numba_attn.cpu.results import fill_padding
 from numba_attn.cpu.row_block import (
     Memory,
-    divisor_of,
     exponentiate_tile,
     kept_size,
     load_tile,
     memory_map,
-    rounded_sums,
     start_block,
-    start_of_results,
     state_of,
     values_of,
 )
@@ -53,12 +50,24 @@ from numba_attn.cpu.score import (
     call_types,
     copies_keys,
     element,
+    head_after,
     head_of,
     is_narrow,
     is_plain,
     keys_of,
     matrix,
     select_unsloped,
+)
+from numba_attn.cpu.shares import (
+    blocks_of,
+    first_block,
+    include_sinks,
+    join_states,
+    keep_states,
+    next_block,
+    share_of,
+    width_of,
+    write_results,
 )
 from numba_attn.cpu.short import write_products
 from numba_attn.cpu.stored import in_place, is_gathered
@@ -68,7 +77,9 @@ from numba_attn.cpu.workers import by_workers
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
 # that is not worth it; and splits of the keys of a sequence, the most that one has.
-Cut = namedtuple("Cut", "keys short block blocks lanes columns heads split splits")
+Cut = namedtuple("Cut", "keys short block blocks lanes columns heads alike split splits")
+# Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
+Ahead = namedtuple("Ahead", "data size")
 
 MOST_NOTES = 1 << 20  # on what a mask leaves of tiles, in each worker's memory
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it
@@ -95,16 +106,16 @@ def is_done_at_once(head, out, first, end, sizes, operands, most_keys):
 
 @device
 def attend(
-    arrays, sequences, functions, settings, head, heads, out, first, end, low, high, sizes, memory, careful, at_once
+    arrays, sequences, settings, first_head, share, out, low, high, sizes, memory, careful, at_once
 ):  # fmt: skip
-    """Stream the keys [low, high) past the rows [first, end) of a head and others: leaves their states in memory.
+    """Stream the keys [low, high) past the rows of a share, of which this is the first head: leaves states in memory.
 
-    These are the `heads` from that one on, which share its keys.  Where all is done `at_once`, see `is_done_at_once`,
-    results are not a part of the state but written; and the next head may be asked for meanwhile.  Returns whether
-    results are finite.
+    Where all is done `at_once`, see `is_done_at_once`, results are not a part of the state but written; and the next
+    head may be asked for meanwhile.  Returns whether results are finite.
     """
     D, Dv, keys, block, lanes = sizes
-    operands, weighted, first_head = arrays.operands, arrays.entropy.size > 0, head
+    heads, across, first, end = share
+    operands, weighted, head = arrays.operands, arrays.entropy.size > 0, first_head
     k, v, at = in_place(head.k, memory), in_place(head.v, memory), memory_map(sizes)
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
@@ -116,16 +127,17 @@ def attend(
     plain = is_plain(head) and not (pairs and settings.threshold != 0)
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
 
-    blocks = blocks_of(end - first, sizes) * heads
+    blocks = blocks_of(share, sizes)
     in_any_case = COPIES_TILES and not (at_once or is_gathered(head.k))
     copying = (in_any_case or copies_keys(k, D, operands), in_any_case and not (packing or pairs))
-    h, row = head.h, first
+    part = first_block(share, sizes)
     for i in range(blocks):
-        q, state = matrix(arrays.q, sequences.offsets[head.b, 0], h), state_of(memory, at, sizes, operands, i)
-        start_block(q, row, min(block, end - row), state, operands, sizes, memory, at_once)
-        row += block
-        if row >= end:
-            h, row = h + 1, first
+        q = matrix(arrays.q, sequences.offsets[head.b, 0], head.h + part.head)
+        state = state_of(memory, at, sizes, operands, i)
+        start_block(
+            q, arrays.q.strides[0], part.row, part.rows, part.count, state, operands, sizes, memory, at_once
+        )  # fmt: skip
+        part = next_block(share, part, sizes)
 
     # Longer heads take longer than what is read for the next one; of which no more is asked for than a tile.
     key_count = head.position.kv_length
@@ -144,22 +156,20 @@ def attend(
         if pairs:
             tile_low -= (tile_low - tile) % 2
         loaded = False
-        head, row = first_head, first - block
         for i in range(blocks):
-            row += block
-            if row >= end:
-                head = head_of(arrays, sequences, functions, settings, head.b, head.h + 1, nothing, head.notes)
-                row = first
-            rows = min(block, end - row)
-            here = select_unsloped(head, settings, row, rows, 1, tile, tile + keys, pairs, sizes, memory, at)
+            part = next_block(share, part, sizes) if i else first_block(share, sizes)
+            head = head_after(first_head, arrays, part.head)
+            row, rows, count = part.row, part.rows, part.count
+            of_heads = count // rows if across > 1 else 1
+            here = select_unsloped(head, settings, row, rows, of_heads, tile, tile + keys, pairs, sizes, memory, at)
             start, n = here.start, here.stop - here.start
             if here.kept == EMPTY:
                 if not at_once:
                     continue
                 start, n = tile_low, 0
-            width = (rows + lanes - 1) // lanes
+            width = width_of(part, sizes)
             state = state_of(memory, at, sizes, operands, i)
-            parted = here.edged and not (pairs and ON_TILES)
+            parted = here.edged and across == 1 and not (pairs and ON_TILES)
             edges.cut(here, width, not parted, sizes, memory, at)
 
             if n > 0 and not loaded:
@@ -167,13 +177,13 @@ def attend(
                 loaded = True
             # While the first block is computed, the next tile is asked for.
             following = tile + keys < task_high and i == 0
-            k_ahead = rows_ahead(head.k, tile + keys, following, D, element(memory, at.keys), arrays.k)
-            v_ahead = rows_ahead(head.v, tile + keys, following, Dv, element(memory, at.keys), arrays.v)
+            k_ahead = rows_ahead(head.k, tile + keys, following, D)
+            v_ahead = rows_ahead(head.v, tile + keys, following, Dv)
             k_tile = keys_of(k, start, tile_low, copied, D, operands, copying[0])
             v_tile = values_of(v, start, tile_low, tile_high, packing, copying[1], values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(
-                    head, k_tile, k_ahead, here, i, row, rows, rising, settings, sizes, plain, weighted, state,
+                    head, k_tile, k_ahead, here, i, row, count, rising, settings, sizes, plain, weighted, state,
                     memory, at,
                 )  # fmt: skip
             if at_once:
@@ -195,100 +205,29 @@ def attend(
                 tiles.accumulate_carefully(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, clean)
             else:
                 cuts = element(memory, at.cuts)
-                tiles.accumulate(width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts, v_ahead)
+                tiles.accumulate(
+                    width,
+                    v_tile.data,
+                    v_tile.row,
+                    v_tile.step,
+                    Dv,
+                    n,
+                    scores,
+                    state.ot,
+                    cuts,
+                    v_ahead.data,
+                    v_ahead.size,
+                )
     return finite
 
 
 @device
-def rows_ahead(rows, first, following, columns, near, array):
-    """Where the rows of an array from `first` on begin, to be asked for, if they follow, and lie side by side.
-
-    If not, what is near already: asking for it does nothing.
-    """
+def rows_ahead(rows, first, following, columns):
+    """The rows of an array from `first` on, to be asked for if they follow, and lie side by side."""
     size = pointee_bytes(rows.data)
     beside = rows.row == columns * size and rows.step == size and rows.page_rows == 0
-    return moved(rows.data, first * rows.row) if following and beside else as_element(near, array)
-
-
-@device
-def blocks_of(rows, sizes):
-    """Row blocks of so many rows of a head."""
-    return (rows + sizes.block - 1) // sizes.block
-
-
-@device
-def keep_states(memory, sizes, heads, rows, partial):
-    """Copy the states of so many rows of each of some heads, but for the queries, to a task's memory."""
-    at = memory_map(sizes)
-    size = kept_size(at, sizes)
-    for i in range(heads * blocks_of(rows, sizes)):
-        start = start_of_results(at, sizes, i)
-        for j in range(size):
-            partial[i * size + j] = memory[start + j]
-
-
-@device
-def join_states(memory, sizes, heads, rows, operands, partials):
-    """The states of all splits' tasks together, in the order of the keys."""
-    at = memory_map(sizes)
-    size, of_head = kept_size(at, sizes), blocks_of(rows, sizes)
-    kept, factors = element(memory, at.top), element(memory, at.correction)
-    for i in range(heads * of_head):
-        width = (min(sizes.block, rows - i % of_head * sizes.block) + sizes.lanes - 1) // sizes.lanes
-        start, state = start_of_results(at, sizes, i), state_of(memory, at, sizes, operands, i)
-        for j in range(size):
-            memory[start + j] = partials[0, i * size + j]
-        for s in range(1, partials.shape[0]):
-            other = element(partials[s], i * size)
-            of_lanes = moved(other, at.ot_rows * sizes.block * memory.itemsize)
-            softmax.join(width, sizes.block * memory.itemsize, state.reference, of_lanes, kept, factors)
-            softmax.add_weighed(width, state.ot, sizes.Dv + 1, kept, other, factors)
-
-
-@device
-def include_sink(sink, number, first, end, sizes, settings, operands, memory):
-    """Add a sink, a logit in base 2, to the states of the rows [first, end), from that of this number on."""
-    at = memory_map(sizes)
-    top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
-    for i in range(blocks_of(end - first, sizes)):
-        rows = min(sizes.block, end - first - i * sizes.block)
-        width = (rows + sizes.lanes - 1) // sizes.lanes
-        state = state_of(memory, at, sizes, operands, number + i)
-        softmax.challenge(width, sink, state.reference, top)
-        if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-            softmax.rescale(width, state.ot, sizes.Dv + 1, correction)
-        if holds_pairs(address(operands)):
-            softmax.add_sink(width, sink, state.reference, rounded_sums(state, width, sizes), unused)
-        softmax.add_sink(width, sink, state.reference, state.total, state.moment)
-
-
-@device
-def finish(out, statistics, number, first, end, sizes, settings, operands, memory, written):
-    """Normalise and write the rows [first, end), unless they are, and their statistics, of states from a number on.
-
-    Returns whether every result is finite that was written here.
-    """
-    Dv, block, lanes = sizes.Dv, sizes.block, sizes.lanes
-    at = memory_map(sizes)
-    finite = True
-    for i in range(blocks_of(end - first, sizes)):
-        row = first + i * block
-        rows = min(block, end - row)
-        width = (rows + lanes - 1) // lanes
-        state = state_of(memory, at, sizes, operands, number + i)
-        to, factors = moved(out.data, row * out.row), element(memory, at.top)
-        divisor = divisor_of(state, width, settings, operands, sizes)
-        if not written and pack.write_rows(
-            width, state.ot, Dv, divisor, settings.gain, factors, to, out.row, out.step, rows
-        ):
-            finite = False
-        if any_wanted(statistics):
-            lane_0 = at.state + (number + i) * at.state_size + (at.qt_rows + at.ot_rows) * block
-            for lane in range(rows):
-                reference, total = memory[lane_0 + lane], memory[lane_0 + block + lane]
-                moment, best = memory[lane_0 + 2 * block + lane], memory[lane_0 + 3 * block + lane]
-                write_statistics(statistics, row + lane, reference, total, moment, best)
-    return finite
+    asked = following and beside
+    return Ahead(moved(rows.data, first * rows.row if asked else 0), size if asked else 0)
 
 
 @device
@@ -320,9 +259,9 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
         number, split = task, 0
         if cut.splits > 1:
             number, split = task // cut.splits, task % cut.splits
-        b, share = sequences.numbers[number // per_head // of_sequence, 0], number // per_head % of_sequence
-        h = share // shares * group + share % shares * cut.heads
-        heads = min(cut.heads, (share // shares + 1) * group - h)
+        b, place = sequences.numbers[number // per_head // of_sequence, 0], number // per_head % of_sequence
+        h = place // shares * group + place % shares * cut.heads
+        heads = min(cut.heads, (place // shares + 1) * group - h)
         rows, kv_length = sequences.intervals[b, 1], sequences.intervals[b, 2]
         keys, splits = kv_length, 1
         if cut.splits > 1:
@@ -343,29 +282,26 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
         alone = splits == 1 and heads == 1 and arrays.sinks.size == 0
         at_once = alone and is_done_at_once(head, out_head, first, valid, sizes, arrays.operands, cut.short)
         of_all = partials[number * cut.splits : number * cut.splits + splits]
+        share = share_of(heads, first, valid, cut.alike, sizes)
         part, until, careful = split, split + 1, np.bool_(False)
         while valid > first:
             finite = True
             while part < until:
+                low = part * keys
                 finite = attend(
-                    arrays, sequences, functions, settings, head, heads, out_head, first, valid, part * keys,
-                    (part + 1) * keys, sizes, memory, careful, at_once,
+                    arrays, sequences, settings, head, share, out_head, low, low + keys, sizes, memory, careful,
+                    at_once,
                 )  # fmt: skip
                 if splits > 1:
-                    keep_states(memory, sizes, heads, valid - first, of_all[part])
+                    keep_states(share, sizes, memory, of_all[part])
                 part += 1
             if splits > 1:
                 if not careful and fetch_add(finished, number) != splits - 1:
                     break
-                join_states(memory, sizes, heads, valid - first, arrays.operands, of_all)
-            for i in range(heads):
-                out, states = matrix(arrays.out, sequences.offsets[b, 4], h + i), i * blocks_of(valid - first, sizes)
-                if arrays.sinks.size:
-                    include_sink(arrays.sinks[h + i], states, first, valid, sizes, settings, arrays.operands, memory)
-                statistics = statistics_of(arrays, sequences, b, h + i)
-                finite &= finish(
-                    out, statistics, states, first, valid, sizes, settings, arrays.operands, memory, at_once
-                )
+                join_states(share, sizes, memory, arrays.operands, of_all)
+            if arrays.sinks.size:
+                include_sinks(arrays.sinks[h : h + heads], share, sizes, settings, arrays.operands, memory)
+            finite &= write_results(arrays, sequences, settings, b, h, share, sizes, memory, at_once)
             if finite or careful:
                 break
             # Either something attended to is not finite, or a masked value met a zero probability: the careful form
@@ -393,22 +329,23 @@ work_through_pointer = through_pointer(work.py_func)
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(call: Call, kinds: Kinds, whole: Plan, threads_used: int) -> Cutting:
+def prepared(call: Call, kinds: Kinds, whole: Plan, alike: bool, threads_used: int) -> Cutting:
     """How to compute calls like one of elements and operands of these `kinds`, cut as the plan says, on as many threads
-    at most.
+    at most; with the rows of heads that share keys in one block where these are few, if treated `alike`.
     """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
-    (Hq, _, D), Dv = arrays.q.shape, arrays.out.shape[2]
+    (Hq, _, D), Dv, Hkv = arrays.q.shape, arrays.out.shape[2], len(arrays.k)
     columns, lanes = columns_noted(arrays.mask, Hq, settings, whole), VECTOR_BYTES // dtype.itemsize
-    shares = len(arrays.k) * -(-Hq // len(arrays.k) // whole.heads)
+    shares = Hkv * -(-Hq // Hkv // whole.heads)
     blocks, whole_tasks = whole.heads * whole.blocks, len(call.sequences.numbers) * shares * whole.tasks
     size = memory_size(whole, D, Dv, lanes, -(-settings.Lq // whole.block) * columns)
     kept = blocks * kept_size.py_func(*map_of(whole, D, Dv, lanes))
 
     def cut_for(sequences: Sequences) -> Run:
-        splits = most_splits(sequences, len(arrays.k), whole)
+        splits = most_splits(sequences, Hkv, whole)
         cut = Cut(
-            whole.keys, whole.short, whole.block, whole.blocks, lanes, columns, whole.heads, whole.split, splits
+            whole.keys, whole.short, whole.block, whole.blocks, lanes, columns, whole.heads, int(alike), whole.split,
+            splits,
         )  # fmt: skip
         operations, tasks = launch.rows_times_keys(sequences) * Hq * (D + Dv), whole_tasks * splits
         workers = launch.workers_for(threads_used, tasks, operations)
@@ -428,7 +365,7 @@ def most_splits(sequences: Sequences, Hkv: int, whole: Plan) -> int:
     """The largest number of splits of a sequence's keys, see `plan.split_keys`."""
     rows_and_keys = sequences.intervals[sequences.numbers[:, 0], 1:]
     long = rows_and_keys[rows_and_keys[:, 1] >= 2 * whole.split]
-    return max((_splits(Hkv, *one, whole) for one in set(map(tuple, long.tolist()))), default=1)
+    return max((_splits(Hkv, rows, keys, whole) for rows, keys in set(map(tuple, long.tolist()))), default=1)
 
 
 def _splits(Hkv: int, rows: int, keys: int, whole: Plan) -> int:
@@ -463,7 +400,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 9, Cut),
+        types.NamedUniTuple(types.int64, 10, Cut),
     )
 
 

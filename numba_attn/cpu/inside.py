@@ -20,7 +20,7 @@ from numba_attn.cpu.score import Arrays, Functions, Sequences, Settings
 from numba_attn.cpu.target import VECTOR_BYTES
 
 tile_keys, short_keys = device(plan.tile_keys), device(plan.short_keys)
-split_keys, splits_of = forward.split_keys, forward.splits_of
+split_keys, splits_of, most_rows = forward.split_keys, forward.splits_of, device(decode.most_rows)
 
 
 @counting_kernel
@@ -54,8 +54,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         0, 0, 0, 0, 0, 0, 0, 0, 0, Lq, Lk,
     )  # fmt: skip
     counters = np.zeros((1, 8), np.int64)
-    most = min(decode.MOST_ROWS, lanes)
-    if min(Lq, query_length) <= most:
+    if min(Lq, query_length) <= most_rows(lanes, Hq // Hkv):
         group, rows = Hq // Hkv, max(1, min(Lq, query_length))
         end, first = min(kv_length, offset + rows + right), max(0, offset - left)
         count = splits.splits_between(first, end, splits.split_size(kv_length - first, Hkv))
@@ -74,7 +73,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     block = plan.WIDEST * lanes
     keys = tile_keys(block, D, Dv, itemsize)
     count = splits_of(kv_length, split_keys(Hkv, query_length, kv_length, block, keys, LEAST_KEYS))
-    cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, lanes, 0, 1, LEAST_KEYS, count)
+    cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, lanes, 0, 1, 0, LEAST_KEYS, count)
     sizes = forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)
     at = forward.memory_map(sizes)
     parts = B * Hq * ((Lq + block - 1) // block)

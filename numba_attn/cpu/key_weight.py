@@ -96,7 +96,7 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             if not packed:
                 q = head.q
                 pack.fill_lanes(qt, nothing, (sizes.D + 15) // 16 * 16 * width)
-                pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, qt)
+                pack.transpose(width, moved(q.data, row * q.row), 0, q.row, q.step, rows, rows, sizes.D, qt)
                 packed = True
             k, n = in_place(head.k, memory), here.stop - here.start
             if is_gathered(head.k):

@@ -13,7 +13,7 @@ from numba import types
 
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import narrow
-from numba_attn.cpu.blocks import INFINITY, LOG2_E, for_keys, for_vectors, lane_rows
+from numba_attn.cpu.blocks import INFINITY, LOG2_E, Lanes, for_keys, for_vectors
 from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors, emits
 
 # Keys by which a tile is shortened at either end, as long as a mask excludes them.
@@ -56,20 +56,20 @@ def _mask_rows(v, width, bias, mask, kind, mask_row, rows, count, n):
 
     Of `count` rows in the block, those of a head after the other, each head's have the `rows` rows of the mask.
     """
-    row = v.mul_index(width, v.bytes)
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, v.index(0))
 
     def of_kind(stored: types.Type) -> None:
         element, size = _stored(stored)
 
         def vector(w: Value, here: Value) -> None:
-            lanes = [v.at(mask, v.mul_index(mask_row, v.builder.urem(i, rows))) for i in lane_rows(v, w, count)]
+            places = lanes.places(mask, w)
 
             def keys(j: Value, _: list[Value]) -> list[Value]:
                 at = v.mul_index(j, size)
-                for lane in lanes:
-                    v.prefetch(lane, v.add_index(at, v.mul_index(n, size)))
+                for place in places:
+                    v.prefetch(place, v.add_index(at, v.mul_index(n, size)))
                 loaded = [
-                    v.builder.load(v.at(lane, at), align=1, typ=ir.VectorType(element, v.lanes)) for lane in lanes
+                    v.builder.load(v.at(place, at), align=1, typ=ir.VectorType(element, v.lanes)) for place in places
                 ]
                 for r, column in enumerate(v.transpose([_as_bias(v, x, stored) for x in loaded])):
                     v.store(column, v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
@@ -99,14 +99,12 @@ def _mask_keys(v, width, bias, mask, kind, mask_step, n):
 
 def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, count, first, n):
     """The same, keys from `first` on, from a mask of any strides, element by element."""
-    row = v.mul_index(width, v.bytes)
-    last = v.add_index(count, -1)
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, v.index(0))
 
     def of_kind(stored: types.Type) -> None:
         def key(j: Value, _: list[Value]) -> list[Value]:
             def lane(i: Value) -> None:
-                number = v.builder.urem(v.least(i, last), rows)
-                at = v.at(v.at(mask, v.mul_index(mask_row, number)), v.mul_index(j, mask_step))
+                at = v.at(lanes.place(mask, i), v.mul_index(j, mask_step))
                 x = _as_bias(v, v.builder.load(at, align=1, typ=_stored(stored)[0]), stored)
                 v.store(x, v.at(bias, v.mul_index(j, row)), v.mul_index(i, v.size))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.blocks import LINE, lane_rows
+from numba_attn.cpu.blocks import LINE, Lanes
 from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
@@ -23,11 +24,26 @@ def _whole_vectors(v: Vectors, step: Value, size: int, count: Value) -> Value:
     return v.builder.select(contiguous, v.whole_steps(v.index(0), count, v.lanes), v.index(0))
 
 
-def _transpose(v, width, q, q_row, q_step, rows, D, qt, *, asking):
-    """qt (D, width x lanes) = q.T, or pairs of it along D; the last row again in lanes beyond `rows`.
+def _transpose(v, width, q, q_head, q_row, q_step, rows, count, D, qt):
+    """qt (D, width x lanes) = q.T, or pairs of it along D; the last row again in lanes beyond `count`.
 
-    With `asking`, the rows of the next vector are asked for while one is made.
+    These are the `rows` rows of each of some heads, one head after the other, `q_head` bytes apart.
     """
+    lanes = Lanes.of(v, rows, count, q_row, q_head)
+    _transpose_lanes(v, width, partial(lanes.place, q), q_row, q_step, D, qt, MANY_REGISTERS)
+
+
+def _transpose_tile(v, width, q, q_row, q_step, rows, D, qt):
+    """The same of any number of rows of one head; those of the next vector are asked for while one is made."""
+    last = v.add_index(rows, -1)
+    _transpose_lanes(v, width, lambda i: v.at(q, v.mul_index(q_row, v.least(i, last))), q_row, q_step, D, qt, True)
+
+
+def _transpose_lanes(
+    v: Vectors, width: Value, place: Callable[[Value], Value], q_row: Value, q_step: Value, D: Value, qt: Value,
+    asking: bool,
+) -> None:  # fmt: skip
+    """Of rows that are at a `place` for each lane."""
     stored, kept = v.pointees["q"], v.pointees["qt"]
     pairs, kept_size = kept == PAIRS, BYTES[kept]
     row = v.mul_index(width, v.lanes * kept_size)
@@ -35,7 +51,7 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt, *, asking):
     whole = _whole_vectors(v, q_step, size, D)
 
     def squares(w: Value) -> None:
-        lanes = [v.at(q, v.mul_index(q_row, i)) for i in lane_rows(v, w, rows)]
+        lanes = [place(v.add_index(v.mul_index(w, v.lanes), i)) for i in range(v.lanes)]
 
         def square(d: Value, _: list[Value]) -> list[Value]:
             for lane in lanes if asking else []:
@@ -54,7 +70,7 @@ def _transpose(v, width, q, q_row, q_step, rows, D, qt, *, asking):
 
     def line(d: Value, _: list[Value]) -> list[Value]:
         def lane(i: Value) -> None:
-            source = v.at(q, v.mul_index(q_row, v.least(i, v.add_index(rows, -1))))
+            source = place(i)
             if pairs:
                 x = narrow.load_pair(v, source, d, q_step, D, stored)
                 v.store(x, v.at(qt, v.mul_index(v.half(d), row)), v.mul_index(i, v.size))
@@ -74,6 +90,11 @@ def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
 
     For words they are numbers, that are to be rounded.
     """
+    _copy_page(v, k, v.at(k, v.mul_index(k_row, ROWS_AHEAD)), k_row, k_step, rows, D, columns, out)
+
+
+def _copy_page(v, k, ahead, k_row, k_step, rows, D, columns, out):
+    """The same, but rows that are to be asked for begin `ahead`."""
     stored = v.pointees["k"]
     if BYTES[stored] == 1:
         _dequantise_rows(v, stored, k, k_row, rows, D, columns, out)
@@ -85,8 +106,8 @@ def _copy_rows(v, k, k_row, k_step, rows, D, columns, out):
     def row(i: Value) -> None:
         source = v.at(k, v.mul_index(i, k_row))
         to = v.at(out, v.mul_index(v.mul_index(i, columns), kept_size))
-        ahead = v.at(source, v.mul_index(k_row, ROWS_AHEAD))
-        v.each(v.wholes(v.mul_index(D, size), LINE), lambda line: v.prefetch(ahead, v.mul_index(line, LINE)))
+        later = v.at(ahead, v.mul_index(i, k_row))
+        v.each(v.wholes(v.mul_index(D, size), LINE), lambda line: v.prefetch(later, v.mul_index(line, LINE)))
 
         def move(d: Value, _: list[Value], scalar: bool) -> list[Value]:
             x = narrow.load(v, source, v.mul_index(d, k_step if scalar else size), stored, scalar)
@@ -171,15 +192,16 @@ def _pair_rows(v, value, value_row, value_step, rows, Dv, out):
     v.each(v.half(rows), pair)
 
 
-def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_row, out_step, rows):
-    """out (rows, Dv) = ot.T * gain / total, 0 for a query that attends to nothing; the factors are left in memory.
+def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_head, out_row, out_step, rows, count):
+    """out = ot.T * gain / total, 0 for a query that attends to nothing; the factors are left in memory.
 
-    Returns whether some result is not finite.
+    The first `count` lanes are the `rows` rows of each of some heads, as in `_transpose`.  Returns whether some result
+    is not finite.
     """
     row, stored = v.mul_index(width, v.bytes), v.pointees["out"]
     size = BYTES[stored]
     whole = _whole_vectors(v, out_step, size, Dv)
-    zero = v.constant(0.0)
+    zero, lanes = v.constant(0.0), Lanes.of(v, rows, count, out_row, out_head)
 
     def squares(w: Value, check: list[Value]) -> list[Value]:
         first, here = v.mul_index(w, v.lanes), v.mul_index(w, v.bytes)
@@ -198,8 +220,8 @@ def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_row, out_step, 
             lines, check = results(d, check, v.lanes)
             for i, line in enumerate(v.transpose(lines)):
                 lane = v.add_index(first, i)
-                with v.builder.if_then(v.builder.icmp_signed("<", lane, rows)):
-                    narrow.store(v, line, v.at(out, v.mul_index(out_row, lane)), v.mul_index(d, size), stored)
+                with v.builder.if_then(v.builder.icmp_signed("<", lane, count)):
+                    narrow.store(v, line, lanes.place(out, lane), v.mul_index(d, size), stored)
             return check
 
         check = v.loop(0, whole, v.lanes, [v.fma(sums, zero, check[0])], square)
@@ -209,9 +231,9 @@ def _write_rows(v, width, ot, Dv, total, gain, factors, out, out_row, out_step, 
         def lane(i: Value) -> None:
             at = v.mul_index(i, v.size)
             x = v.builder.fmul(v.load_scalar(v.at(ot, v.mul_index(d, row)), at), v.load_scalar(factors, at))
-            narrow.store(v, x, v.at(out, v.mul_index(out_row, i)), v.mul_index(d, out_step), stored)
+            narrow.store(v, x, lanes.place(out, i), v.mul_index(d, out_step), stored)
 
-        v.each(rows, lane)
+        v.each(count, lane)
         return []
 
     (check,) = v.loop(0, width, 1, [zero], squares)
@@ -261,9 +283,10 @@ def _ask_for(v, x, row, rows, length):
 
 
 # For a few rows, of queries, asking takes longer than it saves where addresses of so many fit no registers.
-transpose = emits(partial(_transpose, asking=MANY_REGISTERS))
-transpose_tile = emits(partial(_transpose, asking=True))
+transpose = emits(_transpose)
+transpose_tile = emits(_transpose_tile)
 copy_rows = emits(_copy_rows)
+copy_page = emits(_copy_page)
 pair_rows = emits(_pair_rows)
 write_rows = emits(_write_rows, returns=types.boolean)
 write_row = emits(_write_row)

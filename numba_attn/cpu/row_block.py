@@ -125,13 +125,13 @@ def divisor_of(state, width, settings, operands, sizes):
 
 
 @device
-def start_block(q, row, rows, state, operands, sizes, memory, at_once):
-    """Give a row block its state before the first tile."""
+def start_block(q, q_head, row, rows, count, state, operands, sizes, memory, at_once):
+    """Give a row block its state before the first tile: of `count` rows, of heads with `rows` each, see `shares`."""
     nothing, lowest = memory.dtype.type(0), memory.dtype.type(-math.inf)
-    width = (rows + sizes.lanes - 1) // sizes.lanes
+    width = (count + sizes.lanes - 1) // sizes.lanes
     if holds_pairs(address(operands)):
         pack.fill_lanes(state.qt, nothing, columns_of(sizes.D, operands) // 2 * width)
-    pack.transpose(width, moved(q.data, row * q.row), q.row, q.step, rows, sizes.D, state.qt)
+    pack.transpose(width, moved(q.data, row * q.row), q_head, q.row, q.step, rows, count, sizes.D, state.qt)
     if not at_once:
         pack.fill_lanes(state.ot, nothing, (sizes.Dv + 1) * width)
     pack.fill_lanes(state.reference, nothing, width)
@@ -277,7 +277,7 @@ def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted
     if settings.softcap == 0 and head.slope == 0:
         return tiles.probabilities(
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
-            sums, top, scores, ahead,
+            sums, top, scores, ahead.data, ahead.size,
         )  # fmt: skip
     if settings.softcap == 0:
         return tiles.sloped_probabilities(

@@ -108,6 +108,27 @@ def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
 
 
 @device
+def head_after(head, arrays, n):
+    """The head n after one that shares its keys, but for its queries."""
+    mask, slopes, states, h = arrays.mask, arrays.slopes, arrays.states, head.h + n
+    data = moved(head.mask.data, n * mask.strides[0] if mask.shape[0] > 1 else 0)
+    return Head(
+        q=head.q,
+        k=head.k,
+        v=head.v,
+        mask=Matrix(data, head.mask.row, head.mask.step),
+        mask_kind=head.mask_kind,
+        position=head.position,
+        b=head.b,
+        h=h,
+        slope=slopes[head.b if slopes.shape[0] > 1 else 0, h] if slopes.size else head.slope,
+        states=states[head.b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
+        functions=head.functions,
+        notes=head.notes,
+    )
+
+
+@device
 def is_plain(head):
     """Whether no function changes scores, so that they can be exponentiated where they are made."""
     return head.functions.codes[SCORE] == 0

@@ -59,9 +59,12 @@ def copy_rows(rows, first, n, columns, padded, out):
     while done < n:
         at = first + done
         count = rows_together(rows, at, n - done)
-        data, here = moved(rows.data, offset_of(rows, at)), moved(out, done * padded * size)
-        pack.copy_rows(data, rows.row, rows.step, count, columns, padded, here)
+        start, here = offset_of(rows, at), moved(out, done * padded * size)
         done += count
+        # The next page, which may be anywhere, or rows that follow.
+        ahead = offset_of(rows, first + done) if done < n else start + pack.ROWS_AHEAD * rows.row
+        data = moved(rows.data, start)
+        pack.copy_page(data, moved(rows.data, ahead), rows.row, rows.step, count, columns, padded, here)
 
 
 @device

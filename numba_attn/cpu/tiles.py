@@ -22,7 +22,7 @@ from numba import types
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, fill_rows, for_rows, for_vectors, for_width
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import BYTES, I1, I32, I64, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
 from numba_attn.cpu.softmax import accept, times_log
 from numba_attn.cpu.target import MANY_REGISTERS
 
@@ -45,7 +45,7 @@ def product(
     pairs: bool = False,
     b_row: Value | None = None,
     acc: list[Value] | None = None,
-    ahead: tuple[Value, int] | None = None,
+    ahead: tuple[Value, Value] | None = None,
 ) -> list[Value]:
     """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc, which is 0 if None, in registers.
 
@@ -80,10 +80,10 @@ def product(
         (b, *starts), acc = carried[:pointers], carried[pointers:]
         places = []
         if ahead is not None:
-            place, asked = starts.pop(), height * at_once * ahead[1]
-            for line in range(0, asked, LINE):
+            place, elements = starts.pop(), height * at_once
+            for line in range(0, elements * v.size, LINE):
                 v.prefetch(place, line)
-            places = [v.at(place, asked)]
+            places = [v.at(place, v.mul_index(ahead[1], elements))]
         if neighbours:
             for _ in range(at_once - 1):
                 acc = step(b, starts, 0, acc)
@@ -127,15 +127,16 @@ def ask_for_rows(v: Vectors, rows: Value, row: Value, D: Value, height: int) -> 
     v.loop(0, v.mul_index(D, v.size), LINE, [], lines)
 
 
-def ahead_of(v: Vectors, operand: str, elements: Value, first: Value, height: int, width: int) -> Any:
+def ahead_of(
+    v: Vectors, ahead: Value, size: Value, first: Value, height: int, width: int
+) -> tuple[Value, Value] | None:
     """For `product`: the part of the next tile's elements that belongs to rows whose elements begin with `first`.
 
     Where products ask for rows of their own tile, and in small register tiles, nothing.
     """
     if MANY_REGISTERS or width == 1 or height != HEIGHTS[width][0]:
         return None
-    size = BYTES[v.pointees[operand]]
-    return v.at(elements, v.mul_index(first, size)), size
+    return v.at(ahead, v.mul_index(first, size)), size
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -157,16 +158,34 @@ def _scores(v, width, k, k_row, k_step, n, D, qt, s):
     for_rows(v, n, HEIGHTS[width], tile)
 
 
-def _probabilities(v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, ahead):
+def _probabilities(
+    v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, ahead, ahead_size
+):  # fmt: skip
     """p = exp2(scale * k.qt - reference) and total += its column sums, without the scores ever being stored.
 
     top = the largest exponent of each query, and best the largest score so far.  Returns whether every reference will
     do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
-    arithmetic is that of `scores` and `exponentiate`.  The n rows of D keys' elements that begin `ahead` are asked for.
+    arithmetic is that of `scores` and `exponentiate`.  The n rows of D elements that begin `ahead`, of so
+    many bytes each, are asked for.
     """
     exponents = _plain_exponents(v, scale)
     return _exponentials(
-        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, ahead=ahead
+        v,
+        width,
+        k,
+        k_row,
+        k_step,
+        n,
+        D,
+        qt,
+        exponents,
+        reference,
+        best,
+        total,
+        sums,
+        top,
+        p,
+        ahead=(ahead, ahead_size),
     )
 
 
@@ -243,7 +262,7 @@ def _capped_probabilities(
 
 def _exponentials(
     v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None,
-    at_once=AT_ONCE, ahead=None,
+    at_once=AT_ONCE, ahead: Any = None,
 ):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
@@ -287,7 +306,7 @@ def _exponentials_of_part(
             if height == HEIGHTS[width][0] and not pairs and MANY_REGISTERS:
                 # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
-            asked = None if ahead is None else ahead_of(v, "ahead", ahead, v.mul_index(i, D), height, width)
+            asked = None if ahead is None else ahead_of(v, ahead[0], ahead[1], v.mul_index(i, D), height, width)
             keys = v.at(k, v.mul_index(i, k_row))
             acc = product(v, keys, k_row, k_step, qt, D, height, width, pairs, row, ahead=asked)
         p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
@@ -350,11 +369,11 @@ def pair_rows(
     for_vectors(v, width, vector)
 
 
-def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahead):
+def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahead, ahead_size):
     """ot += value.T @ p, where some vectors may be masked in some parts of the tile, see `edges`, and are left out.
 
-    The n rows of Dv values that begin `ahead` are asked for.  Of pairs there is a row more of ot, for their sums, but
-    not on tile registers.
+    The n rows of Dv elements that begin `ahead`, of so many bytes each, are asked for.  Of pairs there is a row more of
+    ot, for their sums, but not on tile registers.
     """
     row, pairs = width * v.bytes, are_pairs(v, "value")
     if pairs and target.BFLOAT16 == "amx":
@@ -372,7 +391,7 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahea
                 v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
 
         def whole() -> None:
-            asked = ahead_of(v, "ahead", ahead, v.mul_index(i, n), height, width)
+            asked = ahead_of(v, ahead, ahead_size, v.mul_index(i, n), height, width)
             add(product(v, values, value_step, value_row, p, n, height, width, pairs, ahead=asked))
 
         def in_parts() -> None:
