@@ -22,7 +22,7 @@ from numba_attn.block_mask import EMPTY
 from numba_attn.cpu import amx, edges, launch, pack, plan, tiles
 from numba_attn.cpu.jit import device, kernel, through_pointer
 from numba_attn.cpu.narrow import COMPUTED
-from numba_attn.cpu.plan import Plan
+from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.results import fill_padding
 from numba_attn.cpu.row_block import (
@@ -76,8 +76,8 @@ from numba_attn.cpu.visible import visible
 from numba_attn.cpu.workers import by_workers
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
-# that is not worth it; and splits of the keys of a sequence, the most that one has.
-Cut = namedtuple("Cut", "keys short block blocks lanes columns heads alike split splits")
+# that is not worth it; and splits of the keys of a sequence, the most that one has, and whether each is a task.
+Cut = namedtuple("Cut", "keys short block blocks lanes columns heads alike split splits parted")
 # Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
 Ahead = namedtuple("Ahead", "data size")
 
@@ -105,9 +105,7 @@ def is_done_at_once(head, out, first, end, sizes, operands, most_keys):
 
 
 @device
-def attend(
-    arrays, sequences, settings, first_head, share, out, low, high, sizes, memory, careful, at_once
-):  # fmt: skip
+def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes, memory, careful, at_once):
     """Stream the keys [low, high) past the rows of a share, of which this is the first head: leaves states in memory.
 
     Where all is done `at_once`, see `is_done_at_once`, results are not a part of the state but written; and the next
@@ -206,18 +204,9 @@ def attend(
             else:
                 cuts = element(memory, at.cuts)
                 tiles.accumulate(
-                    width,
-                    v_tile.data,
-                    v_tile.row,
-                    v_tile.step,
-                    Dv,
-                    n,
-                    scores,
-                    state.ot,
-                    cuts,
-                    v_ahead.data,
+                    width, v_tile.data, v_tile.row, v_tile.step, Dv, n, scores, state.ot, cuts, v_ahead.data,
                     v_ahead.size,
-                )
+                )  # fmt: skip
     return finite
 
 
@@ -234,7 +223,8 @@ def rows_ahead(rows, first, following, columns):
 def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, functions, settings, cut):
     """Do tasks until there are none: the rows of a head from the last to the first, as causal ones have most to do.
 
-    If keys are split, partials is (tasks, states of each), and finished (tasks that are not splits of one, 1).
+    If keys are split, partials is (splits, states of each): of all that are a task each, of which `finished` (rows of
+    heads, 1) counts those that are done; or of each worker, where a task is all splits.
     """
     memory = memories[worker]
     align_stack()
@@ -248,7 +238,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
     group = Hq // Hkv
     shares = (group + cut.heads - 1) // cut.heads
     of_sequence = Hkv * shares
-    tasks = sequences.numbers.shape[0] * of_sequence * per_head * cut.splits
+    tasks = sequences.numbers.shape[0] * of_sequence * per_head * (cut.splits if cut.parted else 1)
     at = memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
     notes, noted = Notes(at.state + cut.heads * cut.blocks * at.state_size, cut.columns), -1
     helped = 0
@@ -257,7 +247,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
         if task < 0:
             break
         number, split = task, 0
-        if cut.splits > 1:
+        if cut.parted:
             number, split = task // cut.splits, task % cut.splits
         b, place = sequences.numbers[number // per_head // of_sequence, 0], number // per_head % of_sequence
         h = place // shares * group + place % shares * cut.heads
@@ -281,9 +271,10 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         alone = splits == 1 and heads == 1 and arrays.sinks.size == 0
         at_once = alone and is_done_at_once(head, out_head, first, valid, sizes, arrays.operands, cut.short)
-        of_all = partials[number * cut.splits : number * cut.splits + splits]
+        first_split = (number if cut.parted else worker) * cut.splits
+        of_all = partials[first_split : first_split + splits]
         share = share_of(heads, first, valid, cut.alike, sizes)
-        part, until, careful = split, split + 1, np.bool_(False)
+        part, until, careful = split, split + 1 if cut.parted else splits, np.bool_(False)
         while valid > first:
             finite = True
             while part < until:
@@ -296,7 +287,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
                     keep_states(share, sizes, memory, of_all[part])
                 part += 1
             if splits > 1:
-                if not careful and fetch_add(finished, number) != splits - 1:
+                if cut.parted and not careful and fetch_add(finished, number) != splits - 1:
                     break
                 join_states(share, sizes, memory, arrays.operands, of_all)
             if arrays.sinks.size:
@@ -343,17 +334,22 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, alike: bool, threads_used: i
 
     def cut_for(sequences: Sequences) -> Run:
         splits = most_splits(sequences, Hkv, whole)
+        operations = launch.rows_times_keys(sequences) * Hq * (D + Dv)
+        # By threads, as it changes no bit: where there are tasks enough, no more memory is needed than workers have.
+        enough = whole_tasks >= 8 * threads_used and operations <= whole_tasks * MOST_OPERATIONS
+        parted = splits > 1 and not enough
+        tasks = whole_tasks * (splits if parted else 1)
         cut = Cut(
             whole.keys, whole.short, whole.block, whole.blocks, lanes, columns, whole.heads, int(alike), whole.split,
-            splits,
+            splits, int(parted),
         )  # fmt: skip
-        operations, tasks = launch.rows_times_keys(sequences) * Hq * (D + Dv), whole_tasks * splits
         workers = launch.workers_for(threads_used, tasks, operations)
         start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
 
         def run(arrays: Arrays) -> None:
-            partials = np.empty((tasks, kept) if splits > 1 else (0, 0), dtype)
-            finished = np.zeros((len(partials) // splits, 1), np.int64)
+            of_splits = tasks if parted else workers * splits
+            partials = np.empty((of_splits, kept) if splits > 1 else (0, 0), dtype)
+            finished = np.zeros((whole_tasks if parted else 0, 1), np.int64)
             start(partials, finished, arrays, sequences, functions, settings, cut)
 
         return run
@@ -400,7 +396,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 10, Cut),
+        types.NamedUniTuple(types.int64, 11, Cut),
     )
 
 

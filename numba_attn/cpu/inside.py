@@ -73,15 +73,14 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     block = plan.WIDEST * lanes
     keys = tile_keys(block, D, Dv, itemsize)
     count = splits_of(kv_length, split_keys(Hkv, query_length, kv_length, block, keys, LEAST_KEYS))
-    cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, lanes, 0, 1, 0, LEAST_KEYS, count)
+    cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, lanes, 0, 1, 0, LEAST_KEYS, count, 0)
     sizes = forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)
     at = forward.memory_map(sizes)
-    parts = B * Hq * ((Lq + block - 1) // block)
-    counters[0, 1] = parts * count
-    partials = np.empty((parts * count if count > 1 else 0, forward.kept_size(at, sizes)), out.dtype)
+    counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
+    partials = np.empty((count if count > 1 else 0, forward.kept_size(at, sizes)), out.dtype)
     forward.work_through_pointer(
         codes, 0, np.empty((1, splits.whole_lines(at.state + at.state_size)), out.dtype), counters,
-        partials, np.zeros((parts, 1), np.int64), arrays, sequences, functions, settings, cut,
+        partials, np.zeros((0, 1), np.int64), arrays, sequences, functions, settings, cut,
     )  # fmt: skip
 
 
