@@ -73,8 +73,8 @@ from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import QUANTIZED
 
 # Query rows of a head; for more, queries as lanes are faster.  So they are where products find keys copied, for the
-# rows of all heads that share them, if these fill a vector and a half.
-MOST_ROWS, FULL = 8, 3  # half vectors
+# rows of all heads that share them, if these fill so many halves of a vector.
+MOST_ROWS, HALVES = 8, 3
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
 
 
@@ -329,7 +329,7 @@ def most_rows(lanes: int, together: int) -> int:
     """
     if not COPIES_TILES or together == 1:
         return min(MOST_ROWS, lanes)
-    return max(1, (FULL * lanes // 2 - 1) // together)
+    return max(1, (HALVES * lanes // 2 - 1) // together)
 
 
 def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:

@@ -158,8 +158,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
             part = next_block(share, part, sizes) if i else first_block(share, sizes)
             head = head_after(first_head, arrays, part.head)
             row, rows, count = part.row, part.rows, part.count
-            of_heads = count // rows if across > 1 else 1
-            here = select_unsloped(head, settings, row, rows, of_heads, tile, tile + keys, pairs, sizes, memory, at)
+            here = select_unsloped(head, settings, row, rows, part.heads, tile, tile + keys, pairs, sizes, memory, at)
             start, n = here.start, here.stop - here.start
             if here.kept == EMPTY:
                 if not at_once:

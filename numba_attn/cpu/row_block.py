@@ -196,8 +196,8 @@ def exponentiate_tile(
 ):  # fmt: skip
     """Scores of row block i and a tile, to probabilities below its reference: what `accumulate` takes.
 
-    Keys that are `ahead` may be asked for.
-        Bit i of `rising`, which is returned, is whether scores of the block have been out of its reference's range.
+    Keys that are `ahead` may be asked for.  Bit i of `rising`, which is returned, is whether scores of the block have
+    been out of its reference's range.
     """
     D, Dv, keys, _, lanes = sizes
     n, width = here.stop - here.start, (rows + lanes - 1) // lanes

@@ -18,8 +18,8 @@ from numba_attn.cpu.score import element, matrix
 
 # The rows [first, end) of so many heads, of which `across` are in a block.
 Share = namedtuple("Share", "heads across first end")
-# A block: its first head, of those of the share, its first row, rows of each head, and rows in all.
-Block = namedtuple("Block", "head row rows count")
+# A block: its first head, of those of the share, and how many; its first row, rows of each head, and rows in all.
+Block = namedtuple("Block", "head heads row rows count")
 
 
 @device
@@ -43,8 +43,8 @@ def blocks_of(share, sizes):
 @device
 def block_from(share, head, row, sizes):
     """The block that begins with that row of that head."""
-    rows = min(sizes.block, share.end - row)
-    return Block(head, row, rows, rows * min(share.across, share.heads - head))
+    heads, rows = min(share.across, share.heads - head), min(sizes.block, share.end - row)
+    return Block(head, heads, row, rows, rows * heads)
 
 
 @device
@@ -134,7 +134,7 @@ def write_results(arrays, sequences, settings, b, h, share, sizes, memory, writt
             finite = False
         if any_wanted(statistics_of(arrays, sequences, b, first)):
             lane = start_of_results(at, sizes, i) + at.ot_rows * sizes.block
-            for head in range(first, first + block.count // block.rows):
+            for head in range(first, first + block.heads):
                 statistics = statistics_of(arrays, sequences, b, head)
                 for row in range(block.row, block.row + block.rows):
                     reference, total = memory[lane], memory[lane + sizes.block]

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -31,6 +30,7 @@ from numba_attn.cpu.target import MANY_REGISTERS
 STEPS = 4
 
 Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
+Ahead = tuple[Value, Value] | None  # memory to be asked for: from where on, and bytes of each element
 
 
 def product(
@@ -45,7 +45,7 @@ def product(
     pairs: bool = False,
     b_row: Value | None = None,
     acc: list[Value] | None = None,
-    ahead: tuple[Value, Value] | None = None,
+    ahead: Ahead = None,
 ) -> list[Value]:
     """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc, which is 0 if None, in registers.
 
@@ -127,16 +127,15 @@ def ask_for_rows(v: Vectors, rows: Value, row: Value, D: Value, height: int) -> 
     v.loop(0, v.mul_index(D, v.size), LINE, [], lines)
 
 
-def ahead_of(
-    v: Vectors, ahead: Value, size: Value, first: Value, height: int, width: int
-) -> tuple[Value, Value] | None:
+def ahead_of(v: Vectors, ahead: Ahead, first: Value, height: int, width: int) -> Ahead:
     """For `product`: the part of the next tile's elements that belongs to rows whose elements begin with `first`.
 
     Where products ask for rows of their own tile, and in small register tiles, nothing.
     """
-    if MANY_REGISTERS or width == 1 or height != HEIGHTS[width][0]:
+    if ahead is None or MANY_REGISTERS or width == 1 or height != HEIGHTS[width][0]:
         return None
-    return v.at(ahead, v.mul_index(first, size)), size
+    start, size = ahead
+    return v.at(start, v.mul_index(first, size)), size
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -165,28 +164,14 @@ def _probabilities(
 
     top = the largest exponent of each query, and best the largest score so far.  Returns whether every reference will
     do for it; else best and total are as they were, and the tile is to be done again by way of `scores`.  The
-    arithmetic is that of `scores` and `exponentiate`.  The n rows of D elements that begin `ahead`, of so
-    many bytes each, are asked for.
+    arithmetic is that of `scores` and `exponentiate`.  The n rows of D elements that begin `ahead`, of so many bytes
+    each, are asked for.
     """
     exponents = _plain_exponents(v, scale)
     return _exponentials(
-        v,
-        width,
-        k,
-        k_row,
-        k_step,
-        n,
-        D,
-        qt,
-        exponents,
-        reference,
-        best,
-        total,
-        sums,
-        top,
-        p,
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p,
         ahead=(ahead, ahead_size),
-    )
+    )  # fmt: skip
 
 
 def _weighted_probabilities(
@@ -262,7 +247,7 @@ def _capped_probabilities(
 
 def _exponentials(
     v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, moment=None,
-    at_once=AT_ONCE, ahead: Any = None,
+    at_once=AT_ONCE, ahead=None,
 ):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
@@ -306,7 +291,7 @@ def _exponentials_of_part(
             if height == HEIGHTS[width][0] and not pairs and MANY_REGISTERS:
                 # The next rows: the first block of a task would wait for them.
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
-            asked = None if ahead is None else ahead_of(v, ahead[0], ahead[1], v.mul_index(i, D), height, width)
+            asked = ahead_of(v, ahead, v.mul_index(i, D), height, width)
             keys = v.at(k, v.mul_index(i, k_row))
             acc = product(v, keys, k_row, k_step, qt, D, height, width, pairs, row, ahead=asked)
         p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
@@ -391,7 +376,7 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahea
                 v.store(v.add(v.load(o, x * v.bytes), acc[x]), o, x * v.bytes)
 
         def whole() -> None:
-            asked = ahead_of(v, ahead, ahead_size, v.mul_index(i, n), height, width)
+            asked = ahead_of(v, (ahead, ahead_size), v.mul_index(i, n), height, width)
             add(product(v, values, value_step, value_row, p, n, height, width, pairs, ahead=asked))
 
         def in_parts() -> None:
