@@ -101,7 +101,8 @@ MAY_IMPORT = {
     "cpu.cache": {"cpu.target"},
     "cpu.compilers": set(),
     "cpu.jit": {"cpu.cache", "cpu.compilers"},
-    "cpu.workers": {"cpu.jit"},
+    "cpu.tuples": {"cpu.simd"},
+    "cpu.workers": {"cpu.jit", "cpu.tuples"},
     "cpu.amx": {"cpu.simd"},
     "cpu.fours": {"cpu.simd", "storage"},
     "cpu.narrow": {"checks", "cpu.fours", "cpu.simd", "cpu.target", "storage"},
@@ -129,7 +130,8 @@ MAY_IMPORT = {
     },
     "cpu.key_weight": {
         *("cpu.amx", "cpu.blocks", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
-        *("cpu.results", "cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.workers", "block_mask"),
+        *("cpu.results", "cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.tuples"),
+        *("cpu.workers", "block_mask"),
     },
     "cpu.factors": {"cpu.narrow", "cpu.simd", "cpu.tiles", "cpu.walk"},
     "cpu.as_read": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.walk"},
@@ -145,17 +147,18 @@ MAY_IMPORT = {
     },
     "cpu.shares": {
         *("cpu.jit", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.row_block", "cpu.score", "cpu.softmax"),
+        "cpu.tuples",
     },
     "cpu.forward": {
         *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
         *("cpu.results", "cpu.row_block", "cpu.score", "cpu.shares", "cpu.short", "cpu.stored", "cpu.target"),
-        *("cpu.tiles", "cpu.visible", "cpu.workers", "block_mask"),
+        *("cpu.tiles", "cpu.tuples", "cpu.visible", "cpu.workers", "block_mask"),
     },
     "cpu.splits": {"cpu.jit", "cpu.pointers", "cpu.reading", "cpu.score"},
     "cpu.decode": {
         *("cpu.dots", "cpu.dropout", "cpu.factors", "cpu.jit", "cpu.launch", "cpu.mixing", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
-        *("cpu.splits", "cpu.stored", "cpu.target", "cpu.workers", "block_mask", "storage"),
+        *("cpu.splits", "cpu.stored", "cpu.target", "cpu.tuples", "cpu.workers", "block_mask", "storage"),
     },
     "cpu.call": {
         "cpu.blocks",
@@ -183,7 +186,7 @@ MAY_IMPORT = {
     "cpu.backward": {
         *("cpu.bias_gradient", "cpu.edges", "cpu.gradient_tasks", "cpu.gradient_tiles", "cpu.jit", "cpu.launch"),
         *("cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.score", "cpu.score_gradients", "cpu.simd"),
-        *("cpu.stored", "cpu.target", "cpu.visible", "cpu.workers", "block_mask"),
+        *("cpu.stored", "cpu.target", "cpu.tuples", "cpu.visible", "cpu.workers", "block_mask"),
     },
     "cpu.gradients": {
         *("cpu.attention", "cpu.backward", "cpu.bias_gradient", "cpu.blocks", "cpu.call", "cpu.gradient_tasks"),

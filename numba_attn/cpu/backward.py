@@ -39,6 +39,7 @@ from numba_attn.cpu.score_gradients import (
 )
 from numba_attn.cpu.simd import PAIRS
 from numba_attn.cpu.stored import in_place
+from numba_attn.cpu.tuples import addressed
 from numba_attn.cpu.visible import Matrix, visible
 from numba_attn.cpu.workers import by_workers
 
@@ -345,7 +346,7 @@ def do_part(number, task, gradients, bias, arrays, sequences, functions, setting
     for unit in range(task[2], task[3]):
         member, first = unit // per_head, low_row + unit % per_head * rows
         h, end = shared * group + member, min(first + rows, high_row)
-        head = head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES)
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES))
         load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
         g = matrix(gradients.grad_out, gradients.offsets[b, 0], h)
         differentiate_group(
@@ -390,7 +391,7 @@ def do_tasks(worker, memories, counters, gradients, bias, tables, arrays, sequen
     memory = memories[worker]
     align_stack()
     sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
-    at = memory_map(sizes, cut.blocks)
+    at = addressed(memory_map(sizes, cut.blocks))
     pack.fill_lanes(element(memory, at.zero), memory.dtype.type(0), cut.block // cut.lanes)
     pack.fill_lanes(element(memory, at.one), memory.dtype.type(1), cut.block // cut.lanes)
     one, helped = memory.dtype.type(1), 0

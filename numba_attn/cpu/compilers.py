@@ -7,9 +7,10 @@ and give each an entry from Python.  Here that is done for kernels alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite.binding import Linkage
+from numba import types
 from numba.core import compiler, typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_machinery import PassManager
@@ -85,8 +86,36 @@ class _Whole(_Own):
         self._finalize_final_module()
 
 
+class _Typing:
+    """A typing context that remembers what Python's own functions make of numbers.
+
+    Each is asked for a hundred times in a kernel, and looked for among all that it may be of arrays.
+    """
+
+    _found: ClassVar[dict[tuple[Any, tuple[types.Type, ...]], Any]] = {}
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def resolve_function_type(self, function: Any, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
+        module = getattr(getattr(function, "typing_key", None), "__module__", None)
+        of_numbers = not kws and all(isinstance(x, (types.Number, types.Boolean)) for x in args)
+        if module not in ("_operator", "builtins") or not of_numbers:
+            return self._context.resolve_function_type(function, args, kws)
+        key = function, tuple(args)
+        if key not in self._found:
+            self._found[key] = self._context.resolve_function_type(function, args, kws)
+        return self._found[key]
+
+
 class _OwnPasses(compiler.CompilerBase):
     """Numba's compiler, without the half of its passes that have nothing to do in loops over numbers and tuples."""
+
+    def __init__(self, typing_context: Any, *others: Any) -> None:
+        super().__init__(_Typing(typing_context), *others)
 
     def define_pipelines(self) -> list[PassManager]:
         passes = PassManager("numba_attn")

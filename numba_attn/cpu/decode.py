@@ -69,6 +69,7 @@ from numba_attn.cpu.splits import (
 )
 from numba_attn.cpu.stored import is_quantized
 from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.tuples import addressed
 from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import QUANTIZED
 
@@ -104,7 +105,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
     height = power_of_two(cut.heads * Lq)
     wide = factors_of_vector(arrays, lanes)
     sizes = Sizes(padded(D, wide), padded(Dv, lanes), MOST_SPLIT, lanes, lanes)
-    at = memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height)
+    at = addressed(memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height))
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
     moments, correction, step = element(memory, at.moments), element(memory, at.correction), element(memory, at.step)
     pack.fill_lanes(element(memory, at.zero), nothing, 1)
@@ -113,7 +114,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         pack.fill_lanes(state.reference, nothing, 3)
         pack.fill_lanes(state.best, lowest, 1)
         pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
-    head = head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES)
+    head = addressed(head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES))
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
     copies = as_element(element(memory, at.keys), arrays.k), as_element(element(memory, at.values), arrays.v)
     k_table, v_table = tables[0], tables[1]
@@ -127,7 +128,7 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
         count = heads * Lq
         if 4 * count > 3 * height:
             count = height  # with rows of zeros: in one piece, which is faster
-        head = head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES)
+        head = addressed(head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES))
         here = select(head, settings, 0, Lq, heads, low, high, False, sizes, memory, at)
         if here.kept == EMPTY:
             continue
@@ -208,7 +209,7 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
     group = Hq // arrays.k.shape[0]
     height = power_of_two(cut.heads * Lq)
     Dv_padded = padded(Dv, lanes)
-    at = memory_map(padded(D, factors_of_vector(arrays, lanes)), Dv_padded, lanes, cut.blocks, height)
+    at = addressed(memory_map(padded(D, factors_of_vector(arrays, lanes)), Dv_padded, lanes, cut.blocks, height))
     kept, factors, others = element(memory, at.kept), element(memory, at.factors), at.others
     for i in range(cut.blocks):
         first = shared * group + i * cut.heads
@@ -253,7 +254,7 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
     group, nothing = Hq // arrays.k.shape[0], memory.dtype.type(0)
     height, wide = power_of_two(cut.heads * Lq), factors_of_vector(arrays, lanes)
     columns = padded(D, wide)
-    at = memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height)
+    at = addressed(memory_map(columns, padded(Dv, lanes), lanes, cut.blocks, height))
     pack.fill_lanes(element(memory, at.queries), nothing, cut.blocks * height * columns // lanes)
     for g in range(group):
         q = matrix(arrays.q, sequences.offsets[b, 0], shared * group + g)

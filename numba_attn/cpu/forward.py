@@ -72,6 +72,7 @@ from numba_attn.cpu.shares import (
 from numba_attn.cpu.short import write_products
 from numba_attn.cpu.stored import in_place, is_gathered
 from numba_attn.cpu.target import MANY_AT_ONCE, VECTOR_BYTES
+from numba_attn.cpu.tuples import addressed
 from numba_attn.cpu.visible import visible
 from numba_attn.cpu.workers import by_workers
 
@@ -114,7 +115,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
     D, Dv, keys, block, lanes = sizes
     heads, across, first, end = share
     operands, weighted, head = arrays.operands, arrays.entropy.size > 0, first_head
-    k, v, at = in_place(head.k, memory), in_place(head.v, memory), memory_map(sizes)
+    k, v, at = in_place(head.k, memory), in_place(head.v, memory), addressed(memory_map(sizes))
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
     values = as_element(element(memory, at.values), operands)
@@ -156,7 +157,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
         loaded = False
         for i in range(blocks):
             part = next_block(share, part, sizes) if i else first_block(share, sizes)
-            head = head_after(first_head, arrays, part.head)
+            head = addressed(head_after(first_head, arrays, part.head))
             row, rows, count = part.row, part.rows, part.count
             here = select_unsloped(head, settings, row, rows, part.heads, tile, tile + keys, pairs, sizes, memory, at)
             start, n = here.start, here.stop - here.start
@@ -238,7 +239,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
     shares = (group + cut.heads - 1) // cut.heads
     of_sequence = Hkv * shares
     tasks = sequences.numbers.shape[0] * of_sequence * per_head * (cut.splits if cut.parted else 1)
-    at = memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes))
+    at = addressed(memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)))
     notes, noted = Notes(at.state + cut.heads * cut.blocks * at.state_size, cut.columns), -1
     helped = 0
     while True:
@@ -265,7 +266,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
             for note in range((Lq + cut.block - 1) // cut.block * notes.columns):
                 memory[notes.start + note] = 0
             noted = b
-        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes)
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes))
         sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         alone = splits == 1 and heads == 1 and arrays.sinks.size == 0

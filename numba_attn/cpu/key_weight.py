@@ -40,6 +40,7 @@ from numba_attn.cpu.score import (
 )
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
+from numba_attn.cpu.tuples import addressed
 from numba_attn.cpu.workers import by_workers
 
 # Where things are in a worker's memory, in elements: qt, the norms of a row block, and one vector of sums a key.
@@ -75,7 +76,7 @@ def memory_map(sizes):
 def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
     """Sums, one vector a key of [low, high), of the probabilities in the rows [0, valid)."""
     keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
-    at = memory_map(sizes)
+    at = addressed(memory_map(sizes))
     scores, sums = element(memory, at.scores), element(memory, at.sums)
     qt = as_element(element(memory, at.qt), operands)
     copied = as_element(element(memory, at.keys), operands)
@@ -131,7 +132,7 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
         b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
         low = task % per_head * cut.task_keys
         high = max(low, min(low + cut.task_keys, sequences.intervals[b, 2] if settings.packed else Lk))
-        head = head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES)
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES))
         if low == high:
             continue
         norms = norms_of(arrays, sequences, b, h)

@@ -15,6 +15,7 @@ from numba_attn.cpu.pointers import address, holds_pairs, moved
 from numba_attn.cpu.results import any_wanted, statistics_of, write_statistics
 from numba_attn.cpu.row_block import divisor_of, kept_size, memory_map, rounded_sums, start_of_results, state_of
 from numba_attn.cpu.score import element, matrix
+from numba_attn.cpu.tuples import addressed
 
 # The rows [first, end) of so many heads, of which `across` are in a block.
 Share = namedtuple("Share", "heads across first end")
@@ -69,7 +70,7 @@ def width_of(block, sizes):
 @device
 def keep_states(share, sizes, memory, partial):
     """Copy all states but their queries, of a split of the keys, to its memory."""
-    at = memory_map(sizes)
+    at = addressed(memory_map(sizes))
     size = kept_size(at, sizes)
     for i in range(blocks_of(share, sizes)):
         start = start_of_results(at, sizes, i)
@@ -80,7 +81,7 @@ def keep_states(share, sizes, memory, partial):
 @device
 def join_states(share, sizes, memory, operands, partials):
     """The states of what all splits have come to, in the order of the keys."""
-    at = memory_map(sizes)
+    at = addressed(memory_map(sizes))
     size, block = kept_size(at, sizes), first_block(share, sizes)
     kept, factors = element(memory, at.top), element(memory, at.correction)
     for i in range(blocks_of(share, sizes)):
@@ -102,7 +103,7 @@ def join_states(share, sizes, memory, operands, partials):
 @device
 def include_sinks(sinks, share, sizes, settings, operands, memory):
     """Add a sink for each head, a logit in base 2, to the states; each head has blocks of its own then."""
-    at, block = memory_map(sizes), first_block(share, sizes)
+    at, block = addressed(memory_map(sizes)), first_block(share, sizes)
     top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
     for i in range(blocks_of(share, sizes)):
         width, sink, state = width_of(block, sizes), sinks[block.head], state_of(memory, at, sizes, operands, i)
@@ -121,7 +122,7 @@ def write_results(arrays, sequences, settings, b, h, share, sizes, memory, writt
 
     Returns whether every result is finite that was written here.
     """
-    at, block, operands = memory_map(sizes), first_block(share, sizes), arrays.operands
+    at, block, operands = addressed(memory_map(sizes)), first_block(share, sizes), arrays.operands
     finite, Dv = True, sizes.Dv
     for i in range(blocks_of(share, sizes)):
         width, state, first = width_of(block, sizes), state_of(memory, at, sizes, operands, i), h + block.head

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from numba_attn.cpu.jit import compiled, intrinsic_of, parallel_kernel
+from numba_attn.cpu.tuples import Addressed, by_address
 
 
 @parallel_kernel
@@ -52,11 +53,13 @@ def _of_worker(context: Any) -> ir.FunctionType:
 def by_workers(part: Any) -> Any:
     """An intrinsic of (`launcher()`, memories, *arguments), which has as many workers as there are memories call
     `part(worker, memories, *arguments)` at once.  If there is one, it is the caller, and nothing is launched.
+
+    The part gets named tuples by their address, see `tuples`.
     """
 
     def typing(context: Any, launcher: types.Integer, *kinds: types.Type) -> Any:
-        kinds = (types.intp, *kinds)
-        result = part.get_compile_result(types.none(*kinds))
+        taken = tuple(map(by_address, kinds))
+        result = part.get_compile_result(types.none(types.intp, *taken))
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
             (launcher, *given), convention = values, context.call_conv
@@ -70,13 +73,17 @@ def by_workers(part: Any) -> Any:
             inner = ir.IRBuilder(function.append_basic_block("entry"))
             worker, pointer = function.args
             source = inner.bitcast(pointer, held.type)
-            loaded = [inner.load(cgutils.gep_inbounds(inner, source, 0, place)) for place in range(len(given))]
+            places = [cgutils.gep_inbounds(inner, source, 0, place) for place in range(len(given))]
+            passed = [
+                x if isinstance(kind, Addressed) else inner.load(x) for x, kind in zip(places, taken, strict=True)
+            ]
             callee = context.declare_function(builder.module, result.fndesc)
             context.add_linking_libs([result.library])
-            convention.call_function(inner, callee, types.none, kinds, [worker, *loaded])  # kernels raise nothing
+            # Kernels raise nothing.
+            convention.call_function(inner, callee, types.none, (types.intp, *taken), [worker, *passed])
             inner.ret_void()
 
-            memories = context.make_array(kinds[1])(context, builder, given[0])
+            memories = context.make_array(kinds[0])(context, builder, given[0])
             workers = builder.extract_value(memories.shape, 0)
             integer = workers.type
             with builder.if_else(builder.icmp_signed("==", workers, integer(1))) as (alone, together):
@@ -89,7 +96,7 @@ def by_workers(part: Any) -> Any:
                     convention.call_function(builder, callee, types.none, integers, [*addresses, workers])
             return context.get_dummy_value()
 
-        return types.none(types.intp, *kinds[1:]), codegen
+        return types.none(types.intp, *kinds), codegen
 
     names = ("context", "launcher", *list(inspect.signature(part.py_func).parameters)[1:])
     return intrinsic_of(typing, f"{part.py_func.__name__}_by_workers", names)
