@@ -9,9 +9,9 @@ import pytest
 from numba import njit
 
 from numba_attn.cpu import narrow, target
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.narrow import BFLOAT16, FLOAT16
 from numba_attn.cpu.pointers import address
-from numba_attn.cpu.simd import emits
 
 PATTERNS = np.arange(1 << 16).astype(np.uint16)
 

@@ -11,8 +11,9 @@ import pytest
 from numba import njit, types
 
 from numba_attn.cpu.blocks import for_widths
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.pointers import address
-from numba_attn.cpu.simd import BYTES, Vectors, emits
+from numba_attn.cpu.simd import BYTES, Vectors
 
 TYPES = {"float32": types.float32, "float64": types.float64}
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from numba_attn.cpu.simd import I1, I8, I16, I32, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import I1, I8, I16, I32, Value, Vectors
 
 ROWS = 16  # of a tile
 ROW_BYTES = 64

@@ -10,8 +10,9 @@ from numba import types
 
 from numba_attn.cpu import narrow, target
 from numba_attn.cpu.blocks import LINE
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
-from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors, emits
+from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors
 from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Walk, row_at
 from numba_attn.storage import TOGETHER
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from numba_attn.cpu.blocks import for_vectors
-from numba_attn.cpu.simd import I32, I64, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import I32, I64, Value, Vectors
 from numba_attn.random import MULTIPLIERS, ROUNDS, WEYL
 
 WORDS = 4  # of a block of random numbers: four keys

@@ -20,7 +20,8 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu import narrow
-from numba_attn.cpu.simd import BYTES, I1, I16, WORDS, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import BYTES, I1, I16, WORDS, Value, Vectors
 from numba_attn.cpu.tiles import are_pairs, pair_rows
 from numba_attn.cpu.walk import row_at
 

@@ -28,8 +28,9 @@ from numba_attn.cpu.blocks import (
     for_width,
     for_widths,
 )
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import I16, Value, Vectors, emits
+from numba_attn.cpu.simd import I16, Value, Vectors
 from numba_attn.cpu.softmax import exponent, probability
 from numba_attn.cpu.tiles import are_pairs, paired, product
 

@@ -14,7 +14,8 @@ from numba import types
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import INFINITY, LOG2_E, Lanes, for_keys, for_vectors
-from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors
 
 # Keys by which a tile is shortened at either end, as long as a mask excludes them.
 TRIM = 16

@@ -11,7 +11,8 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import LINE, Lanes
-from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import BYTES, I32, PAIRS, WORDS, Value, Vectors
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 

@@ -8,11 +8,12 @@ from numba import types
 
 from numba_attn import threads
 from numba_attn.cpu import launch, pack
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import across
 from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import INT8, STORED, bits_of, kind_of
 from numba_attn.cpu.pointers import address, moved
-from numba_attn.cpu.simd import I8, Value, Vectors, emits
+from numba_attn.cpu.simd import I8, Value, Vectors
 from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import BLOCKS, COARSEST, GROUP, MIDDLE, QUANTIZED, SHIFTS, TOGETHER, row_bytes
 

@@ -10,10 +10,11 @@ from numba import types
 
 from numba_attn import threads
 from numba_attn.cpu import launch, narrow
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED, STORED, bits_of, kind_of
 from numba_attn.cpu.pointers import address, moved
-from numba_attn.cpu.simd import BYTES, Value, emits
+from numba_attn.cpu.simd import BYTES, Value
 from numba_attn.cpu.workers import by_workers
 
 ROWS = 64  # of a task

@@ -18,8 +18,9 @@ from functools import partial
 from numba import types
 
 from numba_attn.cpu.blocks import INFINITY
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import across, powers_of_two
-from numba_attn.cpu.simd import Value, Vectors, emits
+from numba_attn.cpu.simd import Value, Vectors
 from numba_attn.cpu.softmax import share
 
 

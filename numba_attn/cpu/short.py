@@ -7,7 +7,8 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import for_rows
-from numba_attn.cpu.simd import BYTES, I1, I64, Value, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import BYTES, I1, I64, Value
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs, product

@@ -1,15 +1,13 @@
 """A vector vocabulary on LLVM IR, in which the register tiles of `tiles.py` read like the mathematics.
 
-`Vectors` appends operations on vectors of one element type and one width to an IR builder.  `emits` turns a function
-that uses it into something that Numba-compiled code can call.  Only generic vector IR is emitted (arithmetic,
-`llvm.fma`, shuffles, selects): LLVM legalises it for any processor, and a wide vector is still right, if slow, on a
-narrow one.
+`Vectors` appends operations on vectors of one element type and one width to an IR builder; `emits` has functions that
+use it called from Numba-compiled code.  Only generic vector IR is emitted (arithmetic, `llvm.fma`, shuffles, selects):
+LLVM legalises it for any processor, and a wide vector is still right, if slow, on a narrow one.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +17,6 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.polynomial import chebyshev
 
 from numba_attn.cpu import target
@@ -493,61 +490,3 @@ class Vectors:
         """A function of LLVM's, declared once a module."""
         module = self.builder.module
         return module.globals.get(name) or ir.Function(module, kind, name)
-
-
-def _call_apart(
-    builder: ir.IRBuilder,
-    name: str,
-    returns: ir.Type,
-    build: Callable[[ir.IRBuilder, Sequence[Value]], Value | None],
-    values: Sequence[Value],
-) -> Value:
-    """Call a function of a module's own that is built once, and has all registers for itself."""
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(returns, [x.type for x in values]), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
-        function.attributes.alignstack = target.VECTOR_BYTES  # for what it spills, see `pointers.align_stack`
-        inside = ir.IRBuilder(function.append_basic_block())
-        result = build(inside, function.args)
-        inside.ret_void() if result is None else inside.ret(result)
-    return builder.call(function, values)
-
-
-def emits(build: Callable[..., Value | None], returns: types.Type = types.void, apart: bool = False) -> Any:
-    """Make `build(vectors, *values)` callable from Numba-compiled code.
-
-    The element type is that of the first pointer argument; integers arrive as 64-bit, pointers as addresses.  What is
-    decided while emitting are keywords, fixed by `partial`.  What is to stand `apart` is called, not put where it
-    is used, so that what is there does not push its numbers out of registers.
-    """
-    function, fixed = (build.func, build.keywords) if isinstance(build, partial) else (build, {})
-    first, *parameters = (p for p in inspect.signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
-
-    def typing(context: Any, *args: types.Type) -> Any:
-        args = tuple(types.unliteral(a) for a in args)
-        pointees = {p.name: a.dtype for p, a in zip(parameters, args, strict=True) if isinstance(a, types.CPointer)}
-        dtype = next((d for d in pointees.values() if d in ELEMENTS), types.float32)
-
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Value]) -> Value:
-            def emit(builder: ir.IRBuilder, values: Sequence[Value]) -> Value | None:
-                vectors = Vectors(builder, dtype, target.VECTOR_BYTES // BYTES[dtype])
-                vectors.pointees = pointees
-                return build(vectors, *values)
-
-            nothing = returns == types.void
-            if apart:
-                kind = ir.VoidType() if nothing else context.get_value_type(returns)
-                name = f"{function.__module__}.{function.__name__}{args}{fixed or ''}"
-                result = _call_apart(builder, name, kind, emit, values)
-            else:
-                result = emit(builder, values)
-            return context.get_dummy_value() if nothing else result
-
-        return returns(*args), codegen
-
-    typing.__name__ = typing.__qualname__ = function.__name__
-    typing.__doc__ = function.__doc__
-    typing.__signature__ = inspect.Signature([first.replace(name="context"), *parameters])  # type: ignore[attr-defined]
-    return intrinsic(typing)

@@ -14,7 +14,8 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors
-from numba_attn.cpu.simd import I1, I64, Value, Vectors, emits
+from numba_attn.cpu.emits import emits
+from numba_attn.cpu.simd import I1, I64, Value, Vectors
 
 # A row's reference is 0 at first, and becomes the largest score so far only when that is above it by HEADROOM or below
 # it by DEPTH: probabilities from 2**-32 to 2**16 lose nothing in floating point, and almost every tile can be

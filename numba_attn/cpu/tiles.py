@@ -20,8 +20,9 @@ from numba import types
 
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LINE, LOG2_E, fill_rows, for_rows, for_vectors, for_width
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
-from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors, emits
+from numba_attn.cpu.simd import I1, I32, I64, PAIRS, Value, Vectors
 from numba_attn.cpu.softmax import accept, times_log
 from numba_attn.cpu.target import MANY_REGISTERS
 
