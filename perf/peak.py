@@ -17,8 +17,9 @@ from llvmlite import ir
 from numba import njit, prange, types
 
 from numba_attn.cpu import amx, target
+from numba_attn.cpu.emits import emits
 from numba_attn.cpu.pointers import address
-from numba_attn.cpu.simd import Vectors, emits
+from numba_attn.cpu.simd import Vectors
 
 # Independent sums: more than the latency of a multiply-add times the two that a processor starts in a cycle, and few
 # enough for the 16 registers of AVX2.
