@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,6 +22,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
+USERS = [path for folder in ("perf", "examples") for path in sorted((PACKAGE.parent / folder).glob("*.py"))]
 
 # Module -> what of this package it may import.  What is not named here may import nothing.
 MAY_IMPORT = {
@@ -357,6 +361,22 @@ def test_examples_of_the_readme(python: Callable[..., str]) -> None:
     text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
     printed = python("".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)))
     assert f"```text\n{printed}```" in text
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda path: path.name)
+def test_what_benchmarks_and_examples_import_is_there(path: Path) -> None:
+    """Most benchmarks are not run by tests: they need other libraries, or a GPU."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba_attn":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                found = hasattr(module, alias.name) or f"{node.module}.{alias.name}" in installed(module)
+                assert found, f"{node.module} has no {alias.name}"
+
+
+def installed(package: ModuleType) -> set[str]:
+    """The modules of a package, by their whole names."""
+    return {f"{package.__name__}.{one.name}" for one in pkgutil.iter_modules(getattr(package, "__path__", []))}
 
 
 def test_no_prints() -> None:
