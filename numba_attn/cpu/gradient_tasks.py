@@ -25,7 +25,7 @@ Cut = namedtuple("Cut", "keys block blocks lanes")
 # end.  finished (h, 8): how many parts of each head are, in the first column.
 Tables = namedtuple("Tables", "tasks order chains heads finished")
 
-KEYS, MOST_BLOCKS = 96, 8 if target.ISA == "avx512" else 4  # of a tile, and of a group
+KEYS, MOST_BLOCKS = (144, 8) if target.ISA == "avx512" else (96, 4)  # of a tile, and of a group
 # Bytes of the second-level cache for a group of rows: the larger, the fewer times all sums pass through that cache.
 # Processors with AVX-512 have a megabyte of it or more, AMD's others half of one, and some a quarter.
 GROUP = 1024 * (480 if target.ISA == "avx512" else 256 if target.NAME.startswith("znver") else 128)

@@ -23,6 +23,8 @@ REGISTER_TILES: dict[str, dict[int, tuple[int, ...]]] = {
 HEIGHTS = REGISTER_TILES[target.ISA]
 WIDEST = max(HEIGHTS)
 MOST_BLOCKS = 16
+# Bytes of a score tile, which is read row by row: with AVX-512 longer products are worth a little of the second cache.
+SCORES = 1024 * (36 if target.ISA == "avx512" else 16)
 # Bytes of the second-level cache for a key tile, and for the states of a task's row blocks: processors with AVX-512
 # have a megabyte or more of it, AMD's others half of one, and some a quarter.
 CACHE = 1024 * (320 if target.ISA == "avx512" else 160)
@@ -65,10 +67,10 @@ def plan(
 ) -> Plan:
     """Cut `heads` (B x Hq) problems with Lq query rows, or `mean_rows` on the average, and Lk keys into tasks.
 
-    The score tile (keys x block) stays in the first-level cache, a key tile of K and V and the state of a task's row
-    blocks in the second: the larger a task, the less often keys are fetched from beyond.  But there are eight tasks or
-    more for each worker wherever the problem allows it, so that all finish together; or four, of the rows of all heads
-    of a `group` that share each of Hkv key-value heads.
+    The score tile (keys x block) is about as large as the first-level cache, a key tile of K and V and the state of a
+    task's row blocks stay in the second: the larger a task, the less often keys are fetched from beyond.  But there are
+    eight tasks or more for each worker wherever the problem allows it, so that all finish together; or four, of the
+    rows of all heads of a `group` that share each of Hkv key-value heads.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
     keys, short = tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize)
@@ -111,7 +113,7 @@ def splits_of(kv_length: int, of_split: int) -> int:
 
 def tile_keys(block: int, D: int, Dv: int, itemsize: int) -> int:
     """Keys of a key tile; compiled too, for calls from compiled code."""
-    keys = max(96, min(16 * 1024 // (block * itemsize), 192)) // 48 * 48
+    keys = min(SCORES // (block * itemsize), 192) // 48 * 48
     while keys > 48 and keys * (D + Dv) * itemsize > CACHE:
         keys -= 48
     return keys
