@@ -54,9 +54,20 @@ def _transpose_lanes(
     def squares(w: Value) -> None:
         lanes = [place(v.add_index(v.mul_index(w, v.lanes), i)) for i in range(v.lanes)]
 
-        def square(d: Value, _: list[Value]) -> list[Value]:
+        def ask(d: Value) -> None:
             for lane in lanes if asking else []:
                 v.prefetch(v.at(lane, v.mul_index(q_row, v.lanes)), v.mul_index(d, size))
+
+        def square_of_pairs(d: Value, _: list[Value]) -> list[Value]:
+            ask(d)
+            columns = v.transpose([v.load(lane, v.mul_index(d, size)) for lane in lanes])
+            to = v.at(v.at(qt, v.mul_index(v.half(d), row)), v.mul_index(w, v.lanes * kept_size))
+            for r, column in enumerate(columns):
+                v.store(column, v.at(to, v.mul_index(row, r)))
+            return []
+
+        def square(d: Value, _: list[Value]) -> list[Value]:
+            ask(d)
             columns = v.transpose([narrow.load(v, lane, v.mul_index(d, size), stored) for lane in lanes])
             at = v.mul_index(w, v.lanes * kept_size)
             if pairs:
@@ -67,7 +78,11 @@ def _transpose_lanes(
                 narrow.store(v, column, v.at(qt, v.mul_index(v.add_index(d, r), row)), at, kept)
             return []
 
-        v.loop(0, whole, v.lanes, [], square)
+        start = v.index(0)
+        if pairs and stored == narrow.BFLOAT16:  # pairs in memory already
+            start = v.whole_steps(start, whole, 2 * v.lanes)
+            v.loop(0, start, 2 * v.lanes, [], square_of_pairs)
+        v.loop(start, whole, v.lanes, [], square)
 
     def line(d: Value, _: list[Value]) -> list[Value]:
         def lane(i: Value) -> None:

@@ -365,6 +365,8 @@ def _accumulate(v, width, value, value_row, value_step, Dv, n, p, ot, cuts, ahea
     if pairs and target.BFLOAT16 == "amx":
         _accumulate_on_tiles(v, width, value, value_step, Dv, n, p, ot)
         return
+    if pairs:
+        value_step = v.index(v.size)  # as packed, see `row_block.values_of`: one address does for all rows at once
     bounds = [v.builder.fptosi(v.load_scalar(cuts, i * v.size), I64) for i in range(2 * width)]
     first, last = bounds[width - 1], bounds[width]
     is_whole = v.builder.icmp_signed("==", v.builder.sub(last, first), n)
