@@ -272,7 +272,7 @@ def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted
     if weighted:
         return tiles.weighted_probabilities(
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
-            sums, top, scores, state.moment, moments,
+            sums, top, scores, state.moment, moments, ahead.data, ahead.size,
         )  # fmt: skip
     if settings.softcap == 0 and head.slope == 0:
         return tiles.probabilities(
@@ -282,9 +282,9 @@ def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted
     if settings.softcap == 0:
         return tiles.sloped_probabilities(
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, head.slope, distance, state.reference,
-            state.best, state.total, sums, top, scores,
+            state.best, state.total, sums, top, scores, ahead.data, ahead.size,
         )  # fmt: skip
     return tiles.capped_probabilities(
         width, k.data, k.row, k.step, n, D, state.qt, settings.scale, settings.softcap, state.reference, state.best,
-        state.total, sums, top, scores,
+        state.total, sums, top, scores, ahead.data, ahead.size,
     )  # fmt: skip

@@ -167,12 +167,12 @@ class Vectors:
         # llvmlite still remembers what a pointer points to, and insists on it in stores.
         self.builder.store(value, self.builder.bitcast(self.at(pointer, offset), value.type.as_pointer()), align=1)
 
-    def prefetch(self, pointer: Value, offset: int | Value = 0) -> None:
-        """Ask for a cache line to be in a near cache soon; any address will do."""
+    def prefetch(self, pointer: Value, offset: int | Value = 0, cache: int = target.PREFETCH) -> None:
+        """Ask for a cache line to be in a near cache soon, see `target.PREFETCH`; any address will do."""
         # As for stores: one declaration, whatever the pointers point to.
         at, i32 = self.builder.bitcast(self.at(pointer, offset), I8.as_pointer()), partial(ir.Constant, I32)
         kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
-        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(target.PREFETCH), i32(1)])
+        self.builder.call(self._function("llvm.prefetch.p0", kind), [at, i32(0), i32(cache), i32(1)])
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 

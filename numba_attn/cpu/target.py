@@ -39,6 +39,7 @@ MANY_REGISTERS = ISA in ("avx512", "neon")  # 32 of vectors, not 16
 # The cache that lines are asked into, as LLVM counts: 3 is the first level, 2 the second.  On Zen 3 and 4 those for the
 # first take one of its few places for loads that miss, and less is on the way from memory than without.
 PREFETCH = 2 if NAME in ("znver3", "znver4") else 3
+SECOND_LEVEL = 2  # for what is needed much later
 # Whether a few hundred lines are worth asking for at once: Zen 4 has them in time anyway.
 MANY_AT_ONCE = NAME == "znver3"
 

@@ -52,7 +52,7 @@ def product(
 
     a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), its rows `b_row` bytes
     apart, contiguous if None.  Of `pairs` of bfloat16 numbers, an element holds two, and `count` numbers make half as
-    many elements.  Memory `ahead` is asked for meanwhile: from where on, and so many bytes for each element of a.
+    many elements.  Memory `ahead` is asked for meanwhile: from where on, and so many bytes for each number of a.
     """
     if pairs:
         count = v.half(count)
@@ -83,8 +83,8 @@ def product(
         if ahead is not None:
             place, elements = starts.pop(), height * at_once
             for line in range(0, elements * v.size, LINE):
-                v.prefetch(place, line)
-            places = [v.at(place, v.mul_index(ahead[1], elements))]
+                v.prefetch(place, line, target.SECOND_LEVEL)
+            places = [v.at(place, v.mul_index(ahead[1], 2 * elements if pairs else elements))]
         if neighbours:
             for _ in range(at_once - 1):
                 acc = step(b, starts, 0, acc)
@@ -131,9 +131,9 @@ def ask_for_rows(v: Vectors, rows: Value, row: Value, D: Value, height: int) -> 
 def ahead_of(v: Vectors, ahead: Ahead, first: Value, height: int, width: int) -> Ahead:
     """For `product`: the part of the next tile's elements that belongs to rows whose elements begin with `first`.
 
-    Where products ask for rows of their own tile, and in small register tiles, nothing.
+    In small register tiles, nothing.
     """
-    if ahead is None or MANY_REGISTERS or width == 1 or height != HEIGHTS[width][0]:
+    if ahead is None or width == 1 or height != HEIGHTS[width][0]:
         return None
     start, size = ahead
     return v.at(start, v.mul_index(first, size)), size
@@ -176,13 +176,15 @@ def _probabilities(
 
 
 def _weighted_probabilities(
-    v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, moment, moments
+    v, width, k, k_row, k_step, n, D, qt, scale, reference, best, total, sums, top, p, moment, moments, ahead,
+    ahead_size,
 ):  # fmt: skip
     """The same for the widest blocks, and moment += the column sums of p * log2(p)."""
     exponents, tile_moment = _plain_exponents(v, scale), (moment, moments)
     return _exponentials(
-        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, tile_moment
-    )
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, tile_moment,
+        ahead=(ahead, ahead_size),
+    )  # fmt: skip
 
 
 def _plain_exponents(v: Vectors, scale: Value) -> Callable[..., Exponents]:
@@ -212,7 +214,7 @@ def _biased_probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias
 
 
 def _sloped_probabilities(
-    v, width, k, k_row, k_step, n, D, qt, scale, slope, first, reference, best, total, sums, top, p
+    v, width, k, k_row, k_step, n, D, qt, scale, slope, first, reference, best, total, sums, top, p, ahead, ahead_size
 ):  # fmt: skip
     """The widest blocks' for exponents of scale * k.qt - slope * |distance| - reference, see `mask_tiles.add_alibi`."""
     factor, minus = v.splat(scale), v.splat(v.builder.fneg(slope))
@@ -226,11 +228,14 @@ def _sloped_probabilities(
         extra = [v.fma(x, minus, v.constant(0.0)) for x in sizes]
         return [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)], []
 
-    return _exponentials(v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p)
+    return _exponentials(
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p,
+        ahead=(ahead, ahead_size),
+    )  # fmt: skip
 
 
 def _capped_probabilities(
-    v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p
+    v, width, k, k_row, k_step, n, D, qt, scale, softcap, reference, best, total, sums, top, p, ahead, ahead_size
 ):  # fmt: skip
     """The widest blocks' for scores that `cap` would change first, and no bias."""
     steepness = v.builder.fdiv(scale, softcap)
@@ -242,8 +247,9 @@ def _capped_probabilities(
 
     # A longer chain of operations for each, so more of them at once.
     return _exponentials(
-        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, at_once=4
-    )
+        v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, at_once=4,
+        ahead=(ahead, ahead_size),
+    )  # fmt: skip
 
 
 def _exponentials(
