@@ -19,7 +19,7 @@ def tiles(request: pytest.FixtureRequest) -> object:
     keys, short, blocks, split = (7, 0, 1, 7) if request.param.startswith("7") else (16, 40, 2, whole)
 
     def small(heads: int, Lq: int, *rest: int) -> Plan:
-        cut, group = plan(heads, Lq, *rest), rest[-1]
+        cut, group = plan(heads, Lq, *rest), rest[-2]
         tasks = -(-Lq // (cut.block * blocks))
         return Plan(keys, short, cut.block, blocks, tasks, cut.heads if split == whole else group, split)
 

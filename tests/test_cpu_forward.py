@@ -234,16 +234,20 @@ def test_plan(shape: tuple[int, ...], workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 64])
-@pytest.mark.parametrize(("group", "Lq"), [(1, 9), (4, 16), (7, 30), (32, 100), (6, 2000)])
-def test_plan_of_heads_that_share_keys(group: int, Lq: int, workers: int) -> None:
-    cut = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers, None, 4, group)
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize(("group", "Lq"), [(1, 9), (4, 16), (7, 30), (32, 100), (6, 2000), (8, 4), (64, 2)])
+def test_plan_of_heads_that_share_keys(group: int, Lq: int, alike: bool, workers: int) -> None:
+    cut = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers, None, 4, group, alike)
     assert 1 <= cut.heads <= group
+    assert cut.across == 1 or (alike and cut.across * Lq <= cut.block), "rows of a block"
     assert cut.heads == 1 or cut.tasks == 1, "all rows of each"
     one = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers)
     limit = max(one.blocks, 12)  # whose states fit the second-level cache with the keys
-    assert cut.heads * cut.blocks <= limit
+    assert cut.states <= limit
     if Lq <= 100:
-        assert cut.heads * cut.blocks >= min(group, limit) // 2 or workers == 64, "each tile of keys is for many rows"
+        fit = max(1, cut.block // Lq) if alike else 1
+        many = cut.heads * cut.blocks >= min(group, fit * limit) // 2
+        assert many or workers == 64, "each tile of keys is for many rows"
         splits = splits_of(1 << 16, split_keys(4, Lq, 1 << 16, cut.block, cut.keys, cut.split))
         assert 4 * -(-group // cut.heads) * cut.tasks * splits >= min(4 * workers, 48), (
             "too few tasks to finish together"

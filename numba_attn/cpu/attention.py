@@ -76,7 +76,8 @@ def _steps(
     call, alive = call_of(problem, sizes, kinds[1])
 
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
-    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv)
+    alike = _share_blocks(problem)
+    whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv, alike)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
     few, many = _by_rows(problem, B, Lq, _most_rows(problem) if Dv else 0)
     if wanted is not None:
@@ -97,7 +98,7 @@ def _steps(
             decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
             steps.append(Step(decoding, some.sequences, some.arrays))
         else:
-            prefilling = prefill.prepared(some, of_kernels, whole, _share_blocks(problem), threads_used)
+            prefilling = prefill.prepared(some, of_kernels, whole, alike, threads_used)
             steps.append(Step(prefilling, some.sequences, some.arrays))
         if key_weights is not None and Lk:
             if kernels is decode:

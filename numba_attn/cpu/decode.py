@@ -33,7 +33,6 @@ from numba_attn.cpu.pointers import (
 from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahead
 from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
 from numba_attn.cpu.score import (
-    COPIES_TILES,
     NO_NOTES,
     SCORE,
     Arrays,
@@ -73,8 +72,8 @@ from numba_attn.cpu.tuples import addressed
 from numba_attn.cpu.workers import by_workers
 from numba_attn.storage import QUANTIZED
 
-# Query rows of a head; for more, queries as lanes are faster.  So they are where products find keys copied, for the
-# rows of all heads that share them, if these fill so many halves of a vector.
+# Query rows of a head; for more, queries as lanes are faster.  So they are for the rows of all heads that share keys,
+# if these fill so many halves of a vector.
 MOST_ROWS, HALVES = 8, 3
 SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is what takes time
 
@@ -328,9 +327,8 @@ def most_rows(lanes: int, together: int) -> int:
 
     Compiled too.
     """
-    if not COPIES_TILES or together == 1:
-        return min(MOST_ROWS, lanes)
-    return max(1, (HALVES * lanes // 2 - 1) // together)
+    most = min(MOST_ROWS, lanes)
+    return most if together == 1 else max(1, min(most, (HALVES * lanes // 2 - 1) // together))
 
 
 def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:

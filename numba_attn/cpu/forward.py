@@ -78,7 +78,7 @@ from numba_attn.cpu.workers import by_workers
 
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
 # that is not worth it; and splits of the keys of a sequence, the most that one has, and whether each is a task.
-Cut = namedtuple("Cut", "keys short block blocks lanes columns heads alike split splits parted")
+Cut = namedtuple("Cut", "keys short block blocks states lanes columns heads alike split splits parted")
 # Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
 Ahead = namedtuple("Ahead", "data size")
 
@@ -147,8 +147,8 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
     finite = True
     # Bit i: scores of block i have been out of their reference's range.  A literal would have all compiled twice.
     rising = np.int64(0)
-    task_low, task_high, _, _ = visible(first, end, head.position)
-    task_low, task_high = max(task_low, low), min(task_high, high)
+    task_low, visible_high, _, _ = visible(first, end, head.position)
+    task_low, task_high = max(task_low, low), min(visible_high, high)
     for number in range(task_low // keys, (task_high + keys - 1) // keys):
         tile = number * keys
         tile_low, tile_high = max(tile, task_low), min(tile + keys, task_high)
@@ -173,8 +173,8 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
             if n > 0 and not loaded:
                 k, v = load_tile(head, k, v, tile_low, tile_high, packing, copying, operands, sizes, memory, at)
                 loaded = True
-            # While the first block is computed, the next tile is asked for.
-            following = tile + keys < task_high and i == 0
+            # While the first block is computed, the next tile is asked for: behind the last one, the next split's.
+            following = tile + keys < visible_high and i == 0
             k_ahead = rows_ahead(head.k, tile + keys, following, D)
             v_ahead = rows_ahead(head.v, tile + keys, following, Dv)
             k_tile = keys_of(k, start, tile_low, copied, D, operands, copying[0])
@@ -240,7 +240,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
     of_sequence = Hkv * shares
     tasks = sequences.numbers.shape[0] * of_sequence * per_head * (cut.splits if cut.parted else 1)
     at = addressed(memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)))
-    notes, noted = Notes(at.state + cut.heads * cut.blocks * at.state_size, cut.columns), -1
+    notes, noted = Notes(at.state + cut.states * at.state_size, cut.columns), -1
     helped = 0
     while True:
         task, helped = launch.take(counters, worker, helped, tasks)
@@ -328,9 +328,9 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, alike: bool, threads_used: i
     (Hq, _, D), Dv, Hkv = arrays.q.shape, arrays.out.shape[2], len(arrays.k)
     columns, lanes = columns_noted(arrays.mask, Hq, settings, whole), VECTOR_BYTES // dtype.itemsize
     shares = Hkv * -(-Hq // Hkv // whole.heads)
-    blocks, whole_tasks = whole.heads * whole.blocks, len(call.sequences.numbers) * shares * whole.tasks
+    whole_tasks = len(call.sequences.numbers) * shares * whole.tasks
     size = memory_size(whole, D, Dv, lanes, -(-settings.Lq // whole.block) * columns)
-    kept = blocks * kept_size.py_func(*map_of(whole, D, Dv, lanes))
+    kept = whole.states * kept_size.py_func(*map_of(whole, D, Dv, lanes))
 
     def cut_for(sequences: Sequences) -> Run:
         splits = most_splits(sequences, Hkv, whole)
@@ -340,8 +340,8 @@ def prepared(call: Call, kinds: Kinds, whole: Plan, alike: bool, threads_used: i
         parted = splits > 1 and not enough
         tasks = whole_tasks * (splits if parted else 1)
         cut = Cut(
-            whole.keys, whole.short, whole.block, whole.blocks, lanes, columns, whole.heads, int(alike), whole.split,
-            splits, int(parted),
+            whole.keys, whole.short, whole.block, whole.blocks, whole.states, lanes, columns, whole.heads, int(alike),
+            whole.split, splits, int(parted),
         )  # fmt: skip
         workers = launch.workers_for(threads_used, tasks, operations)
         start = launch.prepared(entry, kinds, workers, tasks, operations, size, dtype)
@@ -380,7 +380,7 @@ def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
     """Elements of a worker's memory, with room for so many notes on a mask."""
     at, _ = map_of(cut, D, Dv, lanes)
     # Whole cache lines, so that workers do not share one.
-    return -(-(at.state + cut.heads * cut.blocks * at.state_size + notes) // 16) * 16
+    return -(-(at.state + cut.states * at.state_size + notes) // 16) * 16
 
 
 def map_of(cut: Plan, D: int, Dv: int, lanes: int) -> tuple[Memory, Sizes]:
@@ -396,7 +396,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 11, Cut),
+        types.NamedUniTuple(types.int64, len(Cut._fields), Cut),
     )
 
 

@@ -50,6 +50,12 @@ class Plan(NamedTuple):
     tasks: int  # tasks of one head
     heads: int  # query heads of a task, that share a key-value head; fewer in the last one of a group
     split: int  # keys of a task, at least, where those of a sequence are split: not fewer than `short`
+    across: int = 1  # heads of a task that are in one row block
+
+    @property
+    def states(self) -> int:
+        """Row blocks of a task, of all its heads."""
+        return -(-self.heads // self.across) * self.blocks
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,13 +70,15 @@ def plan(
     mean_rows: int | None = None,
     Hkv: int = 1 << 30,
     group: int = 1,
+    alike: bool = False,
 ) -> Plan:
     """Cut `heads` (B x Hq) problems with Lq query rows, or `mean_rows` on the average, and Lk keys into tasks.
 
     The score tile (keys x block) is about as large as the first-level cache, a key tile of K and V and the state of a
     task's row blocks stay in the second: the larger a task, the less often keys are fetched from beyond.  But there are
     eight tasks or more for each worker wherever the problem allows it, so that all finish together; or four, of the
-    rows of all heads of a `group` that share each of Hkv key-value heads.
+    rows of all heads of a `group` that share each of Hkv key-value heads.  Where these are `alike`, rows of a few heads
+    are in one row block.
     """
     block = WIDEST * target.VECTOR_BYTES // itemsize
     keys, short = tile_keys(block, D, Dv, itemsize), short_keys(Dv, itemsize)
@@ -89,11 +97,13 @@ def plan(
     if longer <= most and heads * -(-rows // max(longer, 1)) >= 8 * workers:
         tasks -= 1
     blocks = max(1, -(-rows // max(tasks, 1)))
-    tasks, together = -(-rows // blocks), 1
+    tasks, together, across = -(-rows // blocks), 1, 1
     if tasks == 1 and Lk > short:
-        most_heads = max(1, min(most // blocks, heads // (4 * workers)))
+        fit_in_block = max(1, block // max(Lq, 1)) if alike else 1
+        most_heads = max(1, min(most // blocks * fit_in_block, heads // (4 * workers)))
         together = -(-group // -(-group // most_heads))
-    return Plan(keys, short, block, blocks, tasks, together, LEAST_KEYS)
+        across = -(-together // -(-together // fit_in_block))
+    return Plan(keys, short, block, blocks, tasks, together, LEAST_KEYS, across)
 
 
 def split_keys(Hkv: int, rows: int, kv_length: int, block: int, keys: int, least: int) -> int:
