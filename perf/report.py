@@ -166,7 +166,7 @@ def section(results: Result) -> str:
     parts = [
         main_table("heads x length, head size", tagged(cases, "table")),
         overhead_table("other forms", untagged(cases), cases),
-        main_table("16-bit types", tagged(cases, "narrow"), cases),
+        *by_dtype(tagged(cases, "narrow"), lambda dtype, some: main_table(dtype, some, cases)),
         overhead_table("variants", tagged(cases, "variant"), cases),
     ]
     lines = accuracy_lines(cases) + window_lines(cases) + documents_lines(cases, results["extras"])
@@ -221,17 +221,12 @@ def _gradients_of(cases: Sequence[Result]) -> list[Row]:
 def decoding(cases: Sequence[Result]) -> list[str]:
     """What is bound by reading keys and values, as decoding is, and what else caches and batches may look like."""
     found = tagged(cases, "decode")
-    tables = [
-        main_table(
-            f"{dtype}, query / key-value heads x keys, head size",
-            [case for case in found if case["dtype"] == dtype],
-            speed={
-                "GB/s": lambda case: f"{case['peers'][OURS]['gb_per_s']:.1f}",
-                "of reading": lambda case: f"{100 * case['fraction_of_read']:.0f} %",
-            },
-        )
-        for dtype in dict.fromkeys(case["dtype"] for case in found)
-    ]
+    speed: dict[str, Callable[[Result], str]] = {
+        "GB/s": lambda case: f"{case['peers'][OURS]['gb_per_s']:.1f}",
+        "of reading": lambda case: f"{100 * case['fraction_of_read']:.0f} %",
+    }
+    title = "query / key-value heads x keys, head size"
+    tables = by_dtype(found, lambda dtype, some: main_table(f"{dtype}, {title}", some, speed=speed))
     lines = [f"* {line}" for case in tagged(cases, "cache") for line in comparisons(case)]
     if not tables and not lines:
         return []
@@ -241,6 +236,12 @@ def decoding(cases: Sequence[Result]) -> list[str]:
         text += f"the same arrays by all threads, measured in the same turns ({reading_range(cases)} GB/s)."
         parts += [text, *tables]
     return [*parts, "\n".join(lines)]
+
+
+def by_dtype(cases: Sequence[Result], tell: Callable[[str, list[Result]], str]) -> list[str]:
+    """A text for the cases of each type."""
+    dtypes = dict.fromkeys(case["dtype"] for case in cases)
+    return [tell(dtype, [case for case in cases if case["dtype"] == dtype]) for dtype in dtypes]
 
 
 def reading_range(cases: Iterable[Result]) -> str:

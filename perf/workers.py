@@ -82,7 +82,7 @@ def thread_environment(threads: int) -> dict[str, str]:
     names = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PJRT_NPROC")
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     # NumPy's threads would spin for a tenth of a second after a product, in the way of what comes next; as in README.
-    idle = {"OPENBLAS_THREAD_TIMEOUT": "20"}
+    idle = {"OPENBLAS_THREAD_TIMEOUT": "16"}
     return {**dict.fromkeys(names, str(threads)), **idle, "PYTHONPATH": path}
 
 
