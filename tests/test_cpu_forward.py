@@ -13,7 +13,7 @@ from cases import PERF, SIXTEEN_BITS, SMALL, dtype_of
 from tolerances import compute, exact
 
 from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
-from numba_attn.cpu import attention, decode, forward, key_weight, score, target
+from numba_attn.cpu import attention, decode, forward, key_weight, score, shares, target
 from numba_attn.cpu.plan import plan, split_keys, splits_of
 
 
@@ -244,6 +244,10 @@ def test_plan_of_heads_that_share_keys(group: int, Lq: int, alike: bool, workers
     one = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers)
     limit = max(one.blocks, 12)  # whose states fit the second-level cache with the keys
     assert cut.states <= limit
+    sizes = forward.Sizes(128, 128, cut.keys, cut.block, 16)
+    for rows in range(1, Lq + 1 if cut.tasks == 1 else 1):  # of a sequence that may be shorter
+        share = shares.share_of.py_func(cut.heads, 0, rows, alike, sizes)
+        assert shares.blocks_of.py_func(share, sizes) <= cut.states, "as many as there is memory for"
     if Lq <= 100:
         fit = max(1, cut.block // Lq) if alike else 1
         many = cut.heads * cut.blocks >= min(group, fit * limit) // 2
