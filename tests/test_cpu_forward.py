@@ -258,6 +258,19 @@ def test_plan_of_heads_that_share_keys(group: int, Lq: int, alike: bool, workers
         )
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "large"), [("float32", 2.0**24), ("float64", 2.0**53)])
+def test_long_heads_are_added_up_in_parts(dtype: str, large: float, masked: bool) -> None:
+    """In one sum, each of many small terms behind a large one would be lost."""
+    query, value = np.ones((12, 600), dtype), np.array([[0.0], [1.0]], dtype)
+    key = np.zeros((2, 600), dtype)
+    key[0, 0], key[0, 256:512], key[1, 0] = large, 1, large + 256
+    mask = np.zeros((12, 2), dtype) if masked else None
+    out, vjp = scaled_dot_product_attention_vjp(query, key, value, mask, scale=0.125)
+    assert np.array_equal(out, np.full((12, 1), 0.5, dtype))
+    assert np.array_equal(vjp(np.ones_like(out)).value, np.full((2, 1), 6.0, dtype))
+
+
 def test_keys_are_split_by_the_sequence_alone() -> None:
     def splits(Hkv: int, rows: int, kv_length: int) -> int:
         keys = split_keys(Hkv, rows, kv_length, 24, 96, 2048)

@@ -32,7 +32,7 @@ from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.simd import I16, Value, Vectors
 from numba_attn.cpu.softmax import exponent, probability
-from numba_attn.cpu.tiles import are_pairs, paired, product
+from numba_attn.cpu.tiles import are_pairs, paired, product, product_of_heads
 
 
 def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, norms, block, p, p_row, *, biased):
@@ -46,7 +46,7 @@ def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_
     lowest, masked = v.constant(-INFINITY), v.constant(-0.0)
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
+        acc = product_of_heads(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs, row)
         for w in range(width):
             base, log_total = v.load(norms, w * v.bytes), v.load(v.at(norms, block), w * v.bytes)
             for first in range(0, height, AT_ONCE):
@@ -91,7 +91,7 @@ def _score_gradients(v, width, row, value, value_row, value_step, n, Dv, gt, del
 
     def tile(i: Value, height: int) -> None:
         values = v.at(value, v.mul_index(i, value_row))
-        acc = product(v, values, value_row, value_step, gt, Dv, height, width, pairs, row)
+        acc = product_of_heads(v, values, value_row, value_step, gt, Dv, height, width, pairs, row)
         for r in range(height):
             at = v.mul_index(v.add_index(i, r), p_row)
             for w in range(width):

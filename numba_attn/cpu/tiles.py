@@ -29,6 +29,7 @@ from numba_attn.cpu.target import MANY_REGISTERS
 # Steps of a product at once, in the largest register tiles: that saves operations that are not multiply-adds, which
 # take time where another thread of the same core takes its share of what is done in a cycle.
 STEPS = 4
+LONG = 256  # elements of a head, from which on one sum of all would be noticeably less exact than a library's
 
 Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
 Ahead = tuple[Value, Value] | None  # memory to be asked for: from where on, and bytes of each element
@@ -47,12 +48,14 @@ def product(
     b_row: Value | None = None,
     acc: list[Value] | None = None,
     ahead: Ahead = None,
+    single: bool = False,
 ) -> list[Value]:
     """acc[i, :] += sum over k < count of a[i, k] * b[k, :], with all of acc, which is 0 if None, in registers.
 
     a is read element by element at byte strides (a_row, a_step); b is (count, width vectors), its rows `b_row` bytes
     apart, contiguous if None.  Of `pairs` of bfloat16 numbers, an element holds two, and `count` numbers make half as
-    many elements.  Memory `ahead` is asked for meanwhile: from where on, and so many bytes for each number of a.
+    many elements.  Memory `ahead` is asked for meanwhile: from where on, and so many bytes for each number of a.  There
+    is little code for `single` elements only.
     """
     if pairs:
         count = v.half(count)
@@ -98,7 +101,7 @@ def product(
 
     carried = [b, *starts, *places, *(acc or [v.constant(0.0)] * (height * width))]
     start = v.index(0)
-    if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs:
+    if width > 1 and height == HEIGHTS.get(width, [0])[0] and not pairs and not single:
         whole = v.whole_steps(start, count, STEPS)
         if not neighbours:
             # The next elements of contiguous rows are at constant distances, which cost no register.
@@ -107,6 +110,45 @@ def product(
         carried = v.loop(start, whole, STEPS, carried, partial(steps, at_once=STEPS), rolled=True)
         start = whole
     return v.loop(start, count, 1, carried, partial(steps, at_once=1), rolled=True)[pointers:]
+
+
+def product_of_heads(
+    v: Vectors,
+    a: Value,
+    a_row: Value,
+    a_step: Value,
+    b: Value,
+    count: Value,
+    height: int,
+    width: int,
+    pairs: bool = False,
+    b_row: Value | None = None,
+    ahead: Ahead = None,
+) -> list[Value]:
+    """`product`, but sums of more than LONG elements are made in parts, each from zero, and then added up."""
+    b_row = v.index(width * v.bytes) if b_row is None else b_row
+    last = v.mul_index(v.builder.sdiv(v.most(v.add_index(count, -1), v.index(0)), v.index(LONG)), LONG)
+    kept = v.room(height * width)
+
+    def from_element(first: Value) -> tuple[Value, Value, Value, Value]:
+        number = v.half(first) if pairs else first
+        return v.at(a, v.mul_index(number, a_step)), a_row, a_step, v.at(b, v.mul_index(number, b_row))
+
+    def part(first: Value, _: list[Value]) -> list[Value]:
+        is_first = v.builder.icmp_signed("==", first, v.index(0))
+        acc = product(v, *from_element(first), v.index(LONG), height, width, pairs, b_row, single=True)
+        for x, more in enumerate(acc):
+            before = v.builder.select(is_first, v.constant(0.0), v.load(kept, x * v.bytes))
+            v.store(v.add(before, more), kept, x * v.bytes)
+        return []
+
+    def add(_: Value, acc: list[Value]) -> list[Value]:
+        return [v.add(v.load(kept, x * v.bytes), more) for x, more in enumerate(acc)]
+
+    v.loop(0, last, LONG, [], part, rolled=True)
+    rest = v.builder.sub(count, last)
+    acc = product(v, *from_element(last), rest, height, width, pairs, b_row, ahead=ahead)
+    return v.loop(0, v.least(last, v.index(1)), 1, acc, add)
 
 
 def are_pairs(v: Vectors, operand: str) -> bool:
@@ -150,7 +192,7 @@ def _scores(v, width, k, k_row, k_step, n, D, qt, s):
         return
 
     def tile(i: Value, height: int) -> None:
-        acc = product(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
+        acc = product_of_heads(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
         s_i = v.at(s, v.mul_index(i, row))
         for x in range(height * width):
             v.store(acc[x], s_i, x * v.bytes)
@@ -300,7 +342,7 @@ def _exponentials_of_part(
                 ask_for_rows(v, v.at(k, v.mul_index(v.add_index(i, height), k_row)), k_row, D, height)
             asked = ahead_of(v, ahead, v.mul_index(i, D), height, width)
             keys = v.at(k, v.mul_index(i, k_row))
-            acc = product(v, keys, k_row, k_step, qt, D, height, width, pairs, row, ahead=asked)
+            acc = product_of_heads(v, keys, k_row, k_step, qt, D, height, width, pairs, row, asked)
         p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
         for w in range(width):
             base = v.load(reference, w * v.bytes)
