@@ -28,7 +28,7 @@ def mix_one(
     b, stored, few = v.builder, v.pointees["value"], Vectors(v.builder, v.dtype, 4)
     zero, nothing, most = few.constant(0.0), [factors.zero] * width, few.constant(most_of_values(v))
     first, second, column = I32(0), I32(1), v.mul_index(vector, v.lanes)
-    next_one = later.begin(v, ahead, v.mul_index(vector, walk.n))
+    next_one = later.begin(v, v.index(0), ahead, v.mul_index(vector, walk.n))
     state_from = 3 + len(next_one)
     sums_from = state_from + 4
 

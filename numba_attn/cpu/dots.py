@@ -13,16 +13,13 @@ from numba_attn.cpu.blocks import LINE
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import Factors, factors_of, powers_of_two, scales_of, widened
 from numba_attn.cpu.simd import BYTES, WORDS, Value, Vectors
-from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, Walk, row_at
+from numba_attn.cpu.walk import ALONE, FEW, FEW_QUANTIZED, KEYS_AGAIN, Walk, row_at, times_asked
 from numba_attn.storage import TOGETHER
 
 # Keys that are read side by side.  With 32 registers so few that memory is read in order but for that, as hardware
 # foresees; with 16, as many as there are sums in a vector, as fewer wait for each other.
 BESIDE = 2 if target.MANY_REGISTERS else target.VECTOR_BYTES // 4
-# Whether rows that are read side by side are asked for one after the other, not a line of each in turns; and where the
-# lines of a single row are asked for again, half as far ahead, and an eighth (as shifts): of requests that come while
-# many lines are on their way, hardware drops some.
-WHOLE_ROWS, AGAIN = (False, ()) if target.MANY_REGISTERS else (True, (1, 3))
+WHOLE_ROWS = not target.MANY_REGISTERS  # rows read side by side are asked for one by one, not a line of each in turns
 UNROLLED = 8  # vectors of a row at once, for one query row: a loop for each takes as long as they do
 COLUMNS = 128  # elements of a row at once at most, as many heads have
 HEAD_SIZES = 64, COLUMNS  # for which there is a form without loops over a row, whose queries stay in registers,
@@ -56,26 +53,28 @@ def _dots_of(
     words = v.pointees["q"] == WORDS
     steps = [v.load_scalar(step, r * v.size) for r in range(height)] if words and in_order(height, stored) else []
     keys, at_once = v.lanes // height, min(v.lanes // height, BESIDE)
-    again = AGAIN if at_once == 1 and BYTES[stored] > 1 else ()
-    aheads = [ahead, *(v.builder.ashr(ahead, v.index(shift)) for shift in again)]
+    aheads = [v.builder.ashr(ahead, v.index(shift)) for shift in times_asked(v, height, stored, KEYS_AGAIN)]
 
-    def row(j: Value, i: int | Value, rows_on: Value | None = None) -> Value:
-        number = v.least(v.add_index(j, i), last)
-        return row_at(v, walk.base, walk.offsets, v.add_index(number, rows_on) if rows_on is not None else number)
+    def row(j: Value, i: int | Value) -> Value:
+        return row_at(v, walk.base, walk.offsets, v.least(v.add_index(j, i), last))
+
+    def later(j: Value, i: int | Value, count: int) -> list[Value]:
+        """Where what is asked for with so many rows begins."""
+        numbers = [v.least(v.add_index(j, i if n == 0 else v.add_index(i, n)), last) for n in range(count)]
+        return [row_at(v, walk.base, walk.offsets, v.add_index(x, on)) for on in aheads for x in numbers]
 
     def side_by_side(j: Value, rows: list[Value]) -> list[Value]:
         """The sums of all keys of a vector of scores, a few rows at a time."""
         sums = []
         for i in range(0, keys, at_once):
-            later = [row(j, i + n, on) for on in aheads for n in range(at_once)]
-            sums += _dots_beside(v, factors, rows[i : i + at_once], later, height, held, D, q)
+            sums += _dots_beside(v, factors, rows[i : i + at_once], later(j, i, at_once), height, held, D, q)
         return sums
 
     def one_by_one(j: Value, at: list[Value], dots_of: Dots, asking: bool) -> tuple[list[Value], list[Value]]:
         """The same in the order of memory, which hardware foresees: a loop, or LLVM reads parts of rows in turns."""
 
         def key(i: Value, at: list[Value]) -> list[Value]:
-            totals = dots_of(at[0], [row(j, i, ahead)] if asking else [])
+            totals = dots_of(at[0], later(j, i, 1) if asking else [])
             if BYTES[stored] == 1:
                 scale = narrow.load_scale(v, at[0], D, stored)
                 scales = [v.splat(v.builder.fmul(scale, x)) for x in steps] if steps else [v.splat(scale)] * height

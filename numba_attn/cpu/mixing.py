@@ -14,7 +14,17 @@ from numba_attn.cpu.factors import Factors, factors_of, widened
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors
 from numba_attn.cpu.target import MANY_REGISTERS
 from numba_attn.cpu.tiles import are_pairs
-from numba_attn.cpu.walk import ALONE, FEW_OF_VALUES, FEW_QUANTIZED, Ahead, Pages, Walk, row_at
+from numba_attn.cpu.walk import (
+    ALONE,
+    FEW_OF_VALUES,
+    FEW_QUANTIZED,
+    VALUES_AGAIN,
+    Ahead,
+    Pages,
+    Walk,
+    row_at,
+    times_asked,
+)
 
 # Output rows, and vectors of each, that are accumulated at once: as many as registers hold with what is multiplied.
 # So many rows that values are read once.  One row has vectors for 128 numbers, so that those are read in order, even if
@@ -83,7 +93,7 @@ class _Product(NamedTuple):
         v = self.v
 
         def block(vector: Value, width: int) -> None:
-            out, later = v.at(self.o, v.mul_index(vector, v.bytes)), self.later(asked)
+            out, later = v.at(self.o, v.mul_index(vector, v.bytes)), self.later(1, asked)
             mix_one(v, self.factors, self.walk, later, self.ahead, vector, width, self.Dv, self.p, self.p_row, out)
 
         for_rows(v, self.vectors, self.widths_of(1), block)
@@ -93,9 +103,10 @@ class _Product(NamedTuple):
         plain = self.factors.together == 1 and BYTES[self.v.pointees["value"]] > 1
         return [width for width in OUTPUTS[height] if plain or width in (8, 4, 2, 1)]
 
-    def later(self, asked: bool) -> Ahead:
-        size = self.v.lanes * BYTES[self.v.pointees["value"]]
-        return Ahead(self.walk.base, self.walk.offsets, self.vectors, size, asked)
+    def later(self, height: int, asked: bool) -> Ahead:
+        stored = self.v.pointees["value"]
+        shifts = times_asked(self.v, height, stored, VALUES_AGAIN) if asked else ()
+        return Ahead(self.walk.base, self.walk.offsets, self.vectors, self.v.lanes * BYTES[stored], shifts)
 
 
 class _Block(NamedTuple):
@@ -122,7 +133,7 @@ class _Block(NamedTuple):
 
     def _in_turn(self, ahead: Value, asked: bool) -> None:
         v, (begin, end, _, _) = self.of.v, self.keys
-        at_once, walk, later = self.of.factors.together, self.of.walk, self.of.later(asked)
+        at_once, walk, later = self.of.factors.together, self.of.walk, self.of.later(self.height, asked)
         next_one = self._next_ones(later, ahead)
         sums_from = 3 + len(next_one)
 
@@ -138,7 +149,7 @@ class _Block(NamedTuple):
         self._put(v.loop(begin, end, at_once, start, some, rolled=True)[sums_from:])
 
     def _page_by_page(self, asked: bool) -> None:
-        v, later = self.of.v, self.of.later(asked)
+        v, later = self.of.v, self.of.later(self.height, asked)
         next_one = self._next_ones(later, self.of.ahead)
         sums_from = 1 + len(next_one)
 
@@ -152,7 +163,7 @@ class _Block(NamedTuple):
     def _next_ones(self, later: Ahead, ahead: Value) -> list[Value]:
         """What is asked for next: the columns before these have asked for as many vectors as they have."""
         v, (begin, end, _, _) = self.of.v, self.keys
-        return later.begin(v, v.add_index(begin, ahead), v.mul_index(self.vector, v.builder.sub(end, begin)))
+        return later.begin(v, begin, ahead, v.mul_index(self.vector, v.builder.sub(end, begin)))
 
     def _weights(self) -> Value:
         v, begin = self.of.v, self.keys.begin

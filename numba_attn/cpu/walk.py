@@ -11,19 +11,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from numba import types
+
 from numba_attn.cpu import target
 from numba_attn.cpu.blocks import LINE
-from numba_attn.cpu.simd import I64, Value, Vectors
+from numba_attn.cpu.simd import BYTES, I64, Value, Vectors
 
 # Query rows, with keys, with values, and where both are integers, for which so little is done with a row that hardware
 # keeps up alone, if it is let alone: asking for lines then takes longer than it saves.  Values are not read in order
 # for two rows where there are too few registers for the sums of both.
 FEW, FEW_OF_VALUES, FEW_QUANTIZED = 2, 2 if target.MANY_REGISTERS else 1, 1
 ALONE = target.PREFETCH == 2
+# Hardware drops requests that come while many lines are on their way.  So lines are asked for again, half as far ahead
+# and less (as shifts): of keys and of values for so few query rows that they wait for memory, and not for products;
+# with 16 registers of keys alone, where these are read one at a time.
+KEYS_AGAIN, VALUES_AGAIN = ((2,), (1, 3)) if target.MANY_REGISTERS else ((1, 3), ())
+FEW_AGAIN = 4 if ALONE else 0
 # Of a page, asked for when the one before it begins: from these on, hardware foresees the others.
 FIRST_LINES = 2
 
 Body = Callable[[Value, list[Value]], list[Value]]
+
+
+def times_asked(v: Vectors, height: int, stored: types.Type, again: tuple[int, ...]) -> tuple[int, ...]:
+    """When lines of rows are asked for, as shifts of how far ahead, for so many query rows."""
+    wanted = height <= FEW_AGAIN if target.MANY_REGISTERS else height == v.lanes
+    return (0, *again) if wanted and BYTES[stored] > 1 else (0,)
 
 
 def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
@@ -32,29 +45,35 @@ def row_at(v: Vectors, base: Value, offsets: Value, j: Value) -> Value:
 
 
 class Ahead(NamedTuple):
-    """Rows of so many vectors of `size` bytes, `asked` for a few at a time, in the order of memory, or not at all."""
+    """Rows of so many vectors of `size` bytes, asked for a few at a time, in the order of memory.
+
+    That is done once for each of the shifts of how far ahead, or not at all if there is none.
+    """
 
     base: Value
     offsets: Value
     vectors: Value
     size: int
-    asked: bool
+    shifts: tuple[int, ...]
 
-    def begin(self, v: Vectors, row: Value, done: Value) -> list[Value]:
-        """What comes next, if so many vectors from a row on have been asked for: its place, vectors left, and row."""
-        if not self.asked:
-            return []
-        row, vector = v.add_index(row, v.builder.sdiv(done, self.vectors)), v.builder.srem(done, self.vectors)
-        start = row_at(v, self.base, self.offsets, row)
-        return [v.at(start, v.mul_index(vector, self.size)), v.builder.sub(self.vectors, vector), row]
+    def begin(self, v: Vectors, row: Value, ahead: Value, done: Value) -> list[Value]:
+        """What comes next, if so many vectors ahead of a row have been asked for: its place, vectors left, and row."""
+        b, found = v.builder, []
+        for shift in self.shifts:
+            first = v.add_index(row, b.ashr(ahead, v.index(shift)))
+            here, vector = v.add_index(first, b.sdiv(done, self.vectors)), b.srem(done, self.vectors)
+            start = row_at(v, self.base, self.offsets, here)
+            found += [v.at(start, v.mul_index(vector, self.size)), b.sub(self.vectors, vector), here]
+        return found
 
     def ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
         """Ask for so many, no more than a row has; the next ones.
 
         Behind the last vector of a row the next row is looked up, even if none of it is then asked for.
         """
-        if not self.asked:
-            return []
+        return [x for i in range(0, len(at), 3) for x in self._ask(v, at[i : i + 3], width)]
+
+    def _ask(self, v: Vectors, at: list[Value], width: int) -> list[Value]:
         b, (place, left, row) = v.builder, at
         for w in range(0, width, max(1, LINE // self.size)):
             v.prefetch(place, w * self.size)
