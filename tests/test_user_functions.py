@@ -20,8 +20,8 @@ from numba_attn.cpu.target import CONVERTS_ONE_BY_ONE
 from numba_attn.cpu.user_functions import mask_pass, run_mask_pass, run_score_pass, score_pass
 
 RNG = np.random.default_rng(0)
-N, WIDTH, ROWS = 7, 32, 21
-B, H, ROW, KEY = 1, 2, 30, 11  # the tile's sequence, head, first query and first key
+N, WIDTH, ROWS, HEADS = 7, 32, 7, 3
+B, H, ROW, KEY = 1, 1, 30, 11  # the tile's sequence, first head, first query and first key
 IDS = np.repeat(np.arange(40), 3)
 GLOBAL_TABLE = RNG.standard_normal((4, 64))
 GLOBAL_NUMBER = 0.25
@@ -36,15 +36,15 @@ def of_an_alias(score, b, h, i, j):
 
 
 @numba.njit(**OPTIONS)
-def score_driver(codes, index, captured, s, n, width, rows, factor, bias, bias_row, b, h, i, j):
+def score_driver(codes, index, captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
     run_score_pass(
-        codes, index, captured, address(s), n, width, rows, factor, address(bias), bias_row, b, h, i, j
+        codes, index, captured, address(s), n, width, rows, heads, factor, address(bias), bias_row, b, h, i, j
     )  # fmt: skip
 
 
 @numba.njit(**OPTIONS)
-def mask_driver(codes, index, captured, bias, source, source_row, n, width, rows, b, h, i, j):
-    run_mask_pass(codes, index, captured, address(bias), address(source), source_row, n, width, rows, b, h, i, j)
+def mask_driver(codes, index, captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
+    run_mask_pass(codes, index, captured, address(bias), address(source), source_row, n, width, rows, heads, b, h, i, j)
 
 
 def codes(made: user_functions.Pass) -> np.ndarray:
@@ -54,7 +54,12 @@ def codes(made: user_functions.Pass) -> np.ndarray:
 
 def padded(expected: np.ndarray) -> np.ndarray:
     """The lanes that are no queries are as the last one that is."""
-    return np.concatenate([expected, np.repeat(expected[:, -1:], WIDTH - ROWS, axis=1)], axis=1)
+    return np.concatenate([expected, np.repeat(expected[:, -1:], WIDTH - ROWS * HEADS, axis=1)], axis=1)
+
+
+def places() -> list[list[tuple[int, int, int, int]]]:
+    """Where the queries of each key are: the rows of one head after the other."""
+    return [[(B, H + h, ROW + row, KEY + key) for h in range(HEADS) for row in range(ROWS)] for key in range(N)]
 
 
 def check_score(function: Callable[..., Any], dtype: str, shared_bias: bool = False) -> None:
@@ -62,11 +67,11 @@ def check_score(function: Callable[..., Any], dtype: str, shared_bias: bool = Fa
     product, bias = (RNG.standard_normal((N, WIDTH)).astype(dtype) for _ in range(2))
     factor = np.dtype(dtype).type(0.5)
     s, (added, added_row) = product.copy(), (bias[:1], 0) if shared_bias else (bias, WIDTH)
-    score_driver(codes(made), 1, made.captured, s, N, WIDTH, ROWS, factor, bias, added_row, B, H, ROW, KEY)
-    natural = (product * factor + added)[:, :ROWS]
+    score_driver(codes(made), 1, made.captured, s, N, WIDTH, ROWS, HEADS, factor, bias, added_row, B, H, ROW, KEY)
+    natural = (product * factor + added)[:, : ROWS * HEADS]
     python = getattr(function, "py_func", function)
     expected = np.array(
-        [[python(natural[key, lane], B, H, ROW + lane, KEY + key) for lane in range(ROWS)] for key in range(N)]
+        [[python(x, *at) for x, at in zip(*of_key, strict=True)] for of_key in zip(natural, places(), strict=True)]
     )
     tolerance = 1e-5 if dtype == "f" else 1e-13
     np.testing.assert_allclose(s, padded(expected), rtol=tolerance, atol=tolerance)
@@ -76,10 +81,10 @@ def check_mask(function: Callable[..., Any], dtype: str, in_place: bool = False)
     made = mask_pass(function, dtype)
     source = RNG.standard_normal((N, WIDTH)).astype(dtype)
     given, bias = source.copy(), source if in_place else np.full_like(source, np.nan)
-    mask_driver(codes(made), 1, made.captured, bias, source, WIDTH, N, WIDTH, ROWS, B, H, ROW, KEY)
+    mask_driver(codes(made), 1, made.captured, bias, source, WIDTH, N, WIDTH, ROWS, HEADS, B, H, ROW, KEY)
     python = getattr(function, "py_func", function)
-    kept = np.array([[python(B, H, ROW + lane, KEY + key) for lane in range(ROWS)] for key in range(N)], bool)
-    np.testing.assert_array_equal(bias, padded(np.where(kept, given[:, :ROWS], -np.inf)))
+    kept = np.array([[python(*at) for at in of_key] for of_key in places()], bool)
+    np.testing.assert_array_equal(bias, padded(np.where(kept, given[:, : ROWS * HEADS], -np.inf)))
 
 
 def relative(score, b, h, i, j):
@@ -200,13 +205,17 @@ def as_an_integer(b, h, i, j):
     return (i >= j) & (j % 2)
 
 
+def by_head(b, h, i, j):
+    return (i + 2 * h + j) % 5 != 0
+
+
 def of_both(b, h, i, j):
     return same_document(b, h, i, j) or i - j > 20
 
 
 @pytest.mark.parametrize("dtype", ["f", "d"])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("function", [same_document, as_an_integer, of_both], ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize("function", [same_document, as_an_integer, by_head, of_both], ids=lambda f: f.__qualname__)
 def test_masks_are_what_the_function_says(function: Callable[..., Any], in_place: bool, dtype: str) -> None:
     check_mask(function, dtype, in_place)
 
@@ -214,7 +223,7 @@ def test_masks_are_what_the_function_says(function: Callable[..., Any], in_place
 def test_mask_of_a_source_that_is_the_same_for_all_keys() -> None:
     made = mask_pass(as_an_integer, "f")
     bias, source = np.full((N, WIDTH), np.nan, "f"), RNG.standard_normal(WIDTH).astype("f")
-    mask_driver(made.code, 0, made.captured, bias, source, 0, N, WIDTH, WIDTH, B, H, ROW, KEY)
+    mask_driver(made.code, 0, made.captured, bias, source, 0, N, WIDTH, WIDTH, 1, B, H, ROW, KEY)
     kept = (np.arange(ROW, ROW + WIDTH) >= np.arange(KEY, KEY + N)[:, None]) & (
         np.arange(KEY, KEY + N)[:, None] % 2 == 1
     )
@@ -227,9 +236,9 @@ def test_padding_lanes_read_nothing_beyond_the_last_query() -> None:
     seen[-1] = 7
     made = score_pass(lambda score, b, h, i, j: seen[i], "d")
     s = np.zeros((N, WIDTH))
-    score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
-    assert (s[:, ROWS - 1 :] == 7).all()
-    assert (s[:, : ROWS - 1] == 0).all()
+    score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, HEADS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
+    lanes = np.arange(WIDTH)
+    assert (s == np.where((lanes % ROWS == ROWS - 1) | (lanes >= ROWS * HEADS), 7, 0)).all()
 
 
 # What is compiled when ------------------------------------------------------------------------------------------------
@@ -273,7 +282,7 @@ def test_contents_of_arrays_of_helpers_are_arguments(compiles: list[Any], monkey
     for _ in range(2):  # the helper, if called from Python, would go on with the first array
         made = score_pass(lambda score, b, h, i, j: jitted_helper(score, j), "d")
         s = np.zeros((N, WIDTH))
-        score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
+        score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, HEADS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
         np.testing.assert_array_equal(s.T, np.broadcast_to(tables.weights[KEY : KEY + N], (WIDTH, N)))
         monkeypatch.setattr(tables, "weights", RNG.standard_normal(64))
     monkeypatch.setitem(globals(), "GLOBAL_TABLE", RNG.standard_normal((4, 64)))
@@ -314,7 +323,7 @@ def test_numbers_that_compare_equal_are_told_apart(compiles: list[Any]) -> None:
     for number, sign in ((0.0, 1), (-0.0, -1), (math.nan, 1), (-math.nan, 1)):
         made = score_pass(make(number), "d")
         s = np.zeros((1, 4))
-        score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1.0, s.copy(), 4, 0, 0, 0, 0)
+        score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, 1.0, s.copy(), 4, 0, 0, 0, 0)
         assert math.isnan(number) or (s == sign).all()
     assert len(compiles) == 3
 
@@ -382,7 +391,7 @@ def test_integers_become_numbers_by_rounding_once() -> None:
     """In vectors, or one by one where these end; every integer."""
     made = score_pass(lambda score, b, h, i, j: float(WHOLE[i]), "d")
     s, zeros = np.zeros((1, len(WHOLE))), np.zeros((1, len(WHOLE)))
-    score_driver(codes(made), 1, made.captured, s, 1, len(WHOLE), len(WHOLE), 1.0, zeros, 0, 0, 0, 0, 0)
+    score_driver(codes(made), 1, made.captured, s, 1, len(WHOLE), len(WHOLE), 1, 1.0, zeros, 0, 0, 0, 0, 0)
     np.testing.assert_array_equal(s[0], WHOLE.astype(np.float64))
     if CONVERTS_ONE_BY_ONE:
         assert "cvtsi2sd" not in made.keep[0].get_asm_str()
@@ -391,7 +400,7 @@ def test_integers_become_numbers_by_rounding_once() -> None:
 def test_callers_hold_nothing_of_a_pass() -> None:
     made = score_pass(relative, "f")
     s = np.zeros((1, 4), "f")
-    score_driver(made.code, 0, made.captured, s, 1, 4, 4, np.float32(1), s.copy(), 4, 0, 0, 0, 0)
+    score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, np.float32(1), s.copy(), 4, 0, 0, 0, 0)
     result = next(x for x in score_driver.overloads.values() if "float32" in str(x.signature))
     text = user_functions._definition(result.library.get_llvm_str(), result.fndesc.llvm_func_name)
     assert not any(word in text for word in ("inttoptr", "NRT_", str(made.code[0])))

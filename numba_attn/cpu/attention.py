@@ -197,6 +197,7 @@ def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, n
 def _most_rows(problem: Problem) -> int:
     """Query rows of a head that are few."""
     alike = _share_blocks(problem) and (problem.storage is None or problem.storage.numbers not in QUANTIZED)
+    alike = alike and problem.score_mod is None  # whose passes over rows of several heads take longer than is saved
     lanes = target.VECTOR_BYTES // statistics_dtype(problem.query.dtype).itemsize
     return decode.most_rows(lanes, problem.sizes.Hq // problem.sizes.Hkv if alike else 1)
 
@@ -207,11 +208,11 @@ def _share_blocks(problem: Problem) -> bool:
 
 
 def _heads_alike(problem: Problem) -> bool:
-    """Whether what a row attends to, and how, is the same for all heads."""
-    telling = ("block_mask", "slopes", "score_mod", "mask_mod", "dropout")
-    mask = problem.mask
+    """Whether nothing but functions tells apart what rows of different heads attend to, and how."""
+    mask, block_mask = problem.mask, problem.block_mask
     shared = mask is None or mask.ndim == 2 or mask.shape[-3] == 1 or mask.strides[-3] == 0
-    return shared and all(getattr(problem, name) is None for name in telling)
+    tiles_shared = block_mask is None or block_mask.shape[1] == 1
+    return shared and tiles_shared and problem.slopes is None and problem.dropout is None
 
 
 def warmup() -> list[str]:

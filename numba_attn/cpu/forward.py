@@ -158,7 +158,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
         for i in range(blocks):
             part = next_block(share, part, sizes) if i else first_block(share, sizes)
             head = addressed(head_after(first_head, arrays, part.head))
-            row, rows, count = part.row, part.rows, part.count
+            row, rows = part.row, part.rows
             here = select_unsloped(head, settings, row, rows, part.heads, tile, tile + keys, pairs, sizes, memory, at)
             start, n = here.start, here.stop - here.start
             if here.kept == EMPTY:
@@ -181,8 +181,8 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
             v_tile = values_of(v, start, tile_low, tile_high, packing, copying[1], values, operands, sizes)
             if n > 0:
                 rising = exponentiate_tile(
-                    head, k_tile, k_ahead, here, i, row, count, rising, settings, sizes, plain, weighted, state,
-                    memory, at,
+                    head, k_tile, k_ahead, here, i, row, rows, part.heads, rising, settings, sizes, plain, weighted,
+                    state, memory, at,
                 )  # fmt: skip
             if at_once:
                 if asking and i == blocks - 1:

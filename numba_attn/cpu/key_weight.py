@@ -106,7 +106,7 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             if copying:
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands, copying)
-            unit = score(head, k_tile, settings, here, row, rows, sizes, qt, scores, memory, at)
+            unit = score(head, k_tile, settings, here, row, rows, 1, sizes, qt, scores, memory, at)
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
             reference, log_total = element(memory, at.norms), element(memory, at.norms + block)
             softmax.weigh(width, scores, n, unit, here.added, here.row, reference, log_total, to)

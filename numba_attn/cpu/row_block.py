@@ -192,15 +192,16 @@ def vectors_of_values(n, sizes):
 
 @device
 def exponentiate_tile(
-    head, k_tile, ahead, here, i, row, rows, rising, settings, sizes, plain, weighted, state, memory, at
+    head, k_tile, ahead, here, i, row, rows, heads, rising, settings, sizes, plain, weighted, state, memory, at
 ):  # fmt: skip
     """Scores of row block i and a tile, to probabilities below its reference: what `accumulate` takes.
 
-    Keys that are `ahead` may be asked for.  Bit i of `rising`, which is returned, is whether scores of the block have
-    been out of its reference's range.
+    The block is `rows` of each of the `heads` from this one on: of one alone, if heads have slopes.  Keys that are
+    `ahead` may be asked for.  Bit i of `rising`, which is returned, is whether scores of the block have been out of its
+    reference's range.
     """
     D, Dv, keys, _, lanes = sizes
-    n, width = here.stop - here.start, (rows + lanes - 1) // lanes
+    n, width = here.stop - here.start, (rows * heads + lanes - 1) // lanes
     scores = element(memory, at.scores)
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     correction = element(memory, at.correction)
@@ -232,7 +233,7 @@ def exponentiate_tile(
         raising = True
         rising |= (head.slope == 0) << i
     while not done:
-        unit = score(head, k_tile, settings, here, row, rows, sizes, state.qt, scores, memory, at)
+        unit = score(head, k_tile, settings, here, row, rows, heads, sizes, state.qt, scores, memory, at)
         moving = 2 if raising else 0
         for _ in range(2):
             if moving == 2:

@@ -139,7 +139,7 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
     """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile.
 
     It begins at an `even` number of keys from start if so wanted: at a pair of keys.  The lanes are those rows of this
-    head, and of `heads` - 1 after it where nothing but intervals of keys and a mask of all heads is to be regarded.
+    head, and of `heads` - 1 after it where nothing but functions tells heads apart.
     """
     tile = select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at)
     return slope(head, tile, row, rows, sizes, memory, at)
@@ -201,13 +201,13 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
     if functions.codes[MASK] != 0:
         user_functions.run_mask_pass(
             functions.codes, MASK, functions.mask, bias, added, added_row // memory.itemsize,
-            stop - start, across, rows, head.b, head.h, row, start,
+            stop - start, across, rows, heads, head.b, head.h, row, start,
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     if of_block == PARTIAL:
         user_functions.run_mask_pass(
             functions.codes, BLOCK, functions.block, bias, added, added_row // memory.itemsize,
-            stop - start, across, rows, head.b, head.h, row, start,
+            stop - start, across, rows, heads, head.b, head.h, row, start,
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     return Tile(start, stop, added, added_row, kept, edged)
@@ -276,11 +276,11 @@ def keys_of(k, start, first, copied, D, operands, copying):
 
 
 @device
-def score(head, k, settings, tile, row, rows, sizes, qt, scores, memory, at):
+def score(head, k, settings, tile, row, rows, heads, sizes, qt, scores, memory, at):
     """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2."""
     n = tile.stop - tile.start
-    tiles.scores((rows + sizes.lanes - 1) // sizes.lanes, k.data, k.row, k.step, n, sizes.D, qt, scores)
-    return change(head, settings, tile, row, rows, 1, sizes, scores, memory, at)
+    tiles.scores((rows * heads + sizes.lanes - 1) // sizes.lanes, k.data, k.row, k.step, n, sizes.D, qt, scores)
+    return change(head, settings, tile, row, rows, heads, sizes, scores, memory, at)
 
 
 @device
@@ -291,7 +291,7 @@ def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     if functions.codes[SCORE] != 0:
         natural = settle(head, tile, width, natural, scores, memory)
         user_functions.run_score_pass(
-            functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, width * sizes.lanes, rows,
+            functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, width * sizes.lanes, rows, heads,
             natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
         )  # fmt: skip
         return memory.dtype.type(LOG2_E)

@@ -172,11 +172,11 @@ def score_gradients(
             derivative, across = element(memory, at.derivative), width * sizes.lanes
             gradient_tiles.copy(scores, width * n, derivative)
             user_functions.run_score_pass(
-                functions.codes, DERIVATIVE, functions.derivative, derivative, n, across, rows,
+                functions.codes, DERIVATIVE, functions.derivative, derivative, n, across, rows, 1,
                 natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
             )  # fmt: skip
             user_functions.run_score_pass(
-                functions.codes, SCORE, functions.score, scores, n, across, rows,
+                functions.codes, SCORE, functions.score, scores, n, across, rows, 1,
                 natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
             )  # fmt: skip
             growth, growth_row = derivative, block_row

@@ -85,15 +85,25 @@ def elements_on(pointer, count):
     return moved(pointer, count * pointee_bytes(pointer))
 
 
+@device
+def fill_others(pointer, n, width, queries):
+    """Lanes of (n, width) that are no queries get what the last query has."""
+    for key in range(n):
+        row = elements_on(pointer, key * width)
+        for lane in range(queries, width):
+            row[lane] = row[queries - 1]
+
+
 def _score_pass(user: Any) -> Callable[..., None]:
-    def score_pass(captured, s, n, width, rows, factor, bias, bias_row, b, h, i, j):
-        for key in range(n):
-            row, added = elements_on(s, key * width), elements_on(bias, key * bias_row)
-            for lane in range(rows):
-                score = row[lane] * factor + added[lane]
-                row[lane] = user(captured, score, b, h, position(i, lane), position(j, key))
-            for lane in range(rows, width):
-                row[lane] = row[rows - 1]
+    def score_pass(captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
+        for head in range(heads):
+            first = head * rows
+            for key in range(n):
+                row, added = elements_on(s, key * width + first), elements_on(bias, key * bias_row + first)
+                for lane in range(rows):
+                    score = row[lane] * factor + added[lane]
+                    row[lane] = user(captured, score, b, position(h, head), position(i, lane), position(j, key))
+        fill_others(s, n, width, rows * heads)
 
     return score_pass
 
@@ -101,18 +111,19 @@ def _score_pass(user: Any) -> Callable[..., None]:
 def _mask_pass(user: Any) -> Callable[..., None]:
     # Everything is reached from one pointer: as arguments of a pass never overlap for LLVM, the source, which may be
     # the bias itself, is given by its distance.
-    def mask_pass(captured, bias, source, source_row, n, width, rows, b, h, i, j):
-        for key in range(n):
-            row = elements_on(bias, key * width)
-            if source != 0:
-                given = elements_on(moved(bias, source), key * source_row)
+    def mask_pass(captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
+        for head in range(heads):
+            first = head * rows
+            for key in range(n):
+                row = elements_on(bias, key * width + first)
+                if source != 0:
+                    given = elements_on(moved(bias, source), key * source_row + first)
+                    for lane in range(rows):
+                        row[lane] = given[lane]
                 for lane in range(rows):
-                    row[lane] = given[lane]
-            for lane in range(rows):
-                if not user(captured, b, h, position(i, lane), position(j, key)):
-                    row[lane] = -np.inf
-            for lane in range(rows, width):
-                row[lane] = row[rows - 1]
+                    if not user(captured, b, position(h, head), position(i, lane), position(j, key)):
+                        row[lane] = -np.inf
+        fill_others(bias, n, width, rows * heads)
 
     return mask_pass
 
@@ -126,7 +137,7 @@ SCORE = Kind(
     _score_pass,
     lambda element: (element, *integers(4)),
     lambda element: (
-        *(types.CPointer(element), *integers(3), element),
+        *(types.CPointer(element), *integers(4), element),
         *(types.CPointer(element), *integers(5)),
     ),
     (types.Integer, types.Float),
@@ -137,7 +148,7 @@ MASK = Kind(
     "mask_mod",
     _mask_pass,
     lambda element: integers(4),
-    lambda element: (types.CPointer(element), *integers(9)),
+    lambda element: (types.CPointer(element), *integers(10)),
     (types.Integer, types.Boolean),
     "True or False",
 )
@@ -187,19 +198,19 @@ def call_pass(kind: Kind, distance: tuple[str, str] | None = None) -> Callable[[
 
 
 @call_pass(SCORE)
-def run_score_pass(codes, index, captured, s, n, width, rows, factor, bias, bias_row, b, h, i, j):
-    """s[key, lane] = score_mod(s[key, lane] * factor + bias[key, lane], b, h, i + lane, j + key).
+def run_score_pass(codes, index, captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
+    """s[key, lane] = score_mod(s[key, lane] * factor + bias[key, lane], b, h + lane // rows, i + lane % rows, j + key).
 
     The pass is the one at codes[index], `codes` an intp array, with the table `captured`.  s is a pointer to (n, width)
-    elements, of which the first `rows` of each key are queries; the others get the value of the last query.  The bias
-    is a pointer to elements whose keys are `bias_row` elements apart, 0 for the same ones for all keys; it must not
-    overlap s.  All integers are int64, and i and j must not be negative; factor is of the element type.
+    elements, of which the first of each key are queries, `rows` of each of the `heads`; the others get the value of the
+    last query.  The bias is a pointer to elements whose keys are `bias_row` elements apart, 0 for the same ones for all
+    keys; it must not overlap s.  All integers are int64, and h, i and j not negative; factor is of the element type.
     """
 
 
 @call_pass(MASK, distance=("bias", "source"))
-def run_mask_pass(codes, index, captured, bias, source, source_row, n, width, rows, b, h, i, j):
-    """bias[key, lane] = source[key, lane] if mask_mod(b, h, i + lane, j + key) else -inf.
+def run_mask_pass(codes, index, captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
+    """bias[key, lane] = source[key, lane] if mask_mod(b, h + lane // rows, i + lane % rows, j + key) else -inf.
 
     The arguments are those of `run_score_pass`; bias is (n, width), the keys of the source are `source_row` elements
     apart.  The source is either the bias itself, in the same layout, or does not overlap it.
