@@ -166,6 +166,11 @@ MAY_IMPORT = {
         *("cpu.pointers", "cpu.reading", "cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax"),
         *("cpu.splits", "cpu.stored", "cpu.target", "cpu.tuples", "cpu.workers", "block_mask", "storage"),
     },
+    "cpu.decode_weight": {
+        *("cpu.decode", "cpu.dots", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.pointers", "cpu.reading"),
+        *("cpu.results", "cpu.rows", "cpu.score", "cpu.simd", "cpu.softmax", "cpu.splits", "cpu.stored", "cpu.target"),
+        *("cpu.tuples", "cpu.workers", "block_mask"),
+    },
     "cpu.call": {
         "cpu.blocks",
         "cpu.launch",
@@ -177,8 +182,8 @@ MAY_IMPORT = {
         "random",
     },
     "cpu.attention": {
-        *("cpu.call", "cpu.decode", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan", "cpu.score"),
-        *("cpu.target", "cpu.workers", "checks", "problem", "repeats", "storage", "threads"),
+        *("cpu.call", "cpu.decode", "cpu.decode_weight", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan"),
+        *("cpu.score", "cpu.target", "cpu.workers", "checks", "problem", "repeats", "storage", "threads"),
     },
     "cpu.gradient_tiles": {"cpu.blocks", "cpu.emits", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.tiles"},
     "cpu.score_gradients": {

@@ -127,7 +127,7 @@ def test_options_of_every_dispatcher(warm: dict[str, Any]) -> None:
     }
     expected = {(module, name): entry for module, name, entry in decorated()}
     assert set(expected) <= set(alive)
-    assert set(ENTRIES) >= {"work", "decode", "weigh", "classify", PARALLEL}
+    assert set(ENTRIES) >= {"work", "decode", "weigh", "weigh_few", "classify", PARALLEL}
     for (module, name), dispatcher in alive.items():
         options, entry = dict(dispatcher.targetoptions), expected.get((module, name), False)
         assert {key: options.pop(key, None) for key in jit.OPTIONS} == {
@@ -276,7 +276,7 @@ def test_machine_code_of_kernels(warm: dict[str, Any], name: str) -> None:
         module = llvm(result)
         root = "__gufunc__" if name == PARALLEL else result.fndesc.llvm_func_name
         assert faults(module, root) == [], signature
-        if name in ("work", "weigh"):
+        if name in ("work", "weigh", "weigh_few"):
             assert ("@llvm.fma." in module) is target.HAS_FMA
         # A name that another kernel's code has as well must be this one's own.
         apart = re.findall(r'^define (.*@"?(?:numba_attn\.|do_tasks\.).*)', module, re.M)
@@ -371,7 +371,7 @@ def test_layouts_share_one_signature(warm: dict[str, Any]) -> None:
     many = {(kind, narrow.operand(kind, kind == "bfloat16")) for kind in narrow.COMPUTED}
     many.add(("f", narrow.operand("f", True)))
     few = set(narrow.COMPUTED.items())  # products of a few rows are those of elements
-    kinds = {"work": many, "decode": few, "weigh": many | few}
+    kinds = {"work": many, "decode": few, "weigh": many, "weigh_few": few}
     for name, signatures in before.items():
         if name in kinds:
             plain = [signature for signature in signatures if not of_quantised(signature)]

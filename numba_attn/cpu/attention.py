@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
 
 from numba_attn import checks, threads
-from numba_attn.cpu import decode, key_weight, narrow, target, workers
+from numba_attn.cpu import decode, decode_weight, key_weight, narrow, target, workers
 from numba_attn.cpu import forward as prefill
 from numba_attn.cpu.call import NO_MASK, call_of, held_of, nothing, numbers, operands_of
 from numba_attn.cpu.narrow import COMPUTED, bits_of, kind_of
 from numba_attn.cpu.plan import plan
-from numba_attn.cpu.score import Arrays, Cutting, Run, Sequences
+from numba_attn.cpu.score import Arrays, Call, Cutting, Run, Sequences
 from numba_attn.problem import STATISTICS, Aux, Problem, Sizes, interval_table, statistics_dtype
 from numba_attn.repeats import MakeRepeat, Repeat
 from numba_attn.storage import QUANTIZED
@@ -82,31 +83,36 @@ def _steps(
     few, many = _by_rows(problem, B, Lq, _most_rows(problem) if Dv else 0)
     if wanted is not None:
         few, many = numbers(0), wanted
-    key_weights = None if problem.key_weight is None else problem.first_sequence().key_weight
+    # Products of few rows with keys as they are in memory: reading them is what takes time.
+    for_few = kind, decode.operand(kind, problem.bfloat16_products, held), held
+    heads_alike = _heads_alike(problem)
+    weights = problem.first_sequence().key_weight if problem.key_weight is not None and Lk else None
     steps: list[Step] = []
-    for some_numbers, kernels in ((few, decode), (many, prefill)):
-        if not len(some_numbers):
-            continue
-        some, of_kernels = call, kinds
-        if len(some_numbers) < B:
-            some = call._replace(sequences=call.sequences._replace(numbers=some_numbers))
-        if kernels is decode:
-            # Products of keys as they are in memory: reading them is what takes time.
-            of_kernels = kind, decode.operand(kind, problem.bfloat16_products, held), held
-            if of_kernels != kinds:
-                some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
-            decoding = decode.prepared(some, of_kernels, _heads_alike(problem), threads_used)
-            steps.append(Step(decoding, some.sequences, some.arrays))
-        else:
-            prefilling = prefill.prepared(some, of_kernels, whole, alike, threads_used)
-            steps.append(Step(prefilling, some.sequences, some.arrays))
-        if key_weights is not None and Lk:
-            if kernels is decode:
-                of_kernels = kind, COMPUTED[kind], held
-                some = some._replace(arrays=call.arrays._replace(operands=operands_of(of_kernels[1])))
-            weigh = key_weight.prepared(some, of_kernels, key_weights, whole, threads_used)
-            steps.append(Step(weigh, some.sequences, some.arrays))
+
+    def add(some: Call, cutting: Cutting) -> None:
+        steps.append(Step(cutting, some.sequences, some.arrays))
+
+    if len(few):
+        some = _part(call, few, for_few[1])
+        add(some, decode.prepared(some, for_few, heads_alike, threads_used))
+        if weights is not None:
+            add(some, decode_weight.prepared(some, for_few, weights, heads_alike, threads_used))
+    if len(many):
+        some = _part(call, many, kinds[1])
+        add(some, prefill.prepared(some, kinds, whole, alike, threads_used))
+        if weights is not None:
+            add(some, key_weight.prepared(some, kinds, weights, whole, threads_used))
     return steps, alive
+
+
+def _part(call: Call, some: np.ndarray, operand: types.Type) -> Call:
+    """A call for some of its sequences, and another operand."""
+    operands = operands_of(operand)
+    if len(some) < len(call.sequences.numbers):
+        call = call._replace(sequences=call.sequences._replace(numbers=some))
+    if operands is not call.arrays.operands:
+        call = call._replace(arrays=call.arrays._replace(operands=operands))
+    return call
 
 
 def _take(steps: list[Step]) -> None:
@@ -222,10 +228,10 @@ def warmup() -> list[str]:
     for kind, bfloat16_products in [(kind, kind == "bfloat16") for kind in COMPUTED] + [("f", True)]:
         for module in (prefill, key_weight):
             names.append(_compile(module, kind, narrow.operand(kind, bfloat16_products), kind))
-    for kind, computed in COMPUTED.items():
+    for kind in COMPUTED:
         products = decode.operand(kind, kind == "bfloat16", kind)
-        names.append(_compile(decode, kind, products, kind))
-        names.append(_compile(key_weight, kind, computed, kind))
+        for module in (decode, decode_weight):
+            names.append(_compile(module, kind, products, kind))
     return names
 
 

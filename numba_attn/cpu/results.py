@@ -51,6 +51,12 @@ def read(column, row):
 
 
 @device
+def read_norm(norms, row):
+    """The reference of a row, and log2 of its sum."""
+    return read(norms, row), get(norms.data, row * norms.row + norms.row // 2)
+
+
+@device
 def write(column, row, value):
     if column.wanted:
         put(column.data, row * column.row, value)
@@ -72,9 +78,8 @@ def read_norms(norms, first, rows, lanes, block, memory, at):
     """
     coarse, most = False, COARSE if memory.itemsize == 4 else COARSE_DOUBLE
     for lane in range((rows + lanes - 1) // lanes * lanes):
-        row = (first + min(lane, rows - 1)) * norms.row
-        memory[at + lane] = get(norms.data, row)
-        memory[at + block + lane] = get(norms.data, row + norms.row // 2) if lane < rows else math.inf
+        reference, log_total = read_norm(norms, first + min(lane, rows - 1))
+        memory[at + lane], memory[at + block + lane] = reference, log_total if lane < rows else math.inf
         coarse = coarse or abs(memory[at + lane]) > most
     return coarse
 
