@@ -29,6 +29,24 @@ def _cached(case: Case, dtype: str = "float32", **kept: Any) -> Prepared:
     return Prepared(call, lambda out: out.astype(np.float32), cache.nbytes)
 
 
+def _weights(case: Case) -> Prepared:
+    """With the weight of each key, as for caches that drop those of the least."""
+    query, cache = _cache(case)
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, return_aux=("key_weight",))
+    return Prepared(call, lambda found: np.asarray(found[0]), cache.nbytes)
+
+
+def _masked(case: Case) -> Prepared:
+    """With a function that masks what is not there."""
+    (query, cache), length = _cache(case), case.Lk
+
+    def exists(b, h, i, j):  # type: ignore[no-untyped-def]
+        return j < length
+
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, mask_mod=exists)
+    return Prepared(call, np.asarray, cache.nbytes)
+
+
 def _paged(case: Case) -> Prepared:
     """In pages whose order is any."""
     query, key, value = case.arrays()
@@ -169,6 +187,8 @@ FORMS: dict[str, Callable[[Case], Prepared]] = {
     "int8 float32": functools.partial(_cached, quantize="int8"),
     "int4 float32": functools.partial(_cached, quantize="int4"),
     "paged": _paged,
+    "weights": _weights,
+    "masked": _masked,
     "function": _function,
     "token": _token,
     "varlen": _varlen,

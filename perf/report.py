@@ -47,6 +47,8 @@ COMPARED = (
     ("ONNX Runtime's int8 / ours, of float32", "onnx_gqa int8", "ours int8 float32", True),
     ("its int4 / ours", "onnx_gqa int4", "ours int4 float32", True),
     ("pages of 16 tokens / contiguous", "ours paged", "ours float32", False),
+    ("with a mask_mod / without", "ours masked", "ours float32", False),
+    ("with key_weight / without", "ours weights", "ours float32", False),
     ("tree / one token", "ours", "ours token", False),
     ("its mask as a function / as an array", "ours function", "ours", False),
     ("a call for each / packed", "ours loop", "ours varlen", True),
