@@ -100,7 +100,9 @@ MAY_IMPORT = {
         *("cpu.blocks", "cpu.emits", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.walk", "storage"),
     },
     "cpu.reading": {"cpu.jit", "cpu.pointers", "cpu.stored", "cpu.target", "cpu.walk"},
-    "cpu.short": {"cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target", "cpu.tiles"},
+    "cpu.short": {
+        *("cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.products", "cpu.simd", "cpu.softmax", "cpu.target"),
+    },
     "cpu.pointers": {"cpu.simd", "cpu.target"},
     "cpu.cache": {"cpu.target"},
     "cpu.compilers": set(),
@@ -111,7 +113,10 @@ MAY_IMPORT = {
     "cpu.fours": {"cpu.simd", "storage"},
     "cpu.narrow": {"checks", "cpu.fours", "cpu.simd", "cpu.target", "storage"},
     "cpu.stored": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.visible"},
-    "cpu.tiles": {"cpu.amx", "cpu.blocks", "cpu.emits", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.target"},
+    "cpu.products": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.target"},
+    "cpu.tiles": {
+        *("cpu.amx", "cpu.blocks", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd", "cpu.softmax", "cpu.target"),
+    },
     "cpu.mask_tiles": {"cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.simd", "block_mask"},
     "cpu.pack": {"cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target"},
     "cpu.dropout": {"cpu.blocks", "cpu.emits", "cpu.simd", "random"},
@@ -138,11 +143,11 @@ MAY_IMPORT = {
         *("cpu.amx", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.results"),
         *("cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.tuples", "cpu.workers", "block_mask"),
     },
-    "cpu.factors": {"cpu.emits", "cpu.narrow", "cpu.simd", "cpu.tiles", "cpu.walk"},
+    "cpu.factors": {"cpu.emits", "cpu.narrow", "cpu.products", "cpu.simd", "cpu.tiles", "cpu.walk"},
     "cpu.as_read": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.walk"},
     "cpu.mixing": {
-        *("cpu.as_read", "cpu.blocks", "cpu.emits", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.tiles"),
-        "cpu.walk",
+        *("cpu.as_read", "cpu.blocks", "cpu.emits", "cpu.factors", "cpu.narrow", "cpu.products", "cpu.simd"),
+        *("cpu.target", "cpu.walk"),
     },
     "cpu.rows": {"cpu.blocks", "cpu.emits", "cpu.factors", "cpu.simd", "cpu.softmax"},
     "cpu.results": {"cpu.softmax", "cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
@@ -152,8 +157,8 @@ MAY_IMPORT = {
         *("cpu.stored", "cpu.target", "cpu.tiles", "cpu.visible", "block_mask"),
     },
     "cpu.shares": {
-        *("cpu.jit", "cpu.pack", "cpu.pointers", "cpu.results", "cpu.row_block", "cpu.score", "cpu.softmax"),
-        "cpu.tuples",
+        *("cpu.jit", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.results", "cpu.row_block", "cpu.score"),
+        *("cpu.softmax", "cpu.tuples"),
     },
     "cpu.forward": {
         *("cpu.amx", "cpu.edges", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers"),
@@ -185,7 +190,9 @@ MAY_IMPORT = {
         *("cpu.call", "cpu.decode", "cpu.decode_weight", "cpu.forward", "cpu.key_weight", "cpu.narrow", "cpu.plan"),
         *("cpu.score", "cpu.target", "cpu.workers", "checks", "problem", "repeats", "storage", "threads"),
     },
-    "cpu.gradient_tiles": {"cpu.blocks", "cpu.emits", "cpu.plan", "cpu.simd", "cpu.softmax", "cpu.tiles"},
+    "cpu.gradient_tiles": {
+        *("cpu.blocks", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd", "cpu.softmax", "cpu.tiles"),
+    },
     "cpu.score_gradients": {
         *("cpu.blocks", "cpu.dropout", "cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack"),
         *("cpu.pointers", "cpu.score", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),

@@ -14,6 +14,7 @@ from tolerances import compute, exact
 
 from numba_attn import repeats, scaled_dot_product_attention, scaled_dot_product_attention_vjp, threads
 from numba_attn.cpu import attention, decode, forward, key_weight, score, shares, target
+from numba_attn.cpu.jit import OPTIONS
 from numba_attn.cpu.plan import plan, split_keys, splits_of
 
 
@@ -233,6 +234,11 @@ def test_plan(shape: tuple[int, ...], workers: int) -> None:
         assert shape[0] * cut.tasks >= 16, "too few tasks to finish together"
 
 
+@numba.njit(**OPTIONS)
+def blocks_of_share(heads, rows, alike, sizes):
+    return shares.blocks_of(shares.share_of(heads, 0, rows, alike, sizes), sizes)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 64])
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize(("group", "Lq"), [(1, 9), (4, 16), (7, 30), (32, 100), (6, 2000), (8, 4), (64, 2)])
@@ -246,8 +252,7 @@ def test_plan_of_heads_that_share_keys(group: int, Lq: int, alike: bool, workers
     assert cut.states <= limit
     sizes = forward.Sizes(128, 128, cut.keys, cut.block, 16)
     for rows in range(1, Lq + 1 if cut.tasks == 1 else 1):  # of a sequence that may be shorter
-        share = shares.share_of.py_func(cut.heads, 0, rows, alike, sizes)
-        assert shares.blocks_of.py_func(share, sizes) <= cut.states, "as many as there is memory for"
+        assert blocks_of_share(cut.heads, rows, alike, sizes) <= cut.states, "as many as there is memory for"
     if Lq <= 100:
         fit = max(1, cut.block // Lq) if alike else 1
         many = cut.heads * cut.blocks >= min(group, fit * limit) // 2

@@ -21,8 +21,9 @@ from numba import types
 
 from numba_attn.cpu import narrow
 from numba_attn.cpu.emits import emits
+from numba_attn.cpu.products import are_pairs
 from numba_attn.cpu.simd import BYTES, I1, I16, WORDS, Value, Vectors
-from numba_attn.cpu.tiles import are_pairs, pair_rows
+from numba_attn.cpu.tiles import pair_rows
 from numba_attn.cpu.walk import row_at
 
 MOST = 32767  # steps of the largest

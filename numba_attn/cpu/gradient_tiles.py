@@ -30,9 +30,10 @@ from numba_attn.cpu.blocks import (
 )
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
+from numba_attn.cpu.products import are_pairs, product, product_of_heads
 from numba_attn.cpu.simd import I16, Value, Vectors
 from numba_attn.cpu.softmax import exponent, probability
-from numba_attn.cpu.tiles import are_pairs, paired, product, product_of_heads
+from numba_attn.cpu.tiles import paired
 
 
 def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, norms, block, p, p_row, *, biased):

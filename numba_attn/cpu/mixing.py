@@ -11,9 +11,9 @@ from numba_attn.cpu.as_read import mix_one
 from numba_attn.cpu.blocks import for_rows, for_widths
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import Factors, factors_of, widened
+from numba_attn.cpu.products import are_pairs
 from numba_attn.cpu.simd import BYTES, I32, WORDS, Value, Vectors
 from numba_attn.cpu.target import MANY_REGISTERS
-from numba_attn.cpu.tiles import are_pairs
 from numba_attn.cpu.walk import (
     ALONE,
     FEW_OF_VALUES,

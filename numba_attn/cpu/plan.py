@@ -99,11 +99,22 @@ def plan(
     blocks = max(1, -(-rows // max(tasks, 1)))
     tasks, together, across = -(-rows // blocks), 1, 1
     if tasks == 1 and Lk > short:
-        fit_in_block = max(1, block // max(Lq, 1)) if alike else 1
+        fit_in_block = heads_in_block(Lq, block) if alike else 1
         most_heads = max(1, min(most // blocks * fit_in_block, heads // (4 * workers)))
-        together = -(-group // -(-group // most_heads))
-        across = -(-together // -(-together // fit_in_block))
+        together = evenly(group, most_heads)
+        across = evenly(together, fit_in_block)
     return Plan(keys, short, block, blocks, tasks, together, LEAST_KEYS, across)
+
+
+def heads_in_block(rows: int, block: int) -> int:
+    """Of how many heads all rows fit in a row block, one at least; compiled too."""
+    return max(1, block // max(1, rows))
+
+
+def evenly(count: int, most: int) -> int:
+    """The largest of the parts of a count that are as few as can be, and as even, with `most` at most; compiled too."""
+    parts = (count + most - 1) // most
+    return (count + parts - 1) // parts
 
 
 def split_keys(Hkv: int, rows: int, kv_length: int, block: int, keys: int, least: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
-from numba_attn.cpu import pack, softmax
+from numba_attn.cpu import pack, plan, softmax
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import address, holds_pairs, moved
 from numba_attn.cpu.results import any_wanted, statistics_of, write_statistics
@@ -23,14 +23,13 @@ Share = namedtuple("Share", "heads across first end")
 Block = namedtuple("Block", "head heads row rows count")
 
 
+evenly, heads_in_block = device(plan.evenly), device(plan.heads_in_block)
+
+
 @device
 def share_of(heads, first, end, alike, sizes):
     """Where heads are not `alike`, each has blocks of its own."""
-    across = 1
-    if alike and heads > 1:
-        fit = max(1, sizes.block // max(1, end - first))
-        blocks = (heads + fit - 1) // fit
-        across = (heads + blocks - 1) // blocks
+    across = evenly(heads, heads_in_block(end - first, sizes.block)) if alike else 1
     return Share(heads, across, first, end)
 
 

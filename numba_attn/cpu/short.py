@@ -8,10 +8,10 @@ from numba import types
 from numba_attn.cpu import narrow
 from numba_attn.cpu.blocks import for_rows
 from numba_attn.cpu.emits import emits
+from numba_attn.cpu.products import are_pairs, product
 from numba_attn.cpu.simd import BYTES, I1, I64, Value
 from numba_attn.cpu.softmax import share
 from numba_attn.cpu.target import MANY_REGISTERS
-from numba_attn.cpu.tiles import are_pairs, product
 
 # Vectors of the output, and rows of them that are accumulated at once.
 WHOLE = (

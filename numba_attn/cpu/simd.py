@@ -1,4 +1,4 @@
-"""A vector vocabulary on LLVM IR, in which the register tiles of `tiles.py` read like the mathematics.
+"""A vector vocabulary on LLVM IR, in which the register tiles of `products.py` read like the mathematics.
 
 `Vectors` appends operations on vectors of one element type and one width to an IR builder; `emits` has functions that
 use it called from Numba-compiled code.  Only generic vector IR is emitted (arithmetic, `llvm.fma`, shuffles, selects):
