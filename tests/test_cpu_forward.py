@@ -276,6 +276,20 @@ def test_long_heads_are_added_up_in_parts(dtype: str, large: float, masked: bool
     assert np.array_equal(vjp(np.ones_like(out)).value, np.full((2, 1), 6.0, dtype))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_weights_of_keys_where_references_differ(rows: int, sinks: bool) -> None:
+    """Of few rows, whose scores grow from one part of the keys to the next, far beyond what references of 0 allow."""
+    rng = np.random.default_rng(0)
+    query, key = np.full((4, rows, 8), 3.0), rng.standard_normal((2, 3000, 8)) + np.linspace(-20, 20, 3000)[:, None]
+    options = {"sinks": np.array([480.0, 0, 600, -600])} if sinks else {}
+    given = {"enable_gqa": True, "return_aux": ("key_weight",), **options}
+    for order in (slice(None), slice(None, None, -1)):
+        _, found = scaled_dot_product_attention(query, key[:, order], key[:, order], **given)
+        _, expected = scaled_dot_product_attention(query, key[:, order], key[:, order], backend="reference", **given)
+        np.testing.assert_allclose(found.key_weight, expected.key_weight, rtol=1e-9, atol=1e-280)
+
+
 def test_keys_are_split_by_the_sequence_alone() -> None:
     def splits(Hkv: int, rows: int, kv_length: int) -> int:
         keys = split_keys(Hkv, rows, kv_length, 24, 96, 2048)

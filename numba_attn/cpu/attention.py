@@ -37,7 +37,7 @@ class Step(NamedTuple):
 def forward(problem: Problem) -> MakeRepeat | None:
     """Compute `problem` and write its results; returns what tells how to do the same for other arrays."""
     sizes = problem.sizes
-    if problem.key_weight is not None and sizes.Lq == 0:
+    if problem.key_weight is not None:
         problem.key_weight[...] = 0
     if sizes.B * sizes.Hq * sizes.Lq == 0:
         return None
@@ -94,8 +94,8 @@ def _steps(
 
     if len(few):
         some = _part(call, few, for_few[1])
-        add(some, decode.prepared(some, for_few, heads_alike, threads_used))
-        if weights is not None:
+        add(some, decode.prepared(some, for_few, heads_alike, threads_used, weights))
+        if weights is not None and Lq > 1:
             add(some, decode_weight.prepared(some, for_few, weights, heads_alike, threads_used))
     if len(many):
         some = _part(call, many, kinds[1])

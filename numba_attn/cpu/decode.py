@@ -31,7 +31,14 @@ from numba_attn.cpu.pointers import (
     moved,
 )
 from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahead
-from numba_attn.cpu.results import fill_padding, statistics_of, write_statistics
+from numba_attn.cpu.results import (
+    column_of,
+    fill_padding,
+    scale_weights,
+    statistics_of,
+    write_statistics,
+    write_weights,
+)
 from numba_attn.cpu.score import (
     NO_NOTES,
     SCORE,
@@ -93,10 +100,12 @@ def packed(tile, stride, lanes, memory, at):
 
 
 @device
-def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, partial, tables, memory, careful):
+def attend(
+    arrays, sequences, functions, settings, cut, b, shared, low, high, partial, tables, key_weights, memory, careful
+):  # fmt: skip
     """Attend to the keys [low, high) of a key-value head: leaves the state of each block in `partial`.
 
-    Returns whether all of it is finite.
+    And of one row the probabilities against its reference, in `key_weights`.  Returns whether all of it is finite.
     """
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
@@ -173,6 +182,10 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
                     1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
                 )
             raising = True
+        if is_weighed(sequences, cut, b, key_weights):
+            for j in range(heads):
+                weight = column_of(key_weights, sequences.offsets[b, 8], first + j)
+                write_weights(weight, here.start, n, memory, at.scores + j, stride)
         if settings.threshold != 0:
             dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
         for start in range(here.start, here.stop, SUMMED):
@@ -201,7 +214,23 @@ def attend(arrays, sequences, functions, settings, cut, b, shared, low, high, pa
 
 
 @device
-def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
+def is_weighed(sequences, cut, b, key_weights):
+    """Whether weights of keys are written here: those of one row, which are its probabilities."""
+    return key_weights.size > 0 and cut.rows == 1 and sequences.intervals[b, 1] > 0
+
+
+@device
+def keys_of_split(sequences, settings, cut, b, shared_heads, split):
+    """The keys [low, high) of a split of a sequence."""
+    offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
+    first = max(0, offset - settings.left)
+    keys = split_size(kv_length - first, shared_heads)
+    low = (first // keys + split) * keys
+    return low, min(low + keys, kv_length, offset + cut.rows + settings.right)
+
+
+@device
+def finish(arrays, sequences, settings, cut, b, shared, partials, key_weights, memory):
     """Join the states of all splits of a key-value head, and write its results."""
     (Hq, _, D), Dv, lanes = arrays.q.shape, arrays.out.shape[2], VECTOR_BYTES // memory.itemsize
     Lq = cut.rows
@@ -214,6 +243,8 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
         first = shared * group + i * cut.heads
         count = min(cut.heads, (shared + 1) * group - first) * Lq
         state = state_of(partials[0], i, height, Dv, lanes)
+        first_reference = element(memory, at.low)
+        rows.copy(state.reference, first_reference)
         for s in range(1, cut.splits):
             other = state_of(partials[s], i, height, Dv, lanes)
             softmax.join(1, VECTOR_BYTES, state.reference, other.reference, kept, factors)
@@ -226,6 +257,14 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, memory):
                 memory[others + 3 * lanes + lane] = -math.inf
             softmax.join(1, VECTOR_BYTES, state.reference, element(memory, others), kept, factors)
             rows.weigh_rows(count, state.o, Dv_padded, kept)
+        if is_weighed(sequences, cut, b, key_weights):
+            for s in range(cut.splits):
+                of_split = first_reference if s == 0 else state_of(partials[s], i, height, Dv, lanes).reference
+                rows.parts(state.reference, of_split, factors)
+                low, high = keys_of_split(sequences, settings, cut, b, arrays.k.shape[0], s)
+                for j in range(count):
+                    weight = column_of(key_weights, sequences.offsets[b, 8], first + j)
+                    scale_weights(weight, low, high, memory[at.factors + j])
         rows.shares(state.reference, settings.gain, factors)
         rows.weigh_rows(count, state.o, Dv_padded, factors)
         partial, lane_0, valid = partials[0], state.lanes, sequences.intervals[b, 1]
@@ -269,10 +308,12 @@ def pack_queries(arrays, sequences, cut, b, shared, memory):
 
 
 @device
-def do_tasks(worker, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
+def do_tasks(
+    worker, memories, counters, tables, partials, finished, key_weights, arrays, sequences, functions, settings, cut
+):  # fmt: skip
     """Do tasks until there are none: partials is (key-value heads x splits, a state each), finished (heads, 1).
 
-    The tables of a worker are two of TABLE offsets.
+    The tables of a worker are two of TABLE offsets.  Weights of keys, (heads, keys), are empty, or 0 and to be written.
     """
     memory = memories[worker]
     align_stack()
@@ -286,17 +327,13 @@ def do_tasks(worker, memories, counters, tables, partials, finished, arrays, seq
         pair, split = task // cut.splits, task % cut.splits
         b, shared = sequences.numbers[pair // shared_heads, 0], pair % shared_heads
         own = cut_of(cut, arrays, sequences, b, VECTOR_BYTES // memory.itemsize)
-        offset, kv_length = sequences.intervals[b, 0], sequences.intervals[b, 2]
-        first = max(0, offset - settings.left)
-        keys = split_size(kv_length - first, shared_heads)
-        low = (first // keys + split) * keys
-        high = min(low + keys, kv_length, offset + own.rows + settings.right)
+        low, high = keys_of_split(sequences, settings, own, b, shared_heads, split)
         pack_queries(arrays, sequences, own, b, shared, memory)
         careful = np.bool_(False)
         while True:
             finite = attend(
                 arrays, sequences, functions, settings, own, b, shared, low, high, partials[task], tables[worker],
-                memory, careful,
+                key_weights, memory, careful,
             )  # fmt: skip
             if finite or careful:
                 break
@@ -304,16 +341,21 @@ def do_tasks(worker, memories, counters, tables, partials, finished, arrays, seq
             careful = np.bool_(True)
         if fetch_add(finished, pair) == cut.splits - 1:
             of_pair = partials[pair * cut.splits : (pair + 1) * cut.splits]
-            finish(arrays, sequences, settings, own, b, shared, of_pair, memory)
+            finish(arrays, sequences, settings, own, b, shared, of_pair, key_weights, memory)
 
 
 do_all_tasks = by_workers(do_tasks)
 
 
 @kernel
-def decode(launcher, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut):
+def decode(
+    launcher, memories, counters, tables, partials, finished, key_weights, arrays, sequences, functions, settings, cut
+):  # fmt: skip
     """`do_tasks`, by as many workers as there are memories."""
-    do_all_tasks(launcher, memories, counters, tables, partials, finished, arrays, sequences, functions, settings, cut)
+    do_all_tasks(
+        launcher, memories, counters, tables, partials, finished, key_weights, arrays, sequences, functions, settings,
+        cut,
+    )  # fmt: skip
 
 
 decode_through_pointer = through_pointer(decode.py_func)
@@ -339,9 +381,13 @@ def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:
     return WORDS if held in QUANTIZED and rounded and target.HAS_WORD_PRODUCTS else COMPUTED[kind]
 
 
-def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cutting:
+def prepared(
+    call: Call, kinds: Kinds, alike: bool, threads_used: int, key_weights: np.ndarray | None = None
+) -> Cutting:
     """How to compute calls like one of elements and operands of these `kinds`, on as many threads at most; heads that
     share keys at once, if treated `alike`.
+
+    Of sequences with one row, the weights of keys are written too, (Hq, Lk) of the first sequence, which are 0.
     """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Hkv, lanes = arrays.q.shape, len(arrays.k), VECTOR_BYTES // dtype.itemsize
@@ -350,6 +396,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
     heads, rows = group if alike else 1, min(Lq, MOST_ROWS, lanes)
     wide = 2 * lanes if kinds[1] in (PAIRS, WORDS) else lanes
     size, state = sizes_of(rows, heads, group, D, Dv, lanes, wide)
+    to_weigh = np.empty((0, 0), dtype) if key_weights is None else key_weights
 
     def cut_for(sequences: Sequences) -> Run:
         cut = Cut(rows, heads, group, splits_of(sequences, Hkv, rows, settings))
@@ -360,7 +407,7 @@ def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int) -> Cuttin
         def run(arrays: Arrays) -> None:
             partials, finished = np.empty((tasks, state), dtype), np.zeros((pairs, 1), np.int64)
             tables = np.empty((workers, 2, TABLE), np.int64)
-            start(tables, partials, finished, arrays, sequences, functions, settings, cut)
+            start(tables, partials, finished, to_weigh, arrays, sequences, functions, settings, cut)
 
         return run
 
@@ -374,6 +421,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         types.Array(types.int64, 3, "C"),
         types.Array(COMPUTED[kind], 2, "C"),
         types.Array(types.int64, 2, "C"),
+        types.Array(COMPUTED[kind], 2, "A"),
         *call_types(kind, operand, held),
         types.NamedUniTuple(types.int64, 4, Cut),
     )

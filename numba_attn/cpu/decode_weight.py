@@ -1,6 +1,7 @@
 """How much each key is attended to by few query rows, as `key_weight`, in a second pass with the products of `decode`.
 
-A task is a part of the keys of one key-value head, whose rows are read once for all query heads that share them.
+Of one row there is nothing to be added up: `decode` has its probabilities in the first pass.  A task is a part of the
+keys of one key-value head, whose rows are read once for all query heads that share them.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def do_tasks(worker, memories, counters, tables, weights, arrays, sequences, fun
         pair, low = task // parts, task % parts * keys
         b, shared = sequences.numbers[pair // shared_heads, 0], pair % shared_heads
         high = min(low + keys, sequences.intervals[b, 2] if settings.packed else Lk)
-        if low < high:
+        if low < high and sequences.intervals[b, 1] > 1:  # else `decode` has done so
             own = cut_of(cut, arrays, sequences, b, VECTOR_BYTES // memory.itemsize)
             pack_queries(arrays, sequences, own, b, shared, memory)
             weigh_keys(

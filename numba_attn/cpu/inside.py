@@ -67,7 +67,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
         decode.decode_through_pointer(
             codes[1:], 0, np.empty((1, splits.whole_lines(size)), out.dtype), counters,
             np.empty((1, 2, splits.TABLE), np.int64), partials, np.zeros((B * Hkv, 1), np.int64),
-            arrays, sequences, functions, settings, cut_rows,
+            none, arrays, sequences, functions, settings, cut_rows,
         )  # fmt: skip
         return
     block = plan.WIDEST * lanes

@@ -106,6 +106,17 @@ def _shares(v, state, gain, factors):
     v.store(share(v, v.load(state, v.bytes), gain), factors)
 
 
+def _copy(v, vector, to):
+    v.store(v.load(vector), to)
+
+
+def _parts(v, state, of_split, factors):
+    """factors = what probabilities against a split's reference are to be multiplied by, to be those of all keys."""
+    step = v.sub(v.load(of_split), v.load(state))
+    (power,) = v.exp2(step)
+    v.store(v.mul(power, share(v, v.load(state, v.bytes), v.number(1.0))), factors)
+
+
 spread = emits(_spread)
 gather = emits(_gather)
 add_across = emits(_add_across)
@@ -113,3 +124,5 @@ highest_across = emits(_highest_across)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)
 add_rows = emits(_add_rows)
 shares = emits(_shares)
+copy = emits(_copy)
+parts = emits(_parts)
