@@ -225,10 +225,7 @@ def _narrow(dtype: str, H: int, L: int, D: int, options: dict[str, Any]) -> Case
 
 LAST_OF_16384 = {**CAUSAL, "query_offset": 16384 - 16}
 # Forms of a cache, and what is done with it.
-CACHES = (
-    *("float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged"),
-    *("masked", "weights"),
-)
+CACHES = "float32", *SIXTEEN_BITS[1:], "int8", "int4", "int8 float32", "int4 float32", "paged", "masked", "weights"
 
 # What is measured.  "table": the rows of the README's comparison; "model": shapes of a sentence encoder; "narrow": of
 # 16-bit types; "variant": what changes scores, probabilities or results; "decode": one new token, with the keys of a

@@ -56,7 +56,7 @@ def make_norms_alike(problem: Problem) -> None:
     """
     sizes, norms, lengths = problem.sizes, problem.norms, problem.intervals.table[:, 1]
     assert norms is not None
-    few, _ = _by_rows(problem, sizes.B, sizes.Lq, _most_rows(problem))
+    few, _ = _by_rows(problem, sizes.B, sizes.Lq, _most_rows(problem, _share_blocks(problem)))
     large = [b for b in few[:, 0].tolist() if norms[b, :, : lengths[b], 0].any()]
     if large:
         value, out = problem.value[..., :0], problem.out[..., :0]
@@ -80,12 +80,12 @@ def _steps(
     alike = _share_blocks(problem)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv, alike)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
-    few, many = _by_rows(problem, B, Lq, _most_rows(problem) if Dv else 0)
+    few, many = _by_rows(problem, B, Lq, _most_rows(problem, alike) if Dv else 0)
     if wanted is not None:
         few, many = numbers(0), wanted
     # Products of few rows with keys as they are in memory: reading them is what takes time.
     for_few = kind, decode.operand(kind, problem.bfloat16_products, held), held
-    heads_alike = _heads_alike(problem)
+    heads_alike = alike or _heads_alike(problem)
     weights = problem.first_sequence().key_weight if problem.key_weight is not None and Lk else None
     steps: list[Step] = []
 
@@ -200,9 +200,9 @@ def _by_rows(problem: Problem, B: int, Lq: int, few: int) -> tuple[np.ndarray, n
     return everyone[short], everyone[~short]
 
 
-def _most_rows(problem: Problem) -> int:
-    """Query rows of a head that are few."""
-    alike = _share_blocks(problem) and (problem.storage is None or problem.storage.numbers not in QUANTIZED)
+def _most_rows(problem: Problem, alike: bool) -> int:
+    """Query rows of a head that are few, if those of heads that share keys can be in one block where `alike`."""
+    alike = alike and (problem.storage is None or problem.storage.numbers not in QUANTIZED)
     alike = alike and problem.score_mod is None  # whose passes over rows of several heads take longer than is saved
     lanes = target.VECTOR_BYTES // statistics_dtype(problem.query.dtype).itemsize
     return decode.most_rows(lanes, problem.sizes.Hq // problem.sizes.Hkv if alike else 1)

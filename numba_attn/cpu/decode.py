@@ -381,9 +381,7 @@ def operand(kind: str, bfloat16_products: bool, held: str) -> types.Type:
     return WORDS if held in QUANTIZED and rounded and target.HAS_WORD_PRODUCTS else COMPUTED[kind]
 
 
-def prepared(
-    call: Call, kinds: Kinds, alike: bool, threads_used: int, key_weights: np.ndarray | None = None
-) -> Cutting:
+def prepared(call: Call, kinds: Kinds, alike: bool, threads_used: int, key_weights: np.ndarray | None) -> Cutting:
     """How to compute calls like one of elements and operands of these `kinds`, on as many threads at most; heads that
     share keys at once, if treated `alike`.
 
