@@ -92,10 +92,11 @@ MAY_IMPORT = {
     },
     "cpu.plan": {"cpu.target"},
     "cpu.simd": {"cpu.target"},
+    "cpu.elementary": {"cpu.blocks", "cpu.simd"},
     "cpu.emits": {"cpu.simd", "cpu.target"},
     "cpu.walk": {"cpu.blocks", "cpu.simd", "cpu.target"},
     "cpu.blocks": {"cpu.plan", "cpu.simd", "cpu.target"},
-    "cpu.softmax": {"cpu.blocks", "cpu.emits", "cpu.simd"},
+    "cpu.softmax": {"cpu.blocks", "cpu.elementary", "cpu.emits", "cpu.simd"},
     "cpu.dots": {
         *("cpu.blocks", "cpu.emits", "cpu.factors", "cpu.narrow", "cpu.simd", "cpu.target", "cpu.walk", "storage"),
     },
@@ -115,7 +116,8 @@ MAY_IMPORT = {
     "cpu.stored": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.visible"},
     "cpu.products": {"cpu.blocks", "cpu.plan", "cpu.simd", "cpu.target"},
     "cpu.tiles": {
-        *("cpu.amx", "cpu.blocks", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd", "cpu.softmax", "cpu.target"),
+        *("cpu.amx", "cpu.blocks", "cpu.elementary", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd"),
+        *("cpu.softmax", "cpu.target"),
     },
     "cpu.mask_tiles": {"cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.simd", "block_mask"},
     "cpu.pack": {"cpu.blocks", "cpu.emits", "cpu.narrow", "cpu.simd", "cpu.softmax", "cpu.target"},
@@ -149,7 +151,7 @@ MAY_IMPORT = {
         *("cpu.as_read", "cpu.blocks", "cpu.emits", "cpu.factors", "cpu.narrow", "cpu.products", "cpu.simd"),
         *("cpu.target", "cpu.walk"),
     },
-    "cpu.rows": {"cpu.blocks", "cpu.emits", "cpu.factors", "cpu.simd", "cpu.softmax"},
+    "cpu.rows": {"cpu.blocks", "cpu.elementary", "cpu.emits", "cpu.factors", "cpu.simd", "cpu.softmax"},
     "cpu.results": {"cpu.softmax", "cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score"},
     "cpu.edges": {"cpu.jit", "cpu.pack", "cpu.pointers", "cpu.score", "cpu.softmax", "cpu.tiles"},
     "cpu.row_block": {
@@ -191,7 +193,8 @@ MAY_IMPORT = {
         *("cpu.score", "cpu.target", "cpu.workers", "checks", "problem", "repeats", "storage", "threads"),
     },
     "cpu.gradient_tiles": {
-        *("cpu.blocks", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd", "cpu.softmax", "cpu.tiles"),
+        *("cpu.blocks", "cpu.elementary", "cpu.emits", "cpu.plan", "cpu.products", "cpu.simd", "cpu.softmax"),
+        "cpu.tiles",
     },
     "cpu.score_gradients": {
         *("cpu.blocks", "cpu.dropout", "cpu.edges", "cpu.gradient_tiles", "cpu.jit", "cpu.narrow", "cpu.pack"),

@@ -11,6 +11,7 @@ import pytest
 from numba import njit, types
 
 from numba_attn.cpu.blocks import for_widths
+from numba_attn.cpu.elementary import exp2, tanh, tanh_in_place, tanh_of_tile
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.pointers import address
 from numba_attn.cpu.simd import BYTES, Vectors
@@ -51,14 +52,14 @@ def mapped(operation: Callable[..., Any], dtype: str, lanes: int) -> Callable[..
 def test_powers_of_two(dtype: str, bytes_of_vector: int) -> None:
     """By a polynomial or a table of roots, whatever a register allows: to two units, exact at integers, 0 far below."""
     lowest, lanes = {"float32": -100, "float64": -960}[dtype], bytes_of_vector // BYTES[TYPES[dtype]]
-    exp2 = mapped(lambda v, _, *xs: v.exp2(*xs), dtype, lanes)
+    powers = mapped(lambda v, _, *xs: exp2(v, *xs), dtype, lanes)
     x = np.random.default_rng(0).uniform(lowest, 60, 1 << 14).astype(dtype)
     exact = np.exp2(x.astype(np.longdouble))
-    assert np.max(np.abs(exp2(x) / exact - 1)) <= 2 * np.finfo(dtype).eps
+    assert np.max(np.abs(powers(x) / exact - 1)) <= 2 * np.finfo(dtype).eps
     wholes = np.resize(np.arange(lowest, 60), 1 << 10).astype(dtype)
-    assert np.array_equal(exp2(wholes), np.exp2(wholes))
+    assert np.array_equal(powers(wholes), np.exp2(wholes))
     special = np.resize(np.array([-np.inf, lowest - 1, -1e30, np.nan]), 1 << 6).astype(dtype)
-    assert np.array_equal(exp2(special), np.resize([0, 0, 0, np.nan], 1 << 6), equal_nan=True)
+    assert np.array_equal(powers(special), np.resize([0, 0, 0, np.nan], 1 << 6), equal_nan=True)
 
 
 @pytest.mark.parametrize("bytes_of_vector", [16, 32, 64])
@@ -66,10 +67,13 @@ def test_powers_of_two(dtype: str, bytes_of_vector: int) -> None:
 def test_hyperbolic_tangents(dtype: str, bytes_of_vector: int) -> None:
     x = np.random.default_rng(1).standard_normal(1 << 14).astype(dtype) * np.resize([1e-20, 1e-3, 1, 30], 1 << 14)
     x = x.astype(dtype)
-    tanh = mapped(lambda v, factor, *xs: v.tanh(factor, *xs), dtype, bytes_of_vector // BYTES[TYPES[dtype]])
+    lanes = bytes_of_vector // BYTES[TYPES[dtype]]
+    tangents = mapped(lambda v, factor, *xs: tanh(v, factor, *xs), dtype, lanes)
+    of_tile = mapped(lambda v, factor, *xs: tanh_of_tile(v, factor, xs), dtype, lanes)
     for factor in np.array([1, -0.3, 1e-5], dtype):
         exact = np.tanh(x.astype(np.longdouble) * factor)
-        assert np.max(np.abs(tanh(x, factor) / exact - 1)) <= 8 * np.finfo(dtype).eps
+        assert np.max(np.abs(tangents(x, factor) / exact - 1)) <= 8 * np.finfo(dtype).eps
+        assert np.array_equal(of_tile(x, factor), tangents(x, factor))
     special = np.resize(np.array([np.inf, -np.inf, np.finfo(dtype).max, 0, np.nan, 1, -1, 1e-20]), 1 << 6).astype(dtype)
     for factor, expected in [
         (1, [1, -1, 1, 0, np.nan, np.tanh(1), -np.tanh(1), 1e-20]),
@@ -77,7 +81,27 @@ def test_hyperbolic_tangents(dtype: str, bytes_of_vector: int) -> None:
         (-np.inf, [-1, 1, -1, 0, np.nan, -1, 1, -1]),  # 0, not NaN, as of a factor too large to be a number
         (1e-30, [1, -1, 1, 0, np.nan, 1e-30, -1e-30, 0]),
     ]:
-        assert np.allclose(tanh(special, factor), np.resize(expected, 1 << 6), 1e-5, 1e-40, equal_nan=True)
+        assert np.allclose(tangents(special, factor), np.resize(expected, 1 << 6), 1e-5, 1e-40, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_tangents_in_place(count: int) -> None:
+    """Of any number of vectors, and of no more."""
+    lanes = 4
+
+    def _tangents(v, x, n, factor):  # type: ignore[no-untyped-def]
+        tanh_in_place(Vectors(v.builder, v.dtype, lanes), factor, x, n)
+
+    emitted = emits(_tangents)
+
+    @njit
+    def run(x, n, factor):  # type: ignore[no-untyped-def]
+        emitted(address(x), n, factor)
+
+    x = np.random.default_rng(count).standard_normal((12, lanes)).astype(np.float32)
+    expected = np.concatenate([np.tanh(0.5 * x[:count]), x[count:]])
+    run(x, count, np.float32(0.5))
+    np.testing.assert_allclose(x, expected, 1e-6)
 
 
 def test_functions_apart_are_told_apart() -> None:

@@ -28,6 +28,7 @@ from numba_attn.cpu.blocks import (
     for_width,
     for_widths,
 )
+from numba_attn.cpu.elementary import exp2
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.products import are_pairs, product, product_of_heads
@@ -55,7 +56,7 @@ def _probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_
                 products = [acc[r * width + w] for r in range(first, min(first + AT_ONCE, height))]
                 extra = [v.load(v.at(bias, v.mul_index(j, bias_row)), w * v.bytes) if biased else zero for j in numbers]
                 exponents = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
-                powers = v.exp2(*(probability(v, x, log_total) for x in exponents))
+                powers = exp2(v, *(probability(v, x, log_total) for x in exponents))
                 for j, e, power in zip(numbers, extra, powers, strict=True):
                     kept = v.select(v.equal(e, lowest), masked, power) if biased else power
                     v.store(kept, v.at(p, v.mul_index(j, p_row)), w * v.bytes)
@@ -76,7 +77,7 @@ def _weights(v, width, s, n, scale, bias, bias_row, norms, block, p, p_row):
             extra = [v.load(v.at(bias, v.mul_index(number, bias_row)), here) for number in numbers]
             loaded = [v.load(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             xs = [exponent(v, x, factor, e, base) for x, e in zip(loaded, extra, strict=True)]
-            powers = v.exp2(*(probability(v, x, log_total) for x in xs))
+            powers = exp2(v, *(probability(v, x, log_total) for x in xs))
             for number, e, power in zip(numbers, extra, powers, strict=True):
                 v.store(v.select(v.equal(e, lowest), masked, power), v.at(p, v.mul_index(number, p_row)), here)
             return []

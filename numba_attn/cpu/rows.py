@@ -18,6 +18,7 @@ from functools import partial
 from numba import types
 
 from numba_attn.cpu.blocks import INFINITY
+from numba_attn.cpu.elementary import exp2
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import across, powers_of_two
 from numba_attn.cpu.simd import Value, Vectors
@@ -113,7 +114,7 @@ def _copy(v, vector, to):
 def _parts(v, state, of_split, factors):
     """factors = what probabilities against a split's reference are to be multiplied by, to be those of all keys."""
     step = v.sub(v.load(of_split), v.load(state))
-    (power,) = v.exp2(step)
+    (power,) = exp2(v, step)
     v.store(v.mul(power, share(v, v.load(state, v.bytes), v.number(1.0))), factors)
 
 

@@ -7,8 +7,6 @@ LLVM legalises it for any processor, and a wide vector is still right, if slow, 
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numpy.polynomial import chebyshev
 
 from numba_attn.cpu import target
 
@@ -61,19 +58,6 @@ Value = Any  # an ir.Value; llvmlite ships no types
 
 def offset_pointer(builder: ir.IRBuilder, pointer: Value, offset: Value) -> Value:
     return builder.gep(pointer, [offset], source_etype=I8)
-
-
-@functools.cache
-def exp2_polynomial(degree: int, entries: int = 1) -> list[float]:
-    """Coefficients, constant first, of a near-minimax 2**f on [-1/2, 1/2] / entries with value exactly 1 at 0.
-
-    1 + f * q(f), with q the Chebyshev series of (2**f - 1) / f, cut off.  The exact 1 makes exp2 exact at integers, so
-    that a running maximum that did not move rescales by exactly one.
-    """
-    half, terms = 1 / (2 * entries), range(degree + 12)
-    taylor = [math.log(2) ** (k + 1) / math.factorial(k + 1) * half**k for k in terms]
-    q = chebyshev.cheb2poly(chebyshev.poly2cheb(taylor)[:degree])
-    return [1.0, *(float(c) / half**k for k, c in enumerate(q))]
 
 
 class Vectors:
@@ -188,19 +172,6 @@ class Vectors:
     def div(self, a: Value, b: Value) -> Value:
         return self.builder.fdiv(a, b)
 
-    def quotient(self, a: Value, b: Value) -> Value:
-        """A / b for b of moderate size, to a unit in the last place, sooner than the division is done."""
-        if not target.HAS_AVX512 or (self.size, self.lanes) != (4, 16):
-            return self.div(a, b)
-        mask = ir.IntType(16)
-        kind = ir.FunctionType(self.type, [self.type, self.type, mask])
-        estimate = self._function("llvm.x86.avx512.rcp14.ps.512", kind)
-        r = self.builder.call(estimate, [b, self.constant(0.0), ir.Constant(mask, 0xFFFF)])
-        minus_b = self.sub(self.constant(0.0), b)
-        r = self.fma(self.fma(minus_b, r, self.constant(1.0)), r, r)
-        q = self.mul(a, r)
-        return self.fma(self.fma(minus_b, q, a), r, q)
-
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """A * b + c, in one rounding where the processor has it (a library call for every lane elsewhere)."""
         return self._call("llvm.fma" if target.HAS_FMA else "llvm.fmuladd", a, b, c)
@@ -233,6 +204,10 @@ class Vectors:
     def absolute(self, a: Value) -> Value:
         return self._call("llvm.fabs", a)
 
+    def with_sign(self, a: Value, b: Value) -> Value:
+        """|a| with the sign of b."""
+        return self._call("llvm.copysign", a, b)
+
     def maximum(self, a: Value, b: Value) -> Value:
         """The larger of each lane; `b` where either is NaN.  One instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
@@ -256,118 +231,30 @@ class Vectors:
         packed = self.builder.bitcast(condition, ir.IntType(self.lanes))
         return self.builder.icmp_unsigned("!=", packed, ir.Constant(packed.type, 0))
 
-    def exp2(self, *xs: Value) -> list[Value]:
-        """2**x of several vectors: a polynomial on the fraction, the exponent added as an integer.
-
-        Exactly 0 below a limit, far enough from the smallest normal number that products with what comes above it are
-        normal too: others take a processor a hundred times as long.  NaN stays NaN; x must stay below the largest
-        exponent.  The steps of all vectors are interleaved: one after the other, their long chains of dependent
-        operations fill the processor's scheduler and stall it.
-        """
-        b = self.builder
-        entries = self._lanes_of_one_register()
-        shift, limit = (23, -100.0) if self.size == 4 else (52, -960.0)
-        degree = {(4, 1): 6, (8, 1): 11, (4, 8): 3, (4, 16): 3, (8, 8): 7}[self.size, entries]
-        shift -= entries.bit_length() - 1
-        # 2**(i / entries), with i taken off where adding the exponent will put it.
-        roots = np.exp2(np.arange(entries) / entries).astype(f"f{self.size}").view(f"i{self.size}")
-        roots = (roots - (np.arange(entries, dtype=roots.dtype) << shift)).view(f"f{self.size}")
-        polynomial = exp2_polynomial(degree, entries)
-        at_limit, magic, *coefficients, at_roots = self._in_memory(
-            "exp2", [limit, 1.5 * 2.0**shift, *polynomial, np.resize(roots, self.lanes).tolist()]
-        )
-        low = at_limit()
-        # What comes of these has no meaning, and 0 is put in its place last: a part of the last operation with AVX-512.
-        below = [self.less(x, low) for x in xs]
-        # Adding 1.5 * 2**shift rounds to a multiple of 1 / entries and leaves it in the lowest mantissa bits.
-        rounder = magic()
-        shifted = [self.add(x, rounder) for x in xs]
-        whole = [self.sub(x, rounder) for x in shifted]
-        fraction = [self.sub(x, n) for x, n in zip(xs, whole, strict=True)]
-        shifts = ir.Constant(self.bits, [shift] * self.lanes)
-        numbers = [b.bitcast(x, self.bits) for x in shifted]
-        exponents = [b.shl(n, shifts) for n in numbers]
-        if entries > 1:
-            chosen = at_roots()
-            steps = [
-                b.add(b.bitcast(self._permute(chosen, n), self.bits), e)
-                for n, e in zip(numbers, exponents, strict=True)
-            ]
-            steps = [b.bitcast(step, self.type) for step in steps]
-            growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients[1:], fraction), strict=True)]
-            powers = [self.fma(step, g, step) for step, g in zip(steps, growth, strict=True)]
-        else:
-            square = [self.mul(f, f) for f in fraction]
-            # Even and odd powers apart: half the depth of Horner's rule for one multiplication.
-            even, odd = (self._horner(coefficients[start::2], square) for start in (0, 1))
-            power = [self.fma(o, f, e) for o, f, e in zip(odd, fraction, even, strict=True)]
-            bits = [b.add(b.bitcast(p, self.bits), n) for p, n in zip(power, exponents, strict=True)]
-            powers = [b.bitcast(x, self.type) for x in bits]
-        return [self.select(x, self.constant(0.0), power) for x, power in zip(below, powers, strict=True)]
-
-    def _lanes_of_one_register(self) -> int:
+    def lanes_of_one_register(self) -> int:
         """Lanes of a vector, if it is a register whose lanes another may be made of in any order; 1 otherwise."""
         any_order = {64: target.HAS_AVX512, 32: target.HAS_AVX2 and self.size == 4}
         return self.lanes if any_order.get(self.bytes, False) else 1
 
-    def _permute(self, x: Value, lanes: Value) -> Value:
+    def permute(self, x: Value, lanes: Value) -> Value:
         """Lane n of the result is the lane of x that the lowest bits of lane n of `lanes` say."""
         kind = ir.FunctionType(self.type, [self.type, self.bits])
         wide = f"avx512.permvar.{'sf' if self.size == 4 else 'df'}.512"
         name = wide if self.bytes == 64 else "avx2.permps"
         return self.builder.call(self._function(f"llvm.x86.{name}", kind), [x, lanes])
 
-    def tanh(self, factor: Value, *xs: Value) -> list[Value]:
-        """Hyperbolic tangent of factor * x, for several vectors, to a few units in the last place, of tiny ones too.
+    def permute_two(self, x: Value, y: Value, lanes: Value) -> Value:
+        """The same of 16 lanes of x and as many of y, of float32 and with AVX-512."""
+        kind = ir.FunctionType(self.type, [self.type, self.bits, self.type])
+        return self.builder.call(self._function("llvm.x86.avx512.vpermi2var.ps.512", kind), [x, lanes, y])
 
-        With expm1(2 y) = e: e / (e + 2).  And with 2 y log2(e) = n + f, where 2**f - 1 = f * q(f) loses nothing,
-        e = 2**n * (f * q(f)) + (2**n - 1).
-        """
-        b = self.builder
-        shift, largest, bias, degree = (23, 40.0, 127, 6) if self.size == 4 else (52, 80.0, 1023, 11)
-        magic, *coefficients = self._in_memory("tanh", [1.5 * 2.0**shift, *exp2_polynomial(degree)[1:]])
-        scaled, limit = self._within(b.fmul(factor, self.number(2 / math.log(2))), largest)
-        high, low, steepness, rounder = self.splat(limit), self.splat(b.fneg(limit)), self.splat(scaled), magic()
-        # NaN stays: the comparisons do not hold.
-        clamped = [self.select(self.less(high, x), high, x) for x in xs]
-        clamped = [self.select(self.less(x, low), low, x) for x in clamped]
-        shifted = [self.fma(x, steepness, rounder) for x in clamped]
-        minus_whole = [self.sub(rounder, n) for n in shifted]
-        fraction = [self.fma(x, steepness, n) for x, n in zip(clamped, minus_whole, strict=True)]
-        growth = [self.mul(f, q) for f, q in zip(fraction, self._horner(coefficients, fraction), strict=True)]
-        shifts, one = (ir.Constant(self.bits, [c] * self.lanes) for c in (shift, bias << shift))
-        powers = [b.bitcast(b.add(b.shl(b.bitcast(n, self.bits), shifts), one), self.type) for n in shifted]
-        e = [self.fma(p, g, self.sub(p, self.constant(1.0))) for p, g in zip(powers, growth, strict=True)]
-        return [self.quotient(x, self.add(x, self.constant(2.0))) for x in e]
-
-    def _within(self, factor: Value, most: float) -> tuple[Value, Value]:
-        """A finite factor, and the x for which factor * x is as large as `most`.
-
-        That is infinity for a factor of 0, whose products with infinity stay NaN, and for no other.
-        """
-        b, largest, zero = self.builder, self.number(self.largest), self.number(0.0)
-        negative = b.fcmp_ordered("<", factor, zero)
-        size = b.select(negative, b.fneg(factor), factor)
-        size = b.select(b.fcmp_ordered("<", largest, size), largest, size)
-        limit = b.fdiv(self.number(most), size)
-        too_large = b.and_(b.fcmp_ordered("<", largest, limit), b.fcmp_ordered("<", zero, size))
-        return b.select(negative, b.fneg(size), size), b.select(too_large, largest, limit)
-
-    def _horner(self, coefficients: Sequence[Callable[[], Value]], xs: Sequence[Value]) -> list[Value]:
-        """A polynomial, constant first, of several vectors."""
-        values = [coefficients[-1]()] * len(xs)
-        for coefficient in reversed(coefficients[:-1]):
-            c = coefficient()
-            values = [self.fma(value, x, c) for value, x in zip(values, xs, strict=True)]
-        return values
-
-    def _in_memory(self, name: str, rows: Sequence[float | Sequence[float]]) -> list[Callable[[], Value]]:
+    def in_memory(self, name: str, rows: Sequence[float | Sequence[float]]) -> list[Callable[[], Value]]:
         """Constants of a function, a whole vector each, that are loaded where they are used: by calling them.
 
         Constants that LLVM knows it would load before the loops, and then spill: there are more than registers.
         """
         module, kind = self.builder.module, ir.ArrayType(self.type, len(rows))
-        name = f"numba_attn.{name}.{self.type.element}"
+        name = f"numba_attn.{name}.{self.lanes}.{self.type.element}"
         if name not in module.globals:
             table = ir.GlobalVariable(module, kind, name)
             table.linkage, table.global_constant, table.align = "internal", True, self.bytes

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, for_keys, for_rows, for_vectors
+from numba_attn.cpu.elementary import exp2, tanh_in_place
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.simd import I1, I64, Value, Vectors
 
@@ -97,13 +98,7 @@ def accept(
 
 def _cap(v, width, s, n, scale, softcap):
     """s = tanh(scale * s / softcap)."""
-    factor = v.builder.fdiv(scale, softcap)
-
-    def vector(at: Value) -> None:
-        (y,) = v.tanh(factor, v.load(s, at))
-        v.store(y, s, at)
-
-    for_vectors(v, v.mul_index(width, n), vector)
+    tanh_in_place(v, v.builder.fdiv(scale, softcap), s, v.mul_index(width, n))
 
 
 def _settle(v, width, s, n, scale, bias, source, source_row):
@@ -176,7 +171,7 @@ def _move_reference(v, width, top, reference, best, total, moment, correction):
         new = v.select(moves, highest, old)
         step = v.sub(old, new)
         # Downwards only where there has been no key before, and so nothing to correct.
-        (factor,) = v.exp2(v.select(v.less(zero, step), zero, step))
+        (factor,) = exp2(v, v.select(v.less(zero, step), zero, step))
         v.store(new, reference, here)
         v.store(factor, correction, here)
         moved = v.mul(v.fma(step, sums, v.load(moment, here)), factor)
@@ -223,7 +218,7 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
             at = [v.at(v.at(s, v.mul_index(number, row)), here) for number in numbers]
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), here)) for number in numbers]
             xs = [exponent(v, v.load(to), factor, e, base) for to, e in zip(at, extra, strict=True)]
-            powers = v.exp2(*(at_most(v, x, most) for x in xs))
+            powers = exp2(v, *(at_most(v, x, most) for x in xs))
             for x, e, power, to in zip(xs, extra, powers, at, strict=True):
                 kept = v.select(v.equal(e, lowest), masked, power)
                 # Where masked, x is -inf or NaN, which is not the maximum.
@@ -253,7 +248,7 @@ def _add_sink(v, width, sink, reference, total, moment):
 
     def vector(here: Value) -> None:
         x = at_most(v, v.sub(logit, v.load(reference, here)), v.constant(HEADROOM))
-        (power,) = v.exp2(x)
+        (power,) = exp2(v, x)
         v.store(v.add(v.load(total, here), power), total, here)
         v.store(v.fma(power, x, v.load(moment, here)), moment, here)
 
@@ -282,7 +277,7 @@ def _weigh(v, width, s, n, scale, bias, bias_row, reference, log_total, sums):
             extra = [v.load(v.at(v.at(bias, v.mul_index(number, bias_row)), w)) for number in numbers]
             loaded = [v.load(v.at(v.at(s, v.mul_index(number, row)), w)) for number in numbers]
             xs = [exponent(v, x, factor, e, base) for x, e in zip(loaded, extra, strict=True)]
-            powers = v.exp2(*(probability(v, x, log_sum) for x in xs))
+            powers = exp2(v, *(probability(v, x, log_sum) for x in xs))
             return [
                 v.add(total, v.select(v.equal(e, lowest), zero, power))
                 for total, e, power in zip(added, extra, powers, strict=True)
@@ -329,7 +324,7 @@ def _join(v, width, row, state, other, kept, factors):
         new = v.maximum(v.select(none, lowest, reference), v.select(none_2, lowest, reference_2))
         new = v.select(v.equal(new, lowest), reference, new)
         steps = v.select(none, zero, v.sub(reference, new)), v.select(none_2, zero, v.sub(reference_2, new))
-        keep, factor = v.exp2(*steps)
+        keep, factor = exp2(v, *steps)
 
         def moved(step: Value, total: Value, moment: Value, by: Value) -> Value:
             # Where nothing is left, the step may be beyond what a product of it can be.

@@ -20,6 +20,7 @@ from numba import types
 
 from numba_attn.cpu import amx, target
 from numba_attn.cpu.blocks import AT_ONCE, INFINITY, LOG2_E, fill_rows, for_rows, for_vectors, for_width
+from numba_attn.cpu.elementary import exp2, tanh_of_tile
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.plan import HEIGHTS, WIDEST
 from numba_attn.cpu.products import ahead_of, are_pairs, ask_for_rows, product, product_of_heads
@@ -129,23 +130,23 @@ def _capped_probabilities(
 
     def exponents(products: list[Value], base: Value, _: list[tuple[Value, Value]]) -> Exponents:
         base = v.sub(v.constant(0.0), base)
-        return [v.fma(y, factor, base) for y in v.tanh(steepness, *products)], []
+        return [v.fma(y, factor, base) for y in products], []
 
-    # A longer chain of operations for each, so more of them at once.
     return _exponentials(
         v, width, k, k_row, k_step, n, D, qt, exponents, reference, best, total, sums, top, p, (ahead, ahead_size),
-        at_once=4,
+        change=partial(tanh_of_tile, v, steepness),
     )  # fmt: skip
 
 
 def _exponentials(
     v, width, k, k_row, k_step, n, D, qt, exponents_of, reference, best, total, sums, top, p, ahead, moment=None,
-    at_once=AT_ONCE,
+    change=None,
 ):  # fmt: skip
     """Of `_probabilities`, for exponents as `exponents_of` makes them of a few products.
 
     It gets the reference, and the number of the key and the vector's place in a row of each product.  With a `moment`
-    it and what is added to it by this tile are as in `exponentiate`.
+    it and what is added to it by this tile are as in `exponentiate`.  All products of a register tile go through
+    `change` first.
     """
     for w in range(width):
         v.store(v.constant(-INFINITY), top, w * v.bytes)
@@ -154,20 +155,17 @@ def _exponentials(
             v.store(v.constant(0.0), moment[1], w * v.bytes)
     row, moments = v.index(width * v.bytes), None if moment is None else moment[1]
     _exponentials_of_part(
-        v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments, at_once, ahead
+        v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments, ahead, change
     )
     added = [(total, sums), *([] if moment is None else [moment])]
     return accept(v, v.index(width), top, reference, best, added, ir.Constant(I1, 0))
 
 
 def _exponentials_of_part(
-    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None, at_once=AT_ONCE,
-    ahead=None,
+    v, width, row, k, k_row, k_step, n, D, qt, exponents_of, reference, sums, top, p, moments=None, ahead=None,
+    change=None,
 ):  # fmt: skip
-    """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes.
-
-    So many exponents of a query are made at once.
-    """
+    """Of `_exponentials`, for n keys and the vectors that are wanted of blocks with rows of so many bytes."""
     pairs = are_pairs(v, "k")
     on_tiles = pairs and target.BFLOAT16 == "amx"
     # Exponentials are most of the code: the widest register tiles have one height, what is left are single keys.
@@ -187,19 +185,20 @@ def _exponentials_of_part(
             asked = ahead_of(v, ahead, v.mul_index(i, D), height, width)
             keys = v.at(k, v.mul_index(i, k_row))
             acc = product_of_heads(v, keys, k_row, k_step, qt, D, height, width, pairs, row, asked)
+        acc = change(acc) if change else acc
         p_i = v.at(p, v.mul_index(v.half(i) if pairs else i, row))
         for w in range(width):
             base = v.load(reference, w * v.bytes)
             highest, total_p = v.load(top, w * v.bytes), v.load(sums, w * v.bytes)
             weighted = None if moments is None else v.load(moments, w * v.bytes)
-            for first in range(0, height, at_once):
-                rows = range(first, min(first + at_once, height))
+            for first in range(0, height, AT_ONCE):
+                rows = range(first, min(first + AT_ONCE, height))
                 at = [(v.add_index(i, r), v.index(w * v.bytes)) for r in rows]
                 exponents, masked = exponents_of([acc[r * width + w] for r in rows], base, at)
                 for x in exponents:
                     # Where masked, x is -inf or NaN, which is not the maximum.
                     highest = v.maximum(x, highest)
-                powers = v.exp2(*exponents)
+                powers = exp2(v, *exponents)
                 for r, is_masked in enumerate(masked):
                     powers[r] = v.select(is_masked, v.constant(-0.0), powers[r])
                 for x, power in zip(exponents, powers, strict=True):
