@@ -50,10 +50,11 @@ def keys_of_vectors(first, end, width, memory, at):
 
 
 @device
-def exponentiate(k, tile, width, scale, state, scores, sizes, memory, at):
+def exponentiate(k, ahead, tile, width, scale, state, scores, sizes, memory, at):
     """Exponentiate scores where they are made, of a tile with something added to them, part by part.
 
-    Returns whether that is done, see `tiles.probabilities`.
+    The keys that are `ahead` are asked for with those that all rows attend to.  Returns whether that is done, see
+    `tiles.probabilities`.
     """
     vector = sizes.lanes * memory.itemsize
     row, pairs = width * vector, holds_pairs(k.data)
@@ -64,11 +65,12 @@ def exponentiate(k, tile, width, scale, state, scores, sizes, memory, at):
         start, n, first, end = part_of(number, width, memory, at)
         if n == 0:
             continue
+        asked = ahead.size if end - first == width else 0
         here, p = first * vector, moved(scores, (start // 2 if pairs else start) * row)
         tiles.biased_probabilities(
             end - first, row, moved(k.data, start * k.row), k.row, k.step, n, sizes.D, moved(state.qt, here), scale,
             moved(tile.added, start * tile.row + here), tile.row, moved(state.reference, here),
-            moved(sums, here), moved(top, here), moved(p, here),
+            moved(sums, here), moved(top, here), moved(p, here), moved(ahead.data, start * sizes.D * asked), asked,
         )  # fmt: skip
         tiles.mask_vectors(first, row, p, n, k.data)
         tiles.mask_vectors(width - end, row, moved(p, end * vector), n, k.data)

@@ -38,6 +38,7 @@ from numba_attn.cpu.row_block import (
 from numba_attn.cpu.score import (
     COPIES_TILES,
     ON_TILES,
+    Ahead,
     Arrays,
     Call,
     Cutting,
@@ -79,8 +80,6 @@ from numba_attn.cpu.workers import by_workers
 # How the problem is cut, see plan.Plan, and of how many tiles in a row it is noted what the mask leaves of them: 0 if
 # that is not worth it; and splits of the keys of a sequence, the most that one has, and whether each is a task.
 Cut = namedtuple("Cut", "keys short block blocks states lanes columns heads alike split splits parted")
-# Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
-Ahead = namedtuple("Ahead", "data size")
 
 MOST_NOTES = 1 << 20  # on what a mask leaves of tiles, in each worker's memory
 PACKED_ROWS = 192  # query rows of a task from which packing its tiles of values is worth it

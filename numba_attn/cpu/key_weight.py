@@ -23,6 +23,7 @@ from numba_attn.cpu.results import column_of, norms_of, read_norms, write
 from numba_attn.cpu.score import (
     NO_NOTES,
     ON_TILES,
+    Ahead,
     Call,
     Cutting,
     Kinds,
@@ -106,7 +107,9 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             if copying:
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands, copying)
-            unit = score(head, k_tile, settings, here, row, rows, 1, sizes, qt, scores, memory, at)
+            unit = score(
+                head, k_tile, Ahead(k_tile.data, 0), settings, here, row, rows, 1, sizes, qt, scores, memory, at
+            )
             to = moved(sums, (here.start - low) * lanes * memory.itemsize)
             reference, log_total = element(memory, at.norms), element(memory, at.norms + block)
             softmax.weigh(width, scores, n, unit, here.added, here.row, reference, log_total, to)

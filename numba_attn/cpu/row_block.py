@@ -228,12 +228,14 @@ def exponentiate_tile(
         # What is settled cannot be done again.
         raising = raising or is_settled(head, here)
     if fusing and not full:
-        done = fused = edges.exponentiate(k_tile, here, width, settings.scale_2, state, scores, sizes, memory, at)
+        done = fused = edges.exponentiate(
+            k_tile, ahead, here, width, settings.scale_2, state, scores, sizes, memory, at
+        )
     if fusing and not done:
         raising = True
         rising |= (head.slope == 0) << i
     while not done:
-        unit = score(head, k_tile, settings, here, row, rows, heads, sizes, state.qt, scores, memory, at)
+        unit = score(head, k_tile, ahead, settings, here, row, rows, heads, sizes, state.qt, scores, memory, at)
         moving = 2 if raising else 0
         for _ in range(2):
             if moving == 2:

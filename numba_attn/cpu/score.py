@@ -32,6 +32,8 @@ NO_NOTES = Notes(-1, 0)
 # Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), whether that is anything, and
 # whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted from the start.
 Tile = namedtuple("Tile", "start stop added row kept edged")
+# Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
+Ahead = namedtuple("Ahead", "data size")
 
 # The arrays of a call, (heads, rows, columns) of the first sequence.  lse, max_score and entropy are (heads, rows) and
 # norms, see `results`, (heads, rows, 2), empty where not wanted; slopes (1 or B, Hq), sinks (Hq,) and states, see
@@ -276,10 +278,13 @@ def keys_of(k, start, first, copied, D, operands, copying):
 
 
 @device
-def score(head, k, settings, tile, row, rows, heads, sizes, qt, scores, memory, at):
-    """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2."""
-    n = tile.stop - tile.start
-    tiles.scores((rows * heads + sizes.lanes - 1) // sizes.lanes, k.data, k.row, k.step, n, sizes.D, qt, scores)
+def score(head, k, ahead, settings, tile, row, rows, heads, sizes, qt, scores, memory, at):
+    """Write the scores of a tile, of keys k; by what they are to be multiplied to be of base 2.
+
+    Keys that are `ahead` are asked for.
+    """
+    n, width = tile.stop - tile.start, (rows * heads + sizes.lanes - 1) // sizes.lanes
+    tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores, ahead.data, ahead.size)
     return change(head, settings, tile, row, rows, heads, sizes, scores, memory, at)
 
 

@@ -163,7 +163,7 @@ def score_gradients(
     elif plain:
         probabilities_of_parts(k, qt, tile, width, settings.scale_2, norms, block, p, p_row, sizes, memory, at)
     else:
-        tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores)
+        tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores, k.data, 0)
         natural, unit = cap(settings, tile, width, scores), base_2(settings, memory)
         if settings.softcap != 0:
             gradient_tiles.cap_growth(width, scores, n, element(memory, at.growth))
@@ -189,5 +189,5 @@ def score_gradients(
         keep, keep_row = element(memory, at.keep), block_row
         pack.fill_lanes(keep, settings.gain, width * n)
         dropout.drop(width, keep, n, settings.threshold, settings.seed, head.b, head.h, row, tile.start)
-    tiles.scores(width, value.data, value.row, value.step, n, sizes.Dv, gt, scores)
+    tiles.scores(width, value.data, value.row, value.step, n, sizes.Dv, gt, scores, value.data, 0)
     gradient_tiles.differentiate(width, scores, n, keep, keep_row, growth, growth_row, delta, p, ds, p_row)

@@ -31,15 +31,16 @@ from numba_attn.cpu.target import MANY_REGISTERS
 Exponents = tuple[list[Value], list[Value]]  # of a few keys, and which lanes are masked, if any are
 
 
-def _scores(v, width, k, k_row, k_step, n, D, qt, s):
-    """s = k.qt."""
+def _scores(v, width, k, k_row, k_step, n, D, qt, s, ahead, ahead_size):
+    """s = k.qt; the n rows of D elements that begin `ahead`, of so many bytes each, are asked for."""
     row, pairs = width * v.bytes, are_pairs(v, "k")
     if pairs and target.BFLOAT16 == "amx":
         amx.product(v, k, k_row, qt, width, n, D, s, adding=False)
         return
 
     def tile(i: Value, height: int) -> None:
-        acc = product_of_heads(v, v.at(k, v.mul_index(i, k_row)), k_row, k_step, qt, D, height, width, pairs)
+        asked, keys = ahead_of(v, (ahead, ahead_size), v.mul_index(i, D), height, width), v.at(k, v.mul_index(i, k_row))
+        acc = product_of_heads(v, keys, k_row, k_step, qt, D, height, width, pairs, ahead=asked)
         s_i = v.at(s, v.mul_index(i, row))
         for x in range(height * width):
             v.store(acc[x], s_i, x * v.bytes)
@@ -85,7 +86,9 @@ def _plain_exponents(v: Vectors, scale: Value) -> Callable[..., Exponents]:
     return exponents
 
 
-def _biased_probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, sums, top, p):
+def _biased_probabilities(
+    v, width, row, k, k_row, k_step, n, D, qt, scale, bias, bias_row, reference, sums, top, p, ahead, ahead_size
+):  # fmt: skip
     """The same for exponents of scale * k.qt + bias - reference, of a part of a tile: p = -0.0 where the bias is -inf.
 
     Rows of qt and p are `row` bytes apart, as some vectors of the block may not be in it.  The part is added to sums
@@ -98,7 +101,9 @@ def _biased_probabilities(v, width, row, k, k_row, k_step, n, D, qt, scale, bias
         xs = [v.fma(x, factor, v.sub(e, base)) for x, e in zip(products, extra, strict=True)]
         return xs, [v.equal(e, lowest) for e in extra]
 
-    _exponentials_of_part(v, width, row, k, k_row, k_step, n, D, qt, exponents, reference, sums, top, p)
+    # Where registers are few, sums would make room for the addresses of what comes next.
+    later = (ahead, ahead_size) if MANY_REGISTERS else None
+    _exponentials_of_part(v, width, row, k, k_row, k_step, n, D, qt, exponents, reference, sums, top, p, ahead=later)
 
 
 def _sloped_probabilities(
