@@ -56,7 +56,7 @@ def make_norms_alike(problem: Problem) -> None:
     """
     sizes, norms, lengths = problem.sizes, problem.norms, problem.intervals.table[:, 1]
     assert norms is not None
-    few, _ = _by_rows(problem, sizes.B, sizes.Lq, _most_rows(problem, _share_blocks(problem)))
+    few, _ = _by_rows(problem, sizes.B, sizes.Lq, _most_rows(problem, _heads_alike(problem)))
     large = [b for b in few[:, 0].tolist() if norms[b, :, : lengths[b], 0].any()]
     if large:
         value, out = problem.value[..., :0], problem.out[..., :0]
@@ -77,7 +77,7 @@ def _steps(
     call, alive = call_of(problem, sizes, kinds[1])
 
     mean_rows = Lq if problem.packed is None else -(-problem.query.shape[-2] // B)
-    alike = _share_blocks(problem)
+    alike = _heads_alike(problem)
     whole = plan(B * Hq, Lq, Lk, D, Dv, dtype.itemsize, threads_used, mean_rows, Hkv, Hq // Hkv, alike)
     # Without values, probabilities are what is wanted: those of the second pass, by the same products, sum to 1.
     few, many = _by_rows(problem, B, Lq, _most_rows(problem, alike) if Dv else 0)
@@ -85,7 +85,6 @@ def _steps(
         few, many = numbers(0), wanted
     # Products of few rows with keys as they are in memory: reading them is what takes time.
     for_few = kind, decode.operand(kind, problem.bfloat16_products, held), held
-    heads_alike = alike or _heads_alike(problem)
     weights = problem.first_sequence().key_weight if problem.key_weight is not None and Lk else None
     steps: list[Step] = []
 
@@ -94,9 +93,9 @@ def _steps(
 
     if len(few):
         some = _part(call, few, for_few[1])
-        add(some, decode.prepared(some, for_few, heads_alike, threads_used, weights))
+        add(some, decode.prepared(some, for_few, alike, threads_used, weights))
         if weights is not None and Lq > 1:
-            add(some, decode_weight.prepared(some, for_few, weights, heads_alike, threads_used))
+            add(some, decode_weight.prepared(some, for_few, weights, alike, threads_used))
     if len(many):
         some = _part(call, many, kinds[1])
         add(some, prefill.prepared(some, kinds, whole, alike, threads_used))
@@ -208,13 +207,8 @@ def _most_rows(problem: Problem, alike: bool) -> int:
     return decode.most_rows(lanes, problem.sizes.Hq // problem.sizes.Hkv if alike else 1)
 
 
-def _share_blocks(problem: Problem) -> bool:
-    """Whether heads that share keys can be in one row block: sinks are added to whole blocks."""
-    return _heads_alike(problem) and problem.sinks is None
-
-
 def _heads_alike(problem: Problem) -> bool:
-    """Whether nothing but functions tells apart what rows of different heads attend to, and how."""
+    """Whether nothing but functions and sinks tells apart what rows of different heads attend to, and how."""
     mask, block_mask = problem.mask, problem.block_mask
     shared = mask is None or mask.ndim == 2 or mask.shape[-3] == 1 or mask.strides[-3] == 0
     tiles_shared = block_mask is None or block_mask.shape[1] == 1

@@ -101,18 +101,33 @@ def join_states(share, sizes, memory, operands, partials):
 
 @device
 def include_sinks(sinks, share, sizes, settings, operands, memory):
-    """Add a sink for each head, a logit in base 2, to the states; each head has blocks of its own then."""
+    """Add a sink for each head, a logit in base 2, to the states."""
     at, block = addressed(memory_map(sizes)), first_block(share, sizes)
     top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
+    of_lanes = element(memory, at.sums)
     for i in range(blocks_of(share, sizes)):
-        width, sink, state = width_of(block, sizes), sinks[block.head], state_of(memory, at, sizes, operands, i)
-        softmax.challenge(width, sink, state.reference, top)
+        width, state = width_of(block, sizes), state_of(memory, at, sizes, operands, i)
+        put_sinks(sinks, block, width, memory, at.sums)
+        softmax.challenge(width, of_lanes, state.reference, top)
         if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
             softmax.rescale(width, state.ot, sizes.Dv + 1, correction)
         if holds_pairs(address(operands)):
-            softmax.add_sink(width, sink, state.reference, rounded_sums(state, width, sizes), unused)
-        softmax.add_sink(width, sink, state.reference, state.total, state.moment)
+            softmax.add_sinks(width, of_lanes, state.reference, rounded_sums(state, width, sizes), unused)
+        softmax.add_sinks(width, of_lanes, state.reference, state.total, state.moment)
         block = next_block(share, block, sizes)
+
+
+@device
+def put_sinks(sinks, block, width, memory, start):
+    """The sink of each lane's head, from `start` on in memory; lanes without a row have the last one's."""
+    last = block.head + block.heads - 1
+    pack.fill_lanes(element(memory, start), sinks[last], width)
+    lane = start
+    for head in range(block.head, last):
+        sink = sinks[head]
+        for _ in range(block.rows):
+            memory[lane] = sink
+            lane += 1
 
 
 @device

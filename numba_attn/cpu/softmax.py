@@ -236,18 +236,16 @@ def _powers(v, width, s, n, scale, bias, bias_row, reference, sums, top, moments
     for_vectors(v, width, vector)
 
 
-def _challenge(v, width, sink, reference, top):
-    """top = how far a sink is above each reference: for `move_reference`."""
-    x = v.splat(sink)
-    for_vectors(v, width, lambda here: v.store(v.sub(x, v.load(reference, here)), top, here))
+def _challenge(v, width, sinks, reference, top):
+    """top = how far the sink of each lane is above its reference: for `move_reference`."""
+    for_vectors(v, width, lambda here: v.store(v.sub(v.load(sinks, here), v.load(reference, here)), top, here))
 
 
-def _add_sink(v, width, sink, reference, total, moment):
-    """Total and moment += those of the sink."""
-    logit = v.splat(sink)
+def _add_sinks(v, width, sinks, reference, total, moment):
+    """Total and moment += those of the sink of each lane."""
 
     def vector(here: Value) -> None:
-        x = at_most(v, v.sub(logit, v.load(reference, here)), v.constant(HEADROOM))
+        x = at_most(v, v.sub(v.load(sinks, here), v.load(reference, here)), v.constant(HEADROOM))
         (power,) = exp2(v, x)
         v.store(v.add(v.load(total, here), power), total, here)
         v.store(v.fma(power, x, v.load(moment, here)), moment, here)
@@ -367,7 +365,7 @@ powers_weighted = emits(partial(_powers, weighted=True))
 take_in = emits(partial(_take_in, weighted=False), returns=types.boolean)
 take_in_weighted = emits(partial(_take_in, weighted=True), returns=types.boolean)
 challenge = emits(_challenge)
-add_sink = emits(_add_sink)
+add_sinks = emits(_add_sinks)
 weigh = emits(_weigh)
 rescale = emits(_rescale)
 join = emits(_join)
