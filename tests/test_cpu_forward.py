@@ -377,10 +377,10 @@ def test_rows_of_heads_that_share_keys(dtype: str, group: int, Lq: int) -> None:
             assert all(np.array_equal(getattr(aux, name), getattr(aux_apart, name)) for name in wanted["return_aux"])
 
 
-@pytest.mark.parametrize("Lq", [1, 2, 3, 8])
+@pytest.mark.parametrize("Lq", [1, 2, 3, 8, 12])
 @pytest.mark.parametrize("kind", ["bool", "additive", "transposed", "of all rows"])
 def test_few_rows_and_a_mask_that_heads_share(kind: str, Lq: int) -> None:
-    """Query heads that share keys are done together, as without a mask; with a mask for each, one by one."""
+    """Query heads that share keys are done together, as without a mask; also with a mask for each."""
     rng = np.random.default_rng(0)
     query, key, value = (
         rng.standard_normal((2, H, L, 40)).astype(np.float32) for H, L in ((6, Lq), (2, 700), (2, 700))
@@ -398,7 +398,48 @@ def test_few_rows_and_a_mask_that_heads_share(kind: str, Lq: int) -> None:
     np.testing.assert_allclose(shared, exact, atol=2e-6)
     for_each = np.broadcast_to(mask, (2, 6, *mask.shape[2:])).copy()
     apart = scaled_dot_product_attention(query, key, value, for_each, enable_gqa=True)
-    np.testing.assert_allclose(shared, apart, atol=1e-6)
+    np.testing.assert_array_equal(shared, apart)
+
+
+@pytest.mark.parametrize("Lq", [1, 2, 3, 8, 12, 20])
+@pytest.mark.parametrize("kind", ["bool", "additive", "transposed", "of all rows", "empty", "slopes", "sinks"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_few_rows_of_heads_that_differ(dtype: str, kind: str, Lq: int) -> None:
+    """In masks, slopes or sinks, each of which is that of the lanes of its head."""
+    rng, Lk = np.random.default_rng(0), 700
+    query, key, value = (
+        rng.standard_normal((2, H, L, 40)).astype(dtype_of(dtype)) for H, L in ((8, Lq), (2, Lk), (2, Lk))
+    )
+    options: dict[str, Any] = {"is_causal": True, "query_offset": "bottom_right", "enable_gqa": True}
+    mask = rng.random((2, 8, Lq, Lk)) < 0.6
+    # Some have nothing but their last keys, the first ones, or none.
+    for b, (low, high) in enumerate([(600, Lk), (0, 90)]):
+        mask[b, 1, :, :low] = mask[b, 1, :, high:] = False
+    mask[1, 5] = False
+    if kind == "slopes":
+        options["alibi_slopes"] = np.array([0, 0.001, 3, -0.002, 0.01, 0, 0.3, 0.02]) * [[1], [-0.01]]
+    elif kind == "sinks":
+        options["sinks"] = np.array([0.0, 3, -30, -200, 60, 1, 2, -1])
+    elif kind == "empty":
+        mask[:, ::2] = False
+        options["attn_mask"] = mask
+    elif kind == "additive":
+        options["attn_mask"] = np.where(mask, rng.standard_normal(mask.shape), -np.inf).astype(np.float32)
+    elif kind == "transposed":
+        options["attn_mask"] = np.asfortranarray(mask)
+    else:
+        options["attn_mask"] = mask[:, :, :1] if kind == "of all rows" else mask
+    tolerance = {"float32": 5e-6, "float64": 1e-13, "bfloat16": 2e-2}[dtype]
+    for more in ({}, {"softcap": 5.0}, {"return_aux": ("lse", "entropy", "key_weight")}):
+        found, exact = (
+            scaled_dot_product_attention(query, key, value, **options, **more, backend=backend)
+            for backend in ("cpu", "reference")
+        )
+        if more.get("return_aux"):
+            (found, aux), (exact, aux_exact) = found, exact
+            for name in more["return_aux"]:
+                np.testing.assert_allclose(getattr(aux, name), getattr(aux_exact, name), 10 * tolerance, 10 * tolerance)
+        np.testing.assert_allclose(found.astype(np.float64), exact.astype(np.float64), tolerance, tolerance)
 
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])

@@ -208,11 +208,8 @@ def _most_rows(problem: Problem, alike: bool) -> int:
 
 
 def _heads_alike(problem: Problem) -> bool:
-    """Whether nothing but functions and sinks tells apart what rows of different heads attend to, and how."""
-    mask, block_mask = problem.mask, problem.block_mask
-    shared = mask is None or mask.ndim == 2 or mask.shape[-3] == 1 or mask.strides[-3] == 0
-    tiles_shared = block_mask is None or block_mask.shape[1] == 1
-    return shared and tiles_shared and problem.slopes is None and problem.dropout is None
+    """Whether rows of different heads can be treated as rows of one."""
+    return (problem.block_mask is None or problem.block_mask.shape[1] == 1) and problem.dropout is None
 
 
 def warmup() -> list[str]:

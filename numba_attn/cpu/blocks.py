@@ -90,6 +90,7 @@ class Lanes(NamedTuple):
     """
 
     v: Vectors
+    rows: Value
     count: Value
     row: Value
     to_next_head: Value  # from where a head would go on
@@ -98,14 +99,27 @@ class Lanes(NamedTuple):
     @classmethod
     def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value) -> Lanes:
         inverse = v.add_index(v.builder.udiv(v.index(1 << 16), rows), 1)
-        return cls(v, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse)
+        return cls(v, rows, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse)
 
     def place(self, start: Value, lane: Value) -> Value:
         """The address of what is read for a lane, if `start` is that of the first."""
-        v, number = self.v, self.v.least(lane, self.v.add_index(self.count, -1))
-        heads = v.builder.lshr(v.mul_index(number, self.heads_in_row), v.index(16))
+        v, (number, heads) = self.v, self._number(lane)
         return v.at(v.at(start, v.mul_index(number, self.row)), v.mul_index(heads, self.to_next_head))
 
     def places(self, start: Value, w: Value) -> list[Value]:
         """The addresses for the lanes of vector w."""
-        return [self.place(start, self.v.add_index(self.v.mul_index(w, self.v.lanes), i)) for i in range(self.v.lanes)]
+        return [self.place(start, lane) for lane in self._of_vector(w)]
+
+    def rows_of_heads(self, w: Value) -> list[Value]:
+        """Which row of its head the lanes of vector w are."""
+        numbers = (self._number(lane) for lane in self._of_vector(w))
+        return [self.v.builder.sub(number, self.v.mul_index(heads, self.rows)) for number, heads in numbers]
+
+    def _of_vector(self, w: Value) -> list[Value]:
+        first = self.v.mul_index(w, self.v.lanes)
+        return [self.v.add_index(first, i) for i in range(self.v.lanes)]
+
+    def _number(self, lane: Value) -> tuple[Value, Value]:
+        """Of the row that is read for a lane, and of the heads before its own."""
+        number = self.v.least(lane, self.v.add_index(self.count, -1))
+        return number, self.v.builder.lshr(self.v.mul_index(number, self.heads_in_row), self.v.index(16))

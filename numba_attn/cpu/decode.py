@@ -1,8 +1,8 @@
 """The forward pass of a few query rows, as of one new token: the keys are split over the workers, and read once.
 
 A task is one key-value head and a tile of the keys.  The query rows of all heads that share it are done together, or
-one head after the other where dropout, slopes or masks of their own tell them apart, as in `forward`, with the products
-of `dots` and `mixing`.  The worker that finishes the last split of a head joins them, in the order of the keys.
+one head after the other where there is dropout or they have block masks of their own, as in `forward`, with the
+products of `dots` and `mixing`.  The worker that finishes the last split of a head joins them, in the keys' order.
 
 Flash-Decoding (Dao et al., 2023) for the split along the keys.
 """

@@ -52,12 +52,12 @@ def _as_bias(v: Vectors, x: Value, stored: types.Type) -> Value:
     return b.select(b.fcmp_ordered("==", x, constant(-INFINITY)), x, scaled)
 
 
-def _mask_rows(v, width, bias, mask, kind, mask_row, rows, count, n):
+def _mask_rows(v, width, bias, mask, kind, mask_row, mask_head, rows, count, n):
     """bias (n, block) from a mask whose keys are contiguous, transposed in registers; n a multiple of the lanes.
 
-    Of `count` rows in the block, those of a head after the other, each head's have the `rows` rows of the mask.
+    The `count` rows in the block are `rows` of each of some heads, whose masks are `mask_head` bytes apart.
     """
-    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, v.index(0))
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, mask_head)
 
     def of_kind(stored: types.Type) -> None:
         element, size = _stored(stored)
@@ -98,9 +98,9 @@ def _mask_keys(v, width, bias, mask, kind, mask_step, n):
     _for_kind(kind, of_kind, v)
 
 
-def _mask_elements(v, width, bias, mask, kind, mask_row, mask_step, rows, count, first, n):
+def _mask_elements(v, width, bias, mask, kind, mask_row, mask_head, mask_step, rows, count, first, n):
     """The same, keys from `first` on, from a mask of any strides, element by element."""
-    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, v.index(0))
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, mask_row, mask_head)
 
     def of_kind(stored: types.Type) -> None:
         def key(j: Value, _: list[Value]) -> list[Value]:
@@ -148,15 +148,18 @@ def _mask_outside(v, width, bias, source, source_row, n, low, high, every_low, e
     for_vectors(v, width, vector)
 
 
-def _add_alibi(v, width, bias, source, source_row, n, slope, first):
-    """bias = source (rows `source_row` bytes apart) - slope * |distance|; query lane 0 is `first` keys after key 0."""
-    row = v.mul_index(width, v.bytes)
-    minus = v.splat(v.builder.fneg(slope))
+def _add_alibi(v, width, bias, source, source_row, n, slopes, rows, count, first):
+    """bias = source (rows `source_row` bytes apart) - slope * |distance|.
+
+    The `count` rows in the block are `rows` of each of some heads, of which each has one of the slopes; the first row
+    of each is `first` keys after key 0.
+    """
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, v.index(0), v.index(v.size))
 
     def vector(w: Value) -> None:
         here = v.mul_index(w, v.bytes)
-        start = v.splat(v.builder.sitofp(v.add_index(first, v.mul_index(w, v.lanes)), v.element))
-        lanes = ir.Constant(v.type, [float(lane) for lane in range(v.lanes)])
+        minus = v.sub(v.constant(0.0), v.beside([v.load_scalar(place) for place in lanes.places(slopes, w)]))
+        numbers = [v.builder.sitofp(v.add_index(first, i), v.element) for i in lanes.rows_of_heads(w)]
 
         def keys(j: Value, height: int, distance: list[Value]) -> list[Value]:
             for r in range(height):
@@ -165,7 +168,7 @@ def _add_alibi(v, width, bias, source, source_row, n, slope, first):
                 v.store(v.fma(size, minus, x), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
             return [v.sub(distance[0], v.constant(float(height)))]
 
-        for_keys(v, n, [v.add(start, lanes)], keys)
+        for_keys(v, n, [v.beside(numbers)], keys)
 
     v.each(width, vector)
 

@@ -18,7 +18,7 @@ from numba_attn.cpu import dropout, edges, pack, softmax, tiles
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.plan import WIDEST
 from numba_attn.cpu.pointers import address, as_bfloat16, as_element, holds_pairs, moved
-from numba_attn.cpu.score import ON_TILES, columns_of, element, is_settled, score, slope
+from numba_attn.cpu.score import ON_TILES, columns_of, element, is_settled, score, slope, steepest
 from numba_attn.cpu.stored import gather, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.visible import Matrix
@@ -196,9 +196,8 @@ def exponentiate_tile(
 ):  # fmt: skip
     """Scores of row block i and a tile, to probabilities below its reference: what `accumulate` takes.
 
-    The block is `rows` of each of the `heads` from this one on: of one alone, if heads have slopes.  Keys that are
-    `ahead` may be asked for.  Bit i of `rising`, which is returned, is whether scores of the block have been out of its
-    reference's range.
+    The block is `rows` of each of the `heads` from this one on.  Keys that are `ahead` may be asked for.  Bit i of
+    `rising`, which is returned, is whether scores of the block have been out of its reference's range.
     """
     D, Dv, keys, _, lanes = sizes
     n, width = here.stop - here.start, (rows * heads + lanes - 1) // lanes
@@ -206,8 +205,9 @@ def exponentiate_tile(
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     correction = element(memory, at.correction)
     capped = settings.softcap != 0
-    options = int(capped) + int(head.slope != 0) + int(weighted)
-    steep = head.slope * keys > STEEP
+    steepness = steepest(head, heads, memory)
+    options = int(capped) + int(steepness != 0) + int(weighted)
+    steep = steepness * keys > STEEP
 
     done = fused = False
     # Scores that have risen once are expected to go on, but for those that ALiBi makes rise: up to the diagonal, and
@@ -216,7 +216,7 @@ def exponentiate_tile(
     raising = np.bool_(rising >> i & 1 or (steep and distance + rows > 0))
     fusing, full = plain and not raising, here.kept == FULL
     if full:
-        fusing = fusing and (options == 0 or (options == 1 and width == WIDEST))
+        fusing = fusing and (options == 0 or (options == 1 and width == WIDEST and (heads == 1 or steepness == 0)))
     else:
         fusing = fusing and not capped and not weighted
     if fusing and full:
@@ -224,7 +224,7 @@ def exponentiate_tile(
             head, k_tile, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at
         )
     if not done:
-        here = slope(head, here, row, rows, sizes, memory, at)
+        here = slope(head, here, row, rows, heads, sizes, memory, at)
         # What is settled cannot be done again.
         raising = raising or is_settled(head, here)
     if fusing and not full:
@@ -233,7 +233,7 @@ def exponentiate_tile(
         )
     if fusing and not done:
         raising = True
-        rising |= (head.slope == 0) << i
+        rising |= (steepness == 0) << i
     while not done:
         unit = score(head, k_tile, ahead, settings, here, row, rows, heads, sizes, state.qt, scores, memory, at)
         moving = 2 if raising else 0
@@ -269,7 +269,8 @@ def exponentiate_tile(
 def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at):
     """Exponentiate scores where they are made, of a tile in which every row may attend to every key.
 
-    For one option at most, a cap, ALiBi or moments.  Returns whether that is done, see `tiles.probabilities`.
+    For one option at most, a cap, moments, or ALiBi of one head.  Returns whether that is done, see
+    `tiles.probabilities`.
     """
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)
     if weighted:

@@ -17,7 +17,7 @@ from numba_attn.cpu.blocks import LOG2_E
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.mask_tiles import TRIM
 from numba_attn.cpu.narrow import COMPUTED, STORED
-from numba_attn.cpu.pointers import address, as_element, holds_pairs, moved, pointee_bytes
+from numba_attn.cpu.pointers import address, as_element, get, holds_pairs, moved, pointee_bytes
 from numba_attn.cpu.stored import rows_of
 from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
@@ -25,7 +25,9 @@ from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile,
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
 # One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions, and
 # notes on its mask.
-Head = namedtuple("Head", "q k v mask mask_kind position b h slope states functions notes")
+# ALiBi's are the slope of the head and, where those after it have some too, their addresses; as is how many bytes on
+# their masks are, 0 if those are the same.
+Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h slope slopes sloped states functions notes")
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
 NO_NOTES = Notes(-1, 0)
@@ -88,21 +90,25 @@ def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
     mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
     shared = h // (arrays.q.shape[0] // arrays.k.shape[0])
     # An axis of length 1 is broadcast: the same element for every index.
-    mask_head = Matrix(
-        moved(address(mask), offsets[b, 3] + (h * mask.strides[0] if mask.shape[0] > 1 else 0)),
+    mask_head = mask.strides[0] if mask.shape[0] > 1 else 0
+    mask_row, mask_step = (
         mask.strides[1] if mask.shape[1] > 1 else 0,
         mask.strides[2] if mask.shape[2] > 1 else 0,
     )
+    number = (b if slopes.shape[0] > 1 else 0) * slopes.shape[1] + h
     return Head(
         q=matrix(arrays.q, offsets[b, 0], h),
         k=rows_of(arrays.k, offsets[b, 1], shared, sequences.pages, b, settings.page_rows, settings.page_k),
         v=rows_of(arrays.v, offsets[b, 2], shared, sequences.pages, b, settings.page_rows, settings.page_v),
-        mask=mask_head,
+        mask=Matrix(moved(address(mask), offsets[b, 3] + h * mask_head), mask_row, mask_step),
+        mask_head=mask_head,
         mask_kind=settings.mask_kind if mask.size > 0 else -1,
         position=Position(intervals[b, 0], intervals[b, 2], settings.left, settings.right),
         b=b,
         h=h,
         slope=slopes[b if slopes.shape[0] > 1 else 0, h] if slopes.size else zero,
+        slopes=moved(address(slopes), number * slopes.itemsize),
+        sloped=slopes.size > 0,
         states=states[b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
         functions=functions,
         notes=notes,
@@ -112,18 +118,20 @@ def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
 @device
 def head_after(head, arrays, n):
     """The head n after one that shares its keys, but for its queries."""
-    mask, slopes, states, h = arrays.mask, arrays.slopes, arrays.states, head.h + n
-    data = moved(head.mask.data, n * mask.strides[0] if mask.shape[0] > 1 else 0)
+    slopes, states, h = moved(head.slopes, n * arrays.slopes.itemsize), arrays.states, head.h + n
     return Head(
         q=head.q,
         k=head.k,
         v=head.v,
-        mask=Matrix(data, head.mask.row, head.mask.step),
+        mask=Matrix(moved(head.mask.data, n * head.mask_head), head.mask.row, head.mask.step),
+        mask_head=head.mask_head,
         mask_kind=head.mask_kind,
         position=head.position,
         b=head.b,
         h=h,
-        slope=slopes[head.b if slopes.shape[0] > 1 else 0, h] if slopes.size else head.slope,
+        slope=get(slopes, 0) if head.sloped else head.slope,
+        slopes=slopes,
+        sloped=head.sloped,
         states=states[head.b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
         functions=head.functions,
         notes=head.notes,
@@ -141,21 +149,35 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
     """The part of the keys [start, stop) that some of the rows [row, row + rows) may attend to, as a Tile.
 
     It begins at an `even` number of keys from start if so wanted: at a pair of keys.  The lanes are those rows of this
-    head, and of `heads` - 1 after it where nothing but functions tells heads apart.
+    head, and of `heads` - 1 after it.
     """
     tile = select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, memory, at)
-    return slope(head, tile, row, rows, sizes, memory, at)
+    return slope(head, tile, row, rows, heads, sizes, memory, at)
 
 
 @device
-def slope(head, tile, row, rows, sizes, memory, at):
+def slope(head, tile, row, rows, heads, sizes, memory, at):
     """The tile with what ALiBi adds to its scores."""
-    if head.slope == 0 or tile.kept == EMPTY:
+    if tile.kept == EMPTY or steepest(head, heads, memory) == 0:
         return tile
-    width, bias = (rows + sizes.lanes - 1) // sizes.lanes, element(memory, at.bias)
+    count = rows * heads
+    width, bias = (count + sizes.lanes - 1) // sizes.lanes, element(memory, at.bias)
     distance = row + head.position.offset - tile.start
-    mask_tiles.add_alibi(width, bias, tile.added, tile.row, tile.stop - tile.start, head.slope, distance)
+    mask_tiles.add_alibi(
+        width, bias, tile.added, tile.row, tile.stop - tile.start, head.slopes, rows, count, distance
+    )  # fmt: skip
     return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL, tile.edged)
+
+
+@device
+def steepest(head, heads, memory):
+    """The largest slope, of either sign, of this head's and those of the `heads` - 1 after it."""
+    found = head.slope
+    for i in range(1, heads if head.sloped else 1):
+        other = get(head.slopes, i * memory.itemsize)
+        if abs(other) > abs(found):
+            found = other
+    return found
 
 
 @device
@@ -219,7 +241,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
 def left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memory, bias):
     """Which of the keys [start, stop) of the tile from `origin` on the mask leaves to rows, and how much of them.
 
-    If it is a part, the mask's tile is written to `bias`.  What is noted, of a head with the same mask, is not looked
+    If it is a part, the mask's tile is written to `bias`.  What is noted, if heads have the same mask, is not looked
     for again: a note is 1 + how much + 4 * (start + 512 * stop), from the origin; 0 where there is none.
     """
     mask, kind, notes = head.mask, head.mask_kind, head.notes
@@ -229,15 +251,16 @@ def left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memo
     if noted > 0:
         start, stop = origin + noted // 4 % 512, origin + noted // 2048
     here, n = Matrix(moved(mask.data, row * mask.row + start * mask.step), mask.row, mask.step), stop - start
-    kept = noted % 4 - 1 if noted > 0 else glance(here, kind, rows, n)
+    to_head, seen = head.mask_head, heads if head.mask_head != 0 else 1
+    kept = noted % 4 - 1 if noted > 0 else glance(here, kind, rows, to_head, seen, n)
     if kept == PARTIAL:
         if noted == 0:
-            while n > TRIM and none_true(here, kind, rows, n - TRIM):
+            while n > TRIM and none_true(here, kind, rows, to_head, seen, n - TRIM):
                 n -= TRIM
-            while n > TRIM and none_true(here, kind, rows, 0):
+            while n > TRIM and none_true(here, kind, rows, to_head, seen, 0):
                 start, n = start + TRIM, n - TRIM
                 here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
-        kept = mask_tile(here, kind, rows, rows * heads, n, width, sizes.lanes, bias)
+        kept = mask_tile(here, kind, rows, to_head, heads, n, width, sizes.lanes, bias)
     stop = start + n
     if notes.columns > 0 and noted == 0:
         memory[at] = 1 + kept + 4 * (start - origin + 512 * (stop - origin))
@@ -321,7 +344,7 @@ def base_2(settings, memory):
 @device
 def is_settled(head, tile):
     """Whether a score_mod gets scores that include numbers that are added to them, of which nothing is left then."""
-    return head.functions.codes[SCORE] != 0 and tile.row != 0 and (head.slope != 0 or head.mask_kind > BOOLEAN)
+    return head.functions.codes[SCORE] != 0 and tile.row != 0 and (head.sloped or head.mask_kind > BOOLEAN)
 
 
 @device

@@ -118,6 +118,13 @@ class Vectors:
         """The larger of two integers."""
         return self.builder.select(self.builder.icmp_signed(">", a, b), a, b)
 
+    def beside(self, numbers: Sequence[Value]) -> Value:
+        """A vector of a number for each lane."""
+        vector = ir.Constant(self.type, ir.Undefined)
+        for i, number in enumerate(numbers):
+            vector = self.builder.insert_element(vector, number, I32(i))
+        return vector
+
     def splat(self, scalar: Value, lanes: int | None = None) -> Value:
         lanes = lanes or self.lanes
         undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)

@@ -35,45 +35,52 @@ def visible(first, end, position):
 
 
 @device
-def glance(mask, kind, rows, n):
-    """What a boolean mask with contiguous keys leaves of a tile; PARTIAL, which says nothing, for any other."""
+def glance(mask, kind, rows, to_head, heads, n):
+    """What a boolean mask with contiguous keys leaves of a tile; PARTIAL, which says nothing, for any other.
+
+    Of so many rows of each of the heads, whose masks are `to_head` bytes apart.
+    """
     if mask.step != 1 or kind != BOOLEAN:
         return PARTIAL
     true, seen = 0, rows if mask.row != 0 else 1
-    for i in range(seen):
-        true += mask_tiles.count_true(moved(mask.data, i * mask.row), n)
+    for i in range(seen * heads):
+        true += mask_tiles.count_true(moved(mask.data, i // seen * to_head + i % seen * mask.row), n)
         if 0 < true < (i + 1) * n:
             return PARTIAL
     return FULL if true else EMPTY
 
 
 @device
-def none_true(mask, kind, rows, first):
-    """Whether a boolean mask, and no other, excludes the TRIM keys from `first` for all rows.
+def none_true(mask, kind, rows, to_head, heads, first):
+    """Whether a boolean mask, and no other, excludes the TRIM keys from `first` for all rows of all heads.
 
     However it lies in memory: what is trimmed decides in which order a row is summed.
     """
     if kind != BOOLEAN:
         return False
     seen = rows if mask.row != 0 else 1
-    if mask.step == 1:
-        return not mask_tiles.any_true(moved(mask.data, first), mask.row, seen)
-    for i in range(seen):
-        for j in range(first, first + mask_tiles.TRIM):
-            if get(mask.data, i * mask.row + j * mask.step) != 0:
+    for h in range(heads):
+        if mask.step == 1:
+            if mask_tiles.any_true(moved(mask.data, h * to_head + first), mask.row, seen):
                 return False
+        else:
+            for i in range(seen):
+                for j in range(first, first + mask_tiles.TRIM):
+                    if get(mask.data, h * to_head + i * mask.row + j * mask.step) != 0:
+                        return False
     return True
 
 
 @device
-def mask_tile(mask, kind, rows, count, n, width, lanes, bias):
-    """Write what the mask, of `rows` rows, adds to a tile of scores of `count` rows to `bias`; what it leaves of it."""
-    if mask.row == 0:
+def mask_tile(mask, kind, rows, to_head, heads, n, width, lanes, bias):
+    """Write what the mask adds to a tile of scores of the `rows` of some heads to `bias`; what it leaves of it."""
+    count = rows * heads
+    if mask.row == 0 and (to_head == 0 or heads == 1):
         mask_tiles.mask_keys(width, bias, mask.data, kind, mask.step, n)
     else:
         whole = n // lanes * lanes if mask.step == MASK_BYTES[kind] else 0
-        mask_tiles.mask_rows(width, bias, mask.data, kind, mask.row, rows, count, whole)
-        mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, mask.step, rows, count, whole, n)
+        mask_tiles.mask_rows(width, bias, mask.data, kind, mask.row, to_head, rows, count, whole)
+        mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, to_head, mask.step, rows, count, whole, n)
     # One key tells most often: only where it does not, all are looked at.
     kept = mask_tiles.classify(width, bias, 1)
     return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
