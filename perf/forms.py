@@ -23,28 +23,34 @@ def _cache(case: Case, dtype: str = "float32", **kept: Any) -> tuple[np.ndarray,
     return query, cache
 
 
+def _attended(query: np.ndarray, cache: Any, **options: Any) -> Prepared:
+    """Attention to all that a cache holds."""
+
+    def result(found: Any) -> np.ndarray:
+        out = found[0] if isinstance(found, tuple) else found
+        return np.asarray(out).astype(np.float32)
+
+    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, **options)
+    return Prepared(call, result, cache.nbytes)
+
+
 def _cached(case: Case, dtype: str = "float32", **kept: Any) -> Prepared:
-    query, cache = _cache(case, dtype, **kept)
-    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache)
-    return Prepared(call, lambda out: out.astype(np.float32), cache.nbytes)
+    return _attended(*_cache(case, dtype, **kept))
 
 
 def _weights(case: Case) -> Prepared:
     """With the weight of each key, as for caches that drop those of the least."""
-    query, cache = _cache(case)
-    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, return_aux=("key_weight",))
-    return Prepared(call, lambda found: np.asarray(found[0]), cache.nbytes)
+    return _attended(*_cache(case), return_aux=("key_weight",))
 
 
 def _masked(case: Case) -> Prepared:
     """With a function that masks what is not there."""
-    (query, cache), length = _cache(case), case.Lk
+    length = case.Lk
 
     def exists(b, h, i, j):  # type: ignore[no-untyped-def]
         return j < length
 
-    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, mask_mod=exists)
-    return Prepared(call, np.asarray, cache.nbytes)
+    return _attended(*_cache(case), mask_mod=exists)
 
 
 def _paged(case: Case) -> Prepared:
@@ -67,9 +73,7 @@ def _function(case: Case) -> Prepared:
     def visible(b, h, i, j):  # type: ignore[no-untyped-def]
         return (j < first) | descends(b, h, i, max(j - first, 0))
 
-    query, cache = _cache(case)
-    call = functools.partial(numba_attn.attention_with_kv_cache, query, cache, mask_mod=visible)
-    return Prepared(call, np.asarray, cache.nbytes)
+    return _attended(*_cache(case), mask_mod=visible)
 
 
 def _token(case: Case) -> Prepared:
