@@ -123,7 +123,8 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
     on_tiles = ON_TILES and holds_pairs(address(arrays.operands))
     if on_tiles:
         amx.configure(address(memory))
-    (Hq, _, D), Lk = arrays.q.shape, settings.Lk
+    (Hq, _, D), Hkv, Lk = arrays.q.shape, arrays.k.shape[0], settings.Lk
+    group = Hq // Hkv
     sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
     per_head = (Lk + cut.task_keys - 1) // cut.task_keys
     tasks = sequences.numbers.shape[0] * Hq * per_head
@@ -132,8 +133,10 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
         task, helped = launch.take(counters, worker, helped, tasks)
         if task < 0:
             break
-        b, h = sequences.numbers[task // per_head // Hq, 0], task // per_head % Hq
-        low = task % per_head * cut.task_keys
+        # Heads that share keys one after the other, while these are in a cache.
+        part = task // group
+        b, h = sequences.numbers[part // per_head // Hkv, 0], part // per_head % Hkv * group + task % group
+        low = part % per_head * cut.task_keys
         high = max(low, min(low + cut.task_keys, sequences.intervals[b, 2] if settings.packed else Lk))
         head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES))
         if low == high:
