@@ -138,7 +138,7 @@ def test_probabilities_of_large_scores_sum_to_one(rows: int, size: float, option
 def test_chains_own_what_they_add_to(
     lengths: list[int], heads: tuple[int, int], by_heads: bool, by_places: bool
 ) -> None:
-    """Tasks that use the same row of a mask are in one chain, in order of sequences; all rows are in one."""
+    """Tasks that add to the same row of a mask, or of a copy, are in one chain, by sequences; all rows are in one."""
     (Hq, Hkv), B, Lq = heads, len(lengths), max(lengths)
     places = np.arange(B) if by_places else np.zeros(B, np.int64)
     shape = int(places[-1]) + 1, Hq if by_heads else 1, Lq, 5
@@ -147,18 +147,20 @@ def test_chains_own_what_they_add_to(
         sequences=SimpleNamespace(intervals=np.array([[0, n, 5] for n in lengths])),
         settings=SimpleNamespace(Lq=Lq, left=Lq, right=5),
     )
-    added = gradient_tasks.added_of(shape, places)
+    added = gradient_tasks.added_of(shape, places, Hkv, 4)
+    assert (added.places // added.copies == places[:, None]).all()
+    assert added.copies == 1 or len(places) * added.copies * shape[1] * Lq * 5 * 4 <= gradient_tasks.COPIED_BYTES * B
     tables = gradient_tasks.tables_of(call, gradient_tasks.cut_of(64, 64, 4), added, in_chains=True)
     order = tables.order[:, 0].tolist()
     assert sorted(order) == list(range(len(tables.tasks)))
     assert np.array_equal(np.concatenate([np.arange(*chain) for chain in tables.chains] or [[]]), np.arange(len(order)))
-    owner = np.full((*shape[:2], Lq), -1)
+    owner = np.full((shape[0] * added.copies, shape[1], Lq), -1)
     used = np.zeros((B, Hkv, Lq), int)
     for number, (first, end) in enumerate(tables.chains):
         chain = order[first:end]
         assert chain == sorted(chain)
         for b, shared, _, _, _, _, _, _, low, high in tables.tasks[chain]:
-            of_mask = owner[places[b], shared * (Hq // Hkv) if by_heads else 0, low:high]
+            of_mask = owner[added.places[b, shared], shared * (Hq // Hkv) if by_heads else 0, low:high]
             assert np.isin(of_mask, [-1, number]).all()
             of_mask[:] = number
             used[b, shared, low:high] += 1

@@ -2,9 +2,9 @@
 
     d mask[...] = sum of dS over all that the mask was broadcast to,   d slope[h] = -sum of dS |p - j|
 
-A mask with rows is added to where it lies: tasks that use the same part of it are done one after the other, see
-`gradient_tasks`.  Of a mask without, and of slopes, each task has sums of its own, which are added up in order.  So no
-two write to one place, and every sum has one order.
+A mask with rows is added to where it lies, or a small one to some copies of it: tasks that use the same are done one
+after the other, see `gradient_tasks`.  Of a mask without, and of slopes, each task has sums of its own, which are added
+up in order.  So no two write to one place, and every sum has one order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from numba import types
 
 from numba_attn.cpu import gradient_tiles
-from numba_attn.cpu.gradient_tasks import rows_of_sums
+from numba_attn.cpu.gradient_tasks import Added, rows_of_sums
 from numba_attn.cpu.jit import device
 from numba_attn.cpu.pointers import address, get, moved, put
 from numba_attn.cpu.score import element
 from numba_attn.cpu.visible import Matrix
 
 # What is written, each empty if not wanted: the gradient of a mask with rows (places, heads, rows, keys), and the place
-# in its batch of each sequence (B, 1); sums of tasks for a mask without rows, (rows of their sums, query heads of a
-# key-value head); and for slopes, (tasks, such heads).
+# in its batch of each sequence and key-value head (B, Hkv); sums of tasks for a mask without rows, (rows of their sums,
+# query heads of a key-value head); and for slopes, (tasks, such heads).
 Bias = namedtuple("Bias", "mask places keys slopes")
 
 
@@ -39,7 +39,8 @@ def add_tile(bias, number, task, head, member, tile, row, rows, sizes, ds, ds_ro
     width, n = (rows + sizes.lanes - 1) // sizes.lanes, tile.stop - tile.start
     itemsize, sums = memory.itemsize, element(memory, at.sums)
     if bias.mask.size:
-        add_to_mask(bias, head, tile, row, rows, width, ds, ds_row, sums, itemsize)
+        here = matrix_of(bias.mask, bias.places[head.b, task[1]], head.h)
+        add_to_mask(here, tile, row, rows, width, ds, ds_row, sums, itemsize)
     if bias.keys.size:
         to = moved(address(bias.keys), (task[4] + tile.start - task[5]) * bias.keys.strides[0] + member * itemsize)
         gradient_tiles.sum_rows(width, ds, ds_row, n, to, bias.keys.strides[0])
@@ -52,9 +53,8 @@ def add_tile(bias, number, task, head, member, tile, row, rows, sizes, ds, ds_ro
 
 
 @device
-def add_to_mask(bias, head, tile, row, rows, width, ds, ds_row, sums, itemsize):
-    """Add the gradients of a tile's scores to the mask's at their place; `sums` is memory for one row of a block."""
-    here = matrix_of(bias.mask, bias.places[head.b, 0], head.h)
+def add_to_mask(here, tile, row, rows, width, ds, ds_row, sums, itemsize):
+    """Add the gradients of a tile's scores to the mask's; `sums` is memory for one row of a block."""
     to = moved(here.data, row * here.row + tile.start * here.step)
     if here.step != 0:
         gradient_tiles.add_transposed(width, ds, ds_row, rows, tile.stop - tile.start, to, here.row)
@@ -89,19 +89,25 @@ def has_rows(shape: tuple[int, ...]) -> bool:
 def bias_of(
     mask: np.ndarray | None,
     slopes: np.ndarray | None,
-    places: np.ndarray,
+    added: Added | None,
     tasks: np.ndarray,
     group: int,
     dtype: np.dtype,
 ) -> Bias:
     """What a kernel writes for the gradients of a mask (places, heads, rows, keys) and of slopes, None if not wanted.
 
-    `places` (B,) says which part of the mask's batch each sequence has used.
+    Where a mask with rows is `added`, also if its gradient is not wanted.
     """
     written = mask is not None and has_rows(mask.shape)
+    to, places = np.zeros((0, 0, 0, 0), dtype), np.zeros((0, 0), np.int64)
+    if written:
+        assert mask is not None and added is not None
+        to, places = mask, added.places
+        if added.copies > 1:
+            to = np.zeros((len(mask) * added.copies, *mask.shape[1:]), dtype)
     return Bias(
-        mask if written else np.zeros((0, 0, 0, 0), dtype),
-        places[:, None],
+        to,
+        places,
         np.zeros((0 if mask is None or written else rows_of_sums(tasks), group), dtype),
         np.zeros((0 if slopes is None else len(tasks), group)),
     )
@@ -110,7 +116,9 @@ def bias_of(
 def finish(
     bias: Bias, mask: np.ndarray | None, slopes: np.ndarray | None, places: np.ndarray, tasks: np.ndarray
 ) -> None:
-    """Add up the sums of tasks, in order: to a mask without rows, and to slopes (1 or B, Hq)."""
+    """Add up the sums of tasks, in order, to a mask without rows and to slopes (1 or B, Hq), and copies of a mask."""
+    if mask is not None and bias.mask.size > mask.size:
+        np.sum(bias.mask.reshape(len(mask), -1, *mask.shape[1:]), axis=1, out=mask)
     if slopes is None and not bias.keys.size:
         return
     group = bias.slopes.shape[1]

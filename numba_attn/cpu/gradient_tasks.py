@@ -33,21 +33,33 @@ PART_ROWS = 1024  # query rows of a part, or more: of a head there are MOST_PART
 MOST_PARTS = 16
 # Where parts of a mask are few, as all heads use them: as many chains of tasks, if each has so many query rows.
 LEAST_CHAINS, CHAIN_ROWS = 4, 256
+# Where it is small, so many chains, of which each adds to a copy of its own, if all copies have so many bytes at most.
+COPIED_CHAINS, COPIED_BYTES = 16, 1 << 22
 
 
 class Added(NamedTuple):
-    """An additive mask with rows: of which part of its batch each sequence is, and whether each head has its own."""
+    """An additive mask with rows: what is added to, and whether each head has its own."""
 
-    places: np.ndarray  # (B,)
+    places: np.ndarray  # (B, Hkv), in the batch of copies, those of one part of the mask side by side
     by_heads: bool
     parts: int  # that the query rows of every head are cut into
+    copies: int  # of each part of the mask's batch
 
 
-def added_of(shape: tuple[int, ...], places: np.ndarray) -> Added:
-    """For a mask of shape (places, heads, rows, keys)."""
-    batch, heads, rows, _ = shape
+def added_of(shape: tuple[int, ...], places: np.ndarray, Hkv: int, itemsize: int) -> Added:
+    """For a mask of shape (places, heads, rows, keys), of whose batch the B sequences use those `places`."""
+    batch, heads, rows, keys = shape
     few = min(-(-LEAST_CHAINS // max(batch * heads, 1)), rows // CHAIN_ROWS)
-    return Added(places, heads > 1, min(max(rows // PART_ROWS, few, 1), MOST_PARTS))
+    parts = min(max(rows // PART_ROWS, few, 1), MOST_PARTS)
+    # Each part of the batch is that of as many sequences, and their heads, which are numbered here.
+    B = len(places)
+    users, number = B // max(batch, 1), np.zeros((B, Hkv), np.int64)
+    number[np.argsort(places, kind="stable"), :] = np.arange(B)[:, None] % max(users, 1)
+    if heads == 1:
+        users, number = users * Hkv, number * Hkv + np.arange(Hkv)
+    fitting = COPIED_BYTES // max(batch * heads * rows * keys * itemsize, 1)
+    copies = max(min(COPIED_CHAINS // max(batch * heads * parts, 1), fitting, users), 1)
+    return Added(places[:, None] * copies + number * copies // max(users, 1), heads > 1, parts, copies)
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,7 +131,7 @@ def chains_of(tasks: np.ndarray, added: Added | None) -> tuple[np.ndarray, np.nd
     if added is None:
         return np.arange(len(tasks))[:, None], np.arange(len(tasks))[:, None] + np.arange(2)
     head = tasks[:, 1] if added.by_heads else np.zeros(len(tasks), np.int64)
-    keys = tasks[:, 8], head, added.places[tasks[:, 0]]
+    keys = tasks[:, 8], head, added.places[tasks[:, 0], tasks[:, 1]]
     order = np.lexsort(keys)  # stable
     place, shared, row = (x[order] for x in reversed(keys))
     new = (np.diff(place) != 0) | (np.diff(shared) != 0) | (np.diff(row) != 0)

@@ -41,10 +41,10 @@ def backward(gradient: GradientProblem) -> None:
     if problem.mask is not None and problem.mask.dtype != bool:
         shape, places = mask_shape(problem, B)
         mask = None if mask is None else mask.reshape(shape)
-        added = added_of(shape, places) if bias_gradient.has_rows(shape) else None
+        added = added_of(shape, places, Hkv, dtype.itemsize) if bias_gradient.has_rows(shape) else None
     tables = tables_of(call, cut, added, in_chains=mask is not None)
     if len(tables.tasks):
-        bias = bias_gradient.bias_of(mask, slopes, places, tables.tasks, Hq // Hkv, dtype)
+        bias = bias_gradient.bias_of(mask, slopes, added, tables.tasks, Hq // Hkv, dtype)
         one_pass.run(call, arrays, bias, tables, cut, (kind, one_pass.operand(kind)), workers, operations)
         bias_gradient.finish(bias, mask, slopes, places, tables.tasks)
     if gradient.sinks is not None:
