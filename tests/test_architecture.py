@@ -142,8 +142,9 @@ MAY_IMPORT = {
         *("cpu.stored", "cpu.target", "cpu.tiles", "cpu.user_functions", "cpu.visible", "block_mask"),
     },
     "cpu.key_weight": {
-        *("cpu.amx", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan", "cpu.pointers", "cpu.results"),
-        *("cpu.score", "cpu.softmax", "cpu.stored", "cpu.target", "cpu.tuples", "cpu.workers", "block_mask"),
+        *("cpu.amx", "cpu.gradient_tiles", "cpu.jit", "cpu.launch", "cpu.narrow", "cpu.pack", "cpu.plan"),
+        *("cpu.pointers", "cpu.results", "cpu.score", "cpu.shares", "cpu.softmax", "cpu.stored", "cpu.target"),
+        *("cpu.tuples", "cpu.workers", "block_mask"),
     },
     "cpu.factors": {"cpu.emits", "cpu.narrow", "cpu.products", "cpu.simd", "cpu.tiles", "cpu.walk"},
     "cpu.as_read": {"cpu.factors", "cpu.narrow", "cpu.simd", "cpu.walk"},

@@ -100,7 +100,7 @@ def _steps(
         some = _part(call, many, kinds[1])
         add(some, prefill.prepared(some, kinds, whole, alike, threads_used))
         if weights is not None:
-            add(some, key_weight.prepared(some, kinds, weights, whole, threads_used))
+            add(some, key_weight.prepared(some, kinds, weights, whole, alike, threads_used))
     return steps, alive
 
 

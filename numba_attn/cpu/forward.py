@@ -38,7 +38,6 @@ from numba_attn.cpu.row_block import (
 from numba_attn.cpu.score import (
     COPIES_TILES,
     ON_TILES,
-    Ahead,
     Arrays,
     Call,
     Cutting,
@@ -57,6 +56,7 @@ from numba_attn.cpu.score import (
     is_plain,
     keys_of,
     matrix,
+    rows_ahead,
     select_unsloped,
 )
 from numba_attn.cpu.shares import (
@@ -207,15 +207,6 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
                     v_ahead.size,
                 )  # fmt: skip
     return finite
-
-
-@device
-def rows_ahead(rows, first, following, columns):
-    """The rows of an array from `first` on, to be asked for if they follow, and lie side by side."""
-    size = pointee_bytes(rows.data)
-    beside = rows.row == columns * size and rows.step == size and rows.page_rows == 0
-    asked = following and beside
-    return Ahead(moved(rows.data, first * rows.row if asked else 0), size if asked else 0)
 
 
 @device

@@ -3,27 +3,28 @@
     key_weight[j] = sum over rows i of exp(s[i, j]) / sum over keys of exp(s[i, :])
 
 The probabilities need the sums of whole rows, so that this cannot be had while the keys stream past for the first time.
-A task is a part of the keys of one head, which every row block passes in order: who does it changes no bit.
+A task is a part of the keys of one head, which every row block passes in order, or of the heads that share them, if
+all their rows are in one block: who does it changes no bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 
 import numpy as np
 from numba import types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import amx, launch, pack, softmax
+from numba_attn.cpu import amx, gradient_tiles, launch, pack, softmax
 from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved
-from numba_attn.cpu.results import column_of, norms_of, read_norms, write
+from numba_attn.cpu.results import column_of, norms_of, read_norm, read_norms, write
 from numba_attn.cpu.score import (
     NO_NOTES,
     ON_TILES,
-    Ahead,
     Call,
     Cutting,
     Kinds,
@@ -36,9 +37,11 @@ from numba_attn.cpu.score import (
     element,
     head_of,
     keys_of,
+    rows_ahead,
     score,
     select,
 )
+from numba_attn.cpu.shares import evenly, heads_in_block
 from numba_attn.cpu.stored import gather, in_place, is_gathered
 from numba_attn.cpu.target import VECTOR_BYTES
 from numba_attn.cpu.tuples import addressed
@@ -46,8 +49,9 @@ from numba_attn.cpu.workers import by_workers
 
 # Where things are in a worker's memory, in elements: qt, the norms of a row block, and one vector of sums a key.
 Memory = namedtuple("Memory", "scores bias keys rows zero low high norms qt sums")
-# How the problem is cut: keys of a key tile and of a task, query rows of a row block, lanes of a vector.
-Cut = namedtuple("Cut", "keys task_keys block lanes")
+# How the problem is cut: keys of a key tile and of a task, query rows of a row block, lanes of a vector, and whether
+# rows of heads that share keys may be in one block.
+Cut = namedtuple("Cut", "keys task_keys block lanes alike")
 
 MOST_KEYS = 2048  # of a task: it packs the queries once
 
@@ -74,31 +78,57 @@ def memory_map(sizes):
 
 
 @device
-def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
-    """Sums, one vector a key of [low, high), of the probabilities in the rows [0, valid)."""
-    keys, block, lanes = sizes.keys, sizes.block, sizes.lanes
+def heads_of_task(group, rows, alike, block):
+    """Of how many heads that share keys a task is: as many as fit a block, where they are `alike` and have few rows."""
+    return evenly(group, heads_in_block(rows, block)) if alike else 1
+
+
+@device
+def read_norms_of_heads(arrays, sequences, b, first, heads, rows, sizes, memory, at):
+    """The norms of the lanes of a block, the rows of some heads from the first on, as `results.read_norms` has them."""
+    count = rows * heads
+    for lane in range((count + sizes.lanes - 1) // sizes.lanes * sizes.lanes):
+        row = min(lane, count - 1)
+        reference, log_total = read_norm(norms_of(arrays, sequences, b, first + row // rows), row % rows)
+        memory[at + lane], memory[at + sizes.block + lane] = reference, log_total if lane < count else math.inf
+
+
+@device
+def add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, memory):
+    """Write the weights of the keys [low, high), of a head and the `heads` - 1 after it.
+
+    Of one head, blocks of rows are added up, to a vector a key; several are one block.
+    """
+    keys, block, lanes, operands = sizes.keys, sizes.block, sizes.lanes, arrays.operands
     at = addressed(memory_map(sizes))
     scores, sums = element(memory, at.scores), element(memory, at.sums)
     qt = as_element(element(memory, at.qt), operands)
     copied = as_element(element(memory, at.keys), operands)
     nothing, columns = memory.dtype.type(0), columns_of(sizes.D, operands)
+    valid = sequences.intervals[head.b, 1]
+    norms, q_head = norms_of(arrays, sequences, head.b, head.h), arrays.q.strides[0]
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
     pack.fill_lanes(sums, nothing, high - low)
     for i in range((valid + block - 1) // block):
         row = i * block
         rows = min(block, valid - row)
-        width = (rows + lanes - 1) // lanes
+        width = (rows * heads + lanes - 1) // lanes
         packed = False
-        read_norms(norms, row, rows, lanes, block, memory, at.norms)
+        if heads == 1:
+            read_norms(norms, row, rows, lanes, block, memory, at.norms)
+        else:
+            read_norms_of_heads(arrays, sequences, head.b, head.h, heads, rows, sizes, memory, at.norms)
         for number in range(low // keys, (high + keys - 1) // keys):
             start, stop = max(number * keys, low), min((number + 1) * keys, high)
-            here = select(head, settings, row, rows, 1, start, stop, False, sizes, memory, at)
+            here = select(head, settings, row, rows, heads, start, stop, False, sizes, memory, at)
             if here.kept == EMPTY:
                 continue
             if not packed:
                 q = head.q
                 pack.fill_lanes(qt, nothing, (sizes.D + 15) // 16 * 16 * width)
-                pack.transpose(width, moved(q.data, row * q.row), 0, q.row, q.step, rows, rows, sizes.D, qt)
+                pack.transpose(
+                    width, moved(q.data, row * q.row), q_head, q.row, q.step, rows, rows * heads, sizes.D, qt
+                )  # fmt: skip
                 packed = True
             k, n = in_place(head.k, memory), here.stop - here.start
             if is_gathered(head.k):
@@ -107,12 +137,37 @@ def add_up(head, norms, valid, low, high, sizes, settings, operands, memory):
             if copying:
                 pack.copy_rows(moved(k.data, here.start * k.row), k.row, k.step, n, sizes.D, columns, copied)
             k_tile = keys_of(k, here.start, here.start, copied, sizes.D, operands, copying)
-            unit = score(
-                head, k_tile, Ahead(k_tile.data, 0), settings, here, row, rows, 1, sizes, qt, scores, memory, at
-            )
-            to = moved(sums, (here.start - low) * lanes * memory.itemsize)
-            reference, log_total = element(memory, at.norms), element(memory, at.norms + block)
-            softmax.weigh(width, scores, n, unit, here.added, here.row, reference, log_total, to)
+            following = (number + 1) * keys
+            ahead = rows_ahead(head.k, following, i == 0 and following < head.position.kv_length, sizes.D)
+            unit = score(head, k_tile, ahead, settings, here, row, rows, heads, sizes, qt, scores, memory, at)
+            of_block = element(memory, at.norms)
+            if heads == 1:
+                to = moved(sums, (here.start - low) * lanes * memory.itemsize)
+                log_total = element(memory, at.norms + block)
+                softmax.weigh(width, scores, n, unit, here.added, here.row, of_block, log_total, to)
+            else:
+                row_bytes, block_bytes = width * lanes * memory.itemsize, block * memory.itemsize
+                gradient_tiles.weights(
+                    width, scores, n, unit, here.added, here.row, of_block, block_bytes, scores, row_bytes
+                )
+                write_sums(weights, sequences, head, heads, here.start, n, at.scores, width * lanes, rows, memory)
+    if heads == 1:
+        write_sums(weights, sequences, head, 1, low, high - low, at.sums, lanes, lanes, memory)
+
+
+@device
+def write_sums(weights, sequences, head, heads, first, n, start, row, lanes, memory):
+    """Write the weights of n keys from the first one on, for each of some heads the sum of so many lanes of each key.
+
+    The lanes of a key are a `row`, in memory from `start` on; those of a head are behind those of the one before.
+    """
+    for i in range(heads):
+        weight = column_of(weights, sequences.offsets[head.b, 8], head.h + i)
+        for key in range(n):
+            total = memory.dtype.type(0)
+            for lane in range(lanes):
+                total += memory[start + key * row + i * lanes + lane]
+            write(weight, first + key, total)
 
 
 @device
@@ -134,21 +189,16 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
         if task < 0:
             break
         # Heads that share keys one after the other, while these are in a cache.
-        part = task // group
-        b, h = sequences.numbers[part // per_head // Hkv, 0], part // per_head % Hkv * group + task % group
+        part, member = task // group, task % group
+        b, h = sequences.numbers[part // per_head // Hkv, 0], part // per_head % Hkv * group + member
         low = part % per_head * cut.task_keys
         high = max(low, min(low + cut.task_keys, sequences.intervals[b, 2] if settings.packed else Lk))
-        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES))
-        if low == high:
+        together = heads_of_task(group, sequences.intervals[b, 1], cut.alike, cut.block)
+        if low == high or member % together != 0:
             continue
-        norms = norms_of(arrays, sequences, b, h)
-        add_up(head, norms, sequences.intervals[b, 1], low, high, sizes, settings, arrays.operands, memory)
-        start, weight = memory_map(sizes).sums, column_of(weights, sequences.offsets[b, 8], h)
-        for key in range(high - low):
-            total = memory.dtype.type(0)
-            for lane in range(cut.lanes):
-                total += memory[start + key * cut.lanes + lane]
-            write(weight, low + key, total)
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES))
+        heads = min(together, group - member)
+        add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, memory)
     if on_tiles:
         amx.release(address(memory))
 
@@ -165,12 +215,15 @@ def weigh(launcher, memories, counters, weights, arrays, sequences, functions, s
 # From Python ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, threads_used: int) -> Cutting:
-    """How to write the weights of a call whose norms have been written; they are (Hq, Lk), of the first sequence."""
+def prepared(call: Call, kinds: Kinds, weights: np.ndarray, whole: Plan, alike: bool, threads_used: int) -> Cutting:
+    """How to write the weights of a call whose norms have been written; they are (Hq, Lk), of the first sequence.
+
+    Few rows of heads that share keys are in one block, if treated `alike`.
+    """
     (arrays, _, functions, settings), dtype = call, call.arrays.lse.dtype
     (Hq, _, D), Dv, Lq, Lk = arrays.q.shape, arrays.out.shape[2], settings.Lq, settings.Lk
     heads = len(call.sequences.numbers) * Hq
-    cut = cut_keys(heads, Lq, Lk, D, whole, threads_used, dtype.itemsize)
+    cut = cut_keys(heads, Lq, Lk, D, whole, threads_used, dtype.itemsize)._replace(alike=int(alike))
     tasks, size = heads * -(-Lk // cut.task_keys), memory_size(cut, D)
 
     def cut_for(sequences: Sequences) -> Run:
@@ -187,7 +240,7 @@ def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, it
     keys = whole.keys
     wanted = heads * -(-Lk // keys) // (8 * workers)
     wanted = max(1, min(wanted, MOST_KEYS // keys, MOST_OPERATIONS // (keys * Lq * max(D, 1))))
-    return Cut(keys, keys * wanted, whole.block, VECTOR_BYTES // itemsize)
+    return Cut(keys, keys * wanted, whole.block, VECTOR_BYTES // itemsize, alike=0)
 
 
 def memory_size(cut: Cut, D: int) -> int:
@@ -202,7 +255,7 @@ def signature(kind: str, operand: types.Type, held: str) -> tuple[types.Type, ..
         COMPUTED[kind],
         types.Array(COMPUTED[kind], 2, "A"),
         *call_types(kind, operand, held),
-        types.NamedUniTuple(types.int64, 4, Cut),
+        types.NamedUniTuple(types.int64, len(Cut._fields), Cut),
     )
 
 

@@ -139,6 +139,15 @@ def head_after(head, arrays, n):
 
 
 @device
+def rows_ahead(rows, first, following, columns):
+    """The rows of an array from `first` on, to be asked for if they follow, and lie side by side."""
+    size = pointee_bytes(rows.data)
+    beside = rows.row == columns * size and rows.step == size and rows.page_rows == 0
+    asked = following and beside
+    return Ahead(moved(rows.data, first * rows.row if asked else 0), size if asked else 0)
+
+
+@device
 def is_plain(head):
     """Whether no function changes scores, so that they can be exponentiated where they are made."""
     return head.functions.codes[SCORE] == 0
