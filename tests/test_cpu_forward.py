@@ -350,7 +350,7 @@ def test_rows_of_heads_that_share_keys(dtype: str, group: int, Lq: int) -> None:
     own_key, own_value = (np.repeat(x, group, axis=2) for x in (key, value))
     mask = rng.random((2, 1, Lq, Lk)) < 0.5
     mask[:, :, 1, :] = False
-    wanted: dict[str, Any] = {"layout": "BLHD", "return_aux": ("lse", "max_score", "entropy")}
+    wanted: dict[str, Any] = {"layout": "BLHD", "return_aux": ("lse", "max_score", "entropy", "key_weight")}
     for options in (
         {},
         {"is_causal": True, "query_offset": "bottom_right", "softcap": 20.0},

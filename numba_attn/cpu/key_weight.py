@@ -150,23 +150,29 @@ def add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, 
                 gradient_tiles.weights(
                     width, scores, n, unit, here.added, here.row, of_block, block_bytes, scores, row_bytes
                 )
-                write_sums(weights, sequences, head, heads, here.start, n, at.scores, width * lanes, rows, memory)
+                write_sums(
+                    weights, sequences, head, heads, here.start, n, at.scores, width * lanes, rows, lanes, memory
+                )
     if heads == 1:
-        write_sums(weights, sequences, head, 1, low, high - low, at.sums, lanes, lanes, memory)
+        write_sums(weights, sequences, head, 1, low, high - low, at.sums, lanes, lanes, lanes, memory)
 
 
 @device
-def write_sums(weights, sequences, head, heads, first, n, start, row, lanes, memory):
-    """Write the weights of n keys from the first one on, for each of some heads the sum of so many lanes of each key.
+def write_sums(weights, sequences, head, heads, first, n, start, row, count, lanes, memory):
+    """Write the weights of n keys from the first one on, for each of some heads the sum of `count` numbers of each key.
 
-    The lanes of a key are a `row`, in memory from `start` on; those of a head are behind those of the one before.
+    Those of a key are a `row`, in memory from `start` on; those of a head are behind those of the one before, and are
+    added up as vectors of so many lanes would be: a head of its own has the same bits.
     """
     for i in range(heads):
         weight = column_of(weights, sequences.offsets[head.b, 8], head.h + i)
         for key in range(n):
-            total = memory.dtype.type(0)
-            for lane in range(lanes):
-                total += memory[start + key * row + i * lanes + lane]
+            total, place = memory.dtype.type(0), start + key * row + i * count
+            for lane in range(min(count, lanes)):
+                of_lane = memory.dtype.type(0)
+                for number in range(lane, count, lanes):
+                    of_lane += memory[place + number]
+                total += of_lane
             write(weight, first + key, total)
 
 
