@@ -23,10 +23,9 @@ from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile,
 
 # Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes")
-# One head of one sequence: its matrices, which it is, its ALiBi slope, its part of the block mask, user functions, and
-# notes on its mask.
-# ALiBi's are the slope of the head and, where those after it have some too, their addresses; as is how many bytes on
-# their masks are, 0 if those are the same.
+# One head of one sequence: its matrices; how many bytes further the next head's mask is, 0 if it is the same; which it
+# is; its ALiBi slope, the address of that, behind which are those of the next heads, and whether there are slopes; its
+# part of the block mask, user functions, and notes on its mask.
 Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h slope slopes sloped states functions notes")
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
