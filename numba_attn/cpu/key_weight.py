@@ -170,8 +170,8 @@ def write_sums(weights, sequences, head, heads, first, n, start, row, count, lan
             total, place = memory.dtype.type(0), start + key * row + i * count
             for lane in range(min(count, lanes)):
                 of_lane = memory.dtype.type(0)
-                for number in range(lane, count, lanes):
-                    of_lane += memory[place + number]
+                for vector in range((count - lane + lanes - 1) // lanes):
+                    of_lane += memory[place + vector * lanes + lane]
                 total += of_lane
             write(weight, first + key, total)
 
