@@ -21,6 +21,7 @@ from numba_attn.cpu.user_functions import mask_pass, run_mask_pass, run_score_pa
 
 RNG = np.random.default_rng(0)
 N, WIDTH, ROWS, HEADS = 7, 32, 7, 3
+BLOCKS = [(WIDTH, ROWS, HEADS), (4, 1, 3), (4, 2, 2), (1, 1, 1)]  # many rows and few, all lanes queries or not
 B, H, ROW, KEY = 1, 1, 30, 11  # the tile's sequence, first head, first query and first key
 IDS = np.repeat(np.arange(40), 3)
 GLOBAL_TABLE = RNG.standard_normal((4, 64))
@@ -36,15 +37,13 @@ def of_an_alias(score, b, h, i, j):
 
 
 @numba.njit(**OPTIONS)
-def score_driver(codes, index, captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
-    run_score_pass(
-        codes, index, captured, address(s), n, width, rows, heads, factor, address(bias), bias_row, b, h, i, j
-    )  # fmt: skip
+def score_driver(codes, index, captured, s, n, width, rows, heads, factor, b, h, i, j):
+    run_score_pass(codes, index, captured, address(s), n, width, rows, heads, factor, b, h, i, j)
 
 
 @numba.njit(**OPTIONS)
-def mask_driver(codes, index, captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
-    run_mask_pass(codes, index, captured, address(bias), address(source), source_row, n, width, rows, heads, b, h, i, j)
+def mask_driver(codes, index, captured, bias, fresh, n, width, rows, heads, b, h, i, j):
+    run_mask_pass(codes, index, captured, address(bias), fresh, n, width, rows, heads, b, h, i, j)
 
 
 def codes(made: user_functions.Pass) -> np.ndarray:
@@ -52,39 +51,39 @@ def codes(made: user_functions.Pass) -> np.ndarray:
     return np.array([0, made.code[0]], np.intp)
 
 
-def padded(expected: np.ndarray) -> np.ndarray:
+def padded(expected: np.ndarray, width: int) -> np.ndarray:
     """The lanes that are no queries are as the last one that is."""
-    return np.concatenate([expected, np.repeat(expected[:, -1:], WIDTH - ROWS * HEADS, axis=1)], axis=1)
+    return np.concatenate([expected, np.repeat(expected[:, -1:], width - expected.shape[1], axis=1)], axis=1)
 
 
-def places() -> list[list[tuple[int, int, int, int]]]:
+def places(rows: int, heads: int) -> list[list[tuple[int, int, int, int]]]:
     """Where the queries of each key are: the rows of one head after the other."""
-    return [[(B, H + h, ROW + row, KEY + key) for h in range(HEADS) for row in range(ROWS)] for key in range(N)]
+    return [[(B, H + h, ROW + row, KEY + key) for h in range(heads) for row in range(rows)] for key in range(N)]
 
 
-def check_score(function: Callable[..., Any], dtype: str, shared_bias: bool = False) -> None:
+def check_score(function: Callable[..., Any], dtype: str) -> None:
     made = score_pass(function, dtype)
-    product, bias = (RNG.standard_normal((N, WIDTH)).astype(dtype) for _ in range(2))
-    factor = np.dtype(dtype).type(0.5)
-    s, (added, added_row) = product.copy(), (bias[:1], 0) if shared_bias else (bias, WIDTH)
-    score_driver(codes(made), 1, made.captured, s, N, WIDTH, ROWS, HEADS, factor, bias, added_row, B, H, ROW, KEY)
-    natural = (product * factor + added)[:, : ROWS * HEADS]
     python = getattr(function, "py_func", function)
-    expected = np.array(
-        [[python(x, *at) for x, at in zip(*of_key, strict=True)] for of_key in zip(natural, places(), strict=True)]
-    )
-    tolerance = 1e-5 if dtype == "f" else 1e-13
-    np.testing.assert_allclose(s, padded(expected), rtol=tolerance, atol=tolerance)
+    factor, tolerance = np.dtype(dtype).type(0.5), 1e-5 if dtype == "f" else 1e-13
+    for width, rows, heads in BLOCKS:
+        s = RNG.standard_normal((N, width)).astype(dtype)
+        natural, at = (s * factor)[:, : rows * heads], places(rows, heads)
+        score_driver(codes(made), 1, made.captured, s, N, width, rows, heads, factor, B, H, ROW, KEY)
+        expected = np.array(
+            [[python(x, *here) for x, here in zip(*of_key, strict=True)] for of_key in zip(natural, at, strict=True)]
+        )
+        np.testing.assert_allclose(s, padded(expected, width), rtol=tolerance, atol=tolerance)
 
 
-def check_mask(function: Callable[..., Any], dtype: str, in_place: bool = False) -> None:
+def check_mask(function: Callable[..., Any], dtype: str, fresh: bool) -> None:
     made = mask_pass(function, dtype)
-    source = RNG.standard_normal((N, WIDTH)).astype(dtype)
-    given, bias = source.copy(), source if in_place else np.full_like(source, np.nan)
-    mask_driver(codes(made), 1, made.captured, bias, source, WIDTH, N, WIDTH, ROWS, HEADS, B, H, ROW, KEY)
     python = getattr(function, "py_func", function)
-    kept = np.array([[python(*at) for at in of_key] for of_key in places()], bool)
-    np.testing.assert_array_equal(bias, padded(np.where(kept, given[:, : ROWS * HEADS], -np.inf)))
+    for width, rows, heads in BLOCKS:
+        bias = np.full((N, width), np.nan, dtype) if fresh else RNG.standard_normal((N, width)).astype(dtype)
+        given = np.zeros_like(bias) if fresh else bias.copy()
+        mask_driver(codes(made), 1, made.captured, bias, fresh, N, width, rows, heads, B, H, ROW, KEY)
+        kept = np.array([[python(*at) for at in of_key] for of_key in places(rows, heads)], bool)
+        np.testing.assert_array_equal(bias, padded(np.where(kept, given[:, : rows * heads], -np.inf), width))
 
 
 def relative(score, b, h, i, j):
@@ -144,6 +143,12 @@ def scalar_functions(score, b, h, i, j):
     return x + np.where(i > j, score, 2.0) + np.clip(score, -0.5, 0.5)
 
 
+def halved_until_small(score, b, h, i, j):
+    while score > 0.1:
+        score /= 2
+    return score
+
+
 def integers_only(score, b, h, i, j):
     return (i - j) // 2 + b + h
 
@@ -193,10 +198,6 @@ def test_scores_are_what_the_function_says(function: Callable[..., Any], dtype: 
     check_score(function, dtype)
 
 
-def test_score_with_a_bias_that_is_the_same_for_all_keys() -> None:
-    check_score(relative, "f", shared_bias=True)
-
-
 def same_document(b, h, i, j):
     return IDS[i] == IDS[j]
 
@@ -214,31 +215,30 @@ def of_both(b, h, i, j):
 
 
 @pytest.mark.parametrize("dtype", ["f", "d"])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("function", [same_document, as_an_integer, by_head, of_both], ids=lambda f: f.__qualname__)
-def test_masks_are_what_the_function_says(function: Callable[..., Any], in_place: bool, dtype: str) -> None:
-    check_mask(function, dtype, in_place)
+def test_masks_are_what_the_function_says(function: Callable[..., Any], fresh: bool, dtype: str) -> None:
+    check_mask(function, dtype, fresh)
 
 
-def test_mask_of_a_source_that_is_the_same_for_all_keys() -> None:
-    made = mask_pass(as_an_integer, "f")
-    bias, source = np.full((N, WIDTH), np.nan, "f"), RNG.standard_normal(WIDTH).astype("f")
-    mask_driver(made.code, 0, made.captured, bias, source, 0, N, WIDTH, WIDTH, 1, B, H, ROW, KEY)
-    kept = (np.arange(ROW, ROW + WIDTH) >= np.arange(KEY, KEY + N)[:, None]) & (
-        np.arange(KEY, KEY + N)[:, None] % 2 == 1
-    )
-    np.testing.assert_array_equal(bias, np.where(kept, source, -np.inf))
-
-
-def test_padding_lanes_read_nothing_beyond_the_last_query() -> None:
+@pytest.mark.parametrize(("width", "rows", "heads"), BLOCKS)
+def test_padding_lanes_read_nothing_beyond_the_last_query(width: int, rows: int, heads: int) -> None:
     """The function is called for queries only: an array has no more elements than there are queries."""
-    seen = np.zeros(ROW + ROWS)
+    seen = np.zeros(ROW + rows)
     seen[-1] = 7
     made = score_pass(lambda score, b, h, i, j: seen[i], "d")
-    s = np.zeros((N, WIDTH))
-    score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, HEADS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
-    lanes = np.arange(WIDTH)
-    assert (s == np.where((lanes % ROWS == ROWS - 1) | (lanes >= ROWS * HEADS), 7, 0)).all()
+    s = np.zeros((N, width))
+    score_driver(made.code, 0, made.captured, s, N, width, rows, heads, 1.0, B, H, ROW, KEY)
+    lanes = np.arange(width)
+    assert (s == np.where((lanes % rows == rows - 1) | (lanes >= rows * heads), 7, 0)).all()
+
+
+def test_padding_lanes_have_no_score_of_their_own() -> None:
+    """The function meets none that no query has: it may not end for an infinite one."""
+    made = score_pass(halved_until_small, "d")
+    s = np.where(np.arange(4) < 3, 1.0, np.inf) * np.ones((N, 1))
+    score_driver(made.code, 0, made.captured, s, N, 4, 1, 3, 1.0, B, H, ROW, KEY)
+    assert (s == 0.5**4).all()
 
 
 # What is compiled when ------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_contents_of_arrays_of_helpers_are_arguments(compiles: list[Any], monkey
     for _ in range(2):  # the helper, if called from Python, would go on with the first array
         made = score_pass(lambda score, b, h, i, j: jitted_helper(score, j), "d")
         s = np.zeros((N, WIDTH))
-        score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, HEADS, 1.0, s.copy(), WIDTH, B, H, ROW, KEY)
+        score_driver(made.code, 0, made.captured, s, N, WIDTH, ROWS, HEADS, 1.0, B, H, ROW, KEY)
         np.testing.assert_array_equal(s.T, np.broadcast_to(tables.weights[KEY : KEY + N], (WIDTH, N)))
         monkeypatch.setattr(tables, "weights", RNG.standard_normal(64))
     monkeypatch.setitem(globals(), "GLOBAL_TABLE", RNG.standard_normal((4, 64)))
@@ -323,7 +323,7 @@ def test_numbers_that_compare_equal_are_told_apart(compiles: list[Any]) -> None:
     for number, sign in ((0.0, 1), (-0.0, -1), (math.nan, 1), (-math.nan, 1)):
         made = score_pass(make(number), "d")
         s = np.zeros((1, 4))
-        score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, 1.0, s.copy(), 4, 0, 0, 0, 0)
+        score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, 1.0, 0, 0, 0, 0)
         assert math.isnan(number) or (s == sign).all()
     assert len(compiles) == 3
 
@@ -390,8 +390,8 @@ WHOLE = np.concatenate([
 def test_integers_become_numbers_by_rounding_once() -> None:
     """In vectors, or one by one where these end; every integer."""
     made = score_pass(lambda score, b, h, i, j: float(WHOLE[i]), "d")
-    s, zeros = np.zeros((1, len(WHOLE))), np.zeros((1, len(WHOLE)))
-    score_driver(codes(made), 1, made.captured, s, 1, len(WHOLE), len(WHOLE), 1, 1.0, zeros, 0, 0, 0, 0, 0)
+    s = np.zeros((1, len(WHOLE)))
+    score_driver(codes(made), 1, made.captured, s, 1, len(WHOLE), len(WHOLE), 1, 1.0, 0, 0, 0, 0)
     np.testing.assert_array_equal(s[0], WHOLE.astype(np.float64))
     if CONVERTS_ONE_BY_ONE:
         assert "cvtsi2sd" not in made.keep[0].get_asm_str()
@@ -400,7 +400,7 @@ def test_integers_become_numbers_by_rounding_once() -> None:
 def test_callers_hold_nothing_of_a_pass() -> None:
     made = score_pass(relative, "f")
     s = np.zeros((1, 4), "f")
-    score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, np.float32(1), s.copy(), 4, 0, 0, 0, 0)
+    score_driver(made.code, 0, made.captured, s, 1, 4, 4, 1, np.float32(1), 0, 0, 0, 0)
     result = next(x for x in score_driver.overloads.values() if "float32" in str(x.signature))
     text = user_functions._definition(result.library.get_llvm_str(), result.fndesc.llvm_func_name)
     assert not any(word in text for word in ("inttoptr", "NRT_", str(made.code[0])))

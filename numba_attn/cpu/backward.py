@@ -390,7 +390,7 @@ def do_tasks(worker, memories, counters, gradients, bias, tables, arrays, sequen
     """Do chains of tasks until there are none."""
     memory = memories[worker]
     align_stack()
-    sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes)
+    sizes = Sizes(arrays.q.shape[2], arrays.out.shape[2], cut.keys, cut.block, cut.lanes, 0)
     at = addressed(memory_map(sizes, cut.blocks))
     pack.fill_lanes(element(memory, at.zero), memory.dtype.type(0), cut.block // cut.lanes)
     pack.fill_lanes(element(memory, at.one), memory.dtype.type(1), cut.block // cut.lanes)
@@ -453,7 +453,7 @@ def run(
 @functools.lru_cache(maxsize=256)
 def memory_size(cut: Cut, D: int, Dv: int) -> int:
     """Elements of a worker's memory: whole cache lines, so that workers do not share one."""
-    return -(-memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, cut.lanes), cut.blocks).size // 16) * 16
+    return -(-memory_map.py_func(Sizes(D, Dv, cut.keys, cut.block, cut.lanes, 0), cut.blocks).size // 16) * 16
 
 
 def signature(kind: str, operand: types.Type) -> tuple[types.Type, ...]:

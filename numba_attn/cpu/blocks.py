@@ -86,7 +86,8 @@ def for_keys(
 class Lanes(NamedTuple):
     """What is read for the lanes of a block of `count` rows: of one head after the other, with `rows` each.
 
-    These lie so many bytes apart, and the last one is read again for the lanes beyond them.
+    These lie so many bytes apart, and the last one is read again for the lanes beyond them.  Where a key has less than
+    a vector, all rows are in it once for each of its keys.
     """
 
     v: Vectors
@@ -95,11 +96,15 @@ class Lanes(NamedTuple):
     row: Value
     to_next_head: Value  # from where a head would go on
     heads_in_row: Value  # of which lane times so many are as many heads as are before it, times 2 ** 16
+    stride: Value  # lanes of a key
+    keys: Value  # of a vector
 
     @classmethod
-    def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value) -> Lanes:
+    def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value, stride: Value | None = None) -> Lanes:
         inverse = v.add_index(v.builder.udiv(v.index(1 << 16), rows), 1)
-        return cls(v, rows, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse)
+        stride = v.index(v.lanes) if stride is None else v.least(stride, v.index(v.lanes))
+        keys = v.builder.udiv(v.index(v.lanes), stride)
+        return cls(v, rows, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse, stride, keys)
 
     def place(self, start: Value, lane: Value) -> Value:
         """The address of what is read for a lane, if `start` is that of the first."""
@@ -115,9 +120,15 @@ class Lanes(NamedTuple):
         numbers = (self._number(lane) for lane in self._of_vector(w))
         return [self.v.builder.sub(number, self.v.mul_index(heads, self.rows)) for number, heads in numbers]
 
+    def keys_of_vector(self) -> list[Value]:
+        """Which of the keys of a vector its lanes are of."""
+        v = self.v
+        return [v.builder.udiv(v.mul_index(i, self.keys), v.index(v.lanes)) for i in range(v.lanes)]
+
     def _of_vector(self, w: Value) -> list[Value]:
-        first = self.v.mul_index(w, self.v.lanes)
-        return [self.v.add_index(first, i) for i in range(self.v.lanes)]
+        v, first = self.v, self.v.mul_index(w, self.v.lanes)
+        before = [v.mul_index(key, self.stride) for key in self.keys_of_vector()]
+        return [v.add_index(first, v.builder.sub(v.index(i), x)) for i, x in enumerate(before)]
 
     def _number(self, lane: Value) -> tuple[Value, Value]:
         """Of the row that is read for a lane, and of the heads before its own."""

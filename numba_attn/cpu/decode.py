@@ -41,7 +41,6 @@ from numba_attn.cpu.results import (
 )
 from numba_attn.cpu.score import (
     NO_NOTES,
-    SCORE,
     Arrays,
     Call,
     Cutting,
@@ -49,12 +48,13 @@ from numba_attn.cpu.score import (
     Run,
     Sequences,
     Sizes,
-    Tile,
+    adds_numbers,
     call_types,
     change,
     element,
     head_of,
-    is_settled,
+    in_vectors,
+    is_plain,
     matrix,
     select,
 )
@@ -86,20 +86,6 @@ SERIAL_WORK = 1 << 17  # as `launch.SERIAL_WORK`: less, as reading the keys is w
 
 
 @device
-def packed(tile, stride, lanes, memory, at):
-    """A tile with the vectors of a tile of scores, see `rows`, in the place of its keys, and what is added to these."""
-    n = tile.stop - tile.start
-    if stride == lanes:
-        return tile
-    vectors = (n * stride + lanes - 1) // lanes
-    if tile.row == 0 and n * stride == vectors * lanes:
-        return Tile(0, vectors, tile.added, tile.row, tile.kept, False)
-    bias = element(memory, at.bias)
-    rows.gather(n, stride, tile.added, tile.row, bias)
-    return Tile(0, vectors, bias, lanes * memory.itemsize, tile.kept, False)
-
-
-@device
 def attend(
     arrays, sequences, functions, settings, cut, b, shared, low, high, partial, tables, key_weights, memory, careful
 ):  # fmt: skip
@@ -112,7 +98,9 @@ def attend(
     group, nothing, lowest = Hq // arrays.k.shape[0], memory.dtype.type(0), memory.dtype.type(-math.inf)
     height = power_of_two(cut.heads * Lq)
     wide = factors_of_vector(arrays, lanes)
-    sizes = Sizes(padded(D, wide), padded(Dv, lanes), MOST_SPLIT, lanes, lanes)
+    # Dropout tells the lanes of a vector apart.
+    stride = lanes if settings.threshold != 0 else height
+    sizes = Sizes(padded(D, wide), padded(Dv, lanes), MOST_SPLIT, lanes, lanes, stride)
     at = addressed(memory_map(sizes.D, sizes.Dv, lanes, cut.blocks, height))
     scores, top, sums = element(memory, at.scores), element(memory, at.top), element(memory, at.sums)
     moments, correction, step = element(memory, at.moments), element(memory, at.correction), element(memory, at.step)
@@ -128,8 +116,6 @@ def attend(
     k_table, v_table = tables[0], tables[1]
     k_ahead = v_ahead = held = 0
     placed, weighted = False, arrays.entropy.size > 0
-    # Of the tile of scores, see `rows`: functions and dropout tell the lanes of a vector apart.
-    stride = lanes if functions.codes[SCORE] != 0 or settings.threshold != 0 else height
     for i in range(cut.blocks):
         first = shared * group + i * cut.heads
         heads = min(cut.heads, (shared + 1) * group - first)
@@ -151,32 +137,32 @@ def attend(
         state = state_of(partial, i, height, Dv, lanes)
         queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
         q_step = element(memory, at.steps + i * lanes)
-        tile, done = packed(here, stride, lanes, memory, at), False
-        raising = np.bool_(is_settled(head, tile))
-        vectors = tile.stop - tile.start
+        (vectors, added_row), done = in_vectors(here, heads * Lq, sizes, memory), False
+        # Scores that are more than products are rarely in range, and comparing takes less than making them again.
+        raising = np.bool_(not is_plain(head) or adds_numbers(head, here))
         while not done:
             dots(height, k.data, k_at, k_ahead, k.row, until, page, n, held, sizes.D, queries, q_step, scores)
             if stride != height:
                 rows.spread(n, height, scores)
-            unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
+            unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
             moving = 2 if raising else 0
             for _ in range(2):
                 if moving == 2:
-                    softmax.highest(1, scores, vectors, unit, tile.added, tile.row, state.reference, top)
+                    softmax.highest(1, scores, vectors, unit, here.added, added_row, state.reference, top)
                     rows.highest_across(stride, top)
                     moving = softmax.move_reference(
                         1, top, state.reference, state.best, state.total, state.moment, correction
                     )
             if weighted:
                 softmax.powers_weighted(
-                    1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments
+                    1, scores, vectors, unit, here.added, added_row, state.reference, sums, top, moments
                 )
                 rows.highest_across(stride, top)
                 done = softmax.take_in_weighted(
                     1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
                 )
             else:
-                softmax.powers(1, scores, vectors, unit, tile.added, tile.row, state.reference, sums, top, moments)
+                softmax.powers(1, scores, vectors, unit, here.added, added_row, state.reference, sums, top, moments)
                 rows.highest_across(stride, top)
                 done = softmax.take_in(
                     1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising

@@ -10,8 +10,8 @@ import numpy as np
 from numba import types
 
 from numba_attn.block_mask import EMPTY
-from numba_attn.cpu import launch, pack, rows, softmax
-from numba_attn.cpu.decode import MOST_ROWS, SERIAL_WORK, pack_queries, packed
+from numba_attn.cpu import launch, pack, softmax
+from numba_attn.cpu.decode import MOST_ROWS, SERIAL_WORK, pack_queries
 from numba_attn.cpu.dots import dots
 from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
@@ -20,7 +20,6 @@ from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahe
 from numba_attn.cpu.results import column_of, norms_of, read_norm, write
 from numba_attn.cpu.score import (
     NO_NOTES,
-    SCORE,
     Arrays,
     Call,
     Cutting,
@@ -32,6 +31,7 @@ from numba_attn.cpu.score import (
     change,
     element,
     head_of,
+    in_vectors,
     select,
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
@@ -71,7 +71,7 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
     (Hq, _, D), lanes = arrays.q.shape, VECTOR_BYTES // memory.itemsize
     Lq, group, nothing = cut.rows, Hq // arrays.k.shape[0], memory.dtype.type(0)
     height, wide = power_of_two(cut.heads * Lq), factors_of_vector(arrays, lanes)
-    sizes = Sizes(padded(D, wide), lanes, MOST_SPLIT, lanes, lanes)
+    sizes = Sizes(padded(D, wide), lanes, MOST_SPLIT, lanes, lanes, height)
     at = addressed(memory_map(sizes.D, lanes, lanes, cut.blocks, height))
     scores, powers = element(memory, at.scores), element(memory, at.values)
     pack.fill_lanes(element(memory, at.zero), nothing, 1)
@@ -80,7 +80,6 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
     copies = as_element(element(memory, at.keys), arrays.k)
     ahead = held = 0
     placed = False
-    stride = lanes if functions.codes[SCORE] != 0 else height  # as in `decode`
     for i in range(cut.blocks):
         first = shared * group + i * cut.heads
         heads = min(cut.heads, (shared + 1) * group - first)
@@ -96,16 +95,13 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
             k_at, (until, page) = moved(address(table), (here.start - low) * 8), pages_from(k, here.start)
             queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
             step = element(memory, at.steps + i * lanes)
-            tile = packed(here, stride, lanes, memory, at)
             dots(height, k.data, k_at, ahead, k.row, until, page, n, held, sizes.D, queries, step, scores)
-            if stride != height:
-                rows.spread(n, height, scores)
-            unit = change(head, settings, tile, 0, Lq, heads, sizes, scores, memory, at)
-            norms_of_lanes(arrays, sequences, b, first, heads * Lq, Lq, stride, memory, at)
-            vectors = tile.stop - tile.start
+            unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
+            norms_of_lanes(arrays, sequences, b, first, heads * Lq, Lq, height, memory, at)
+            vectors, added_row = in_vectors(here, heads * Lq, sizes, memory)
             pack.fill_lanes(powers, nothing, vectors)
             softmax.weigh(
-                1, scores, vectors, unit, tile.added, tile.row, element(memory, at.top), element(memory, at.sums),
+                1, scores, vectors, unit, here.added, added_row, element(memory, at.top), element(memory, at.sums),
                 powers,
             )  # fmt: skip
         for j in range(heads):
@@ -113,7 +109,7 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
             for key in range(low, high):
                 total = nothing
                 if here.start <= key < here.start + n:
-                    place_of_key = at.values + (key - here.start) * stride + j * Lq
+                    place_of_key = at.values + (key - here.start) * height + j * Lq
                     for row in range(valid):
                         total += memory[place_of_key + row]
                 write(weight, key, total)

@@ -111,7 +111,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
     Where all is done `at_once`, see `is_done_at_once`, results are not a part of the state but written; and the next
     head may be asked for meanwhile.  Returns whether results are finite.
     """
-    D, Dv, keys, block, lanes = sizes
+    D, Dv, keys, block, lanes, _ = sizes
     heads, across, first, end = share
     operands, weighted, head = arrays.operands, arrays.entropy.size > 0, first_head
     k, v, at = in_place(head.k, memory), in_place(head.v, memory), addressed(memory_map(sizes))
@@ -229,7 +229,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
     shares = (group + cut.heads - 1) // cut.heads
     of_sequence = Hkv * shares
     tasks = sequences.numbers.shape[0] * of_sequence * per_head * (cut.splits if cut.parted else 1)
-    at = addressed(memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)))
+    at = addressed(memory_map(Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes, 0)))
     notes, noted = Notes(at.state + cut.states * at.state_size, cut.columns), -1
     helped = 0
     while True:
@@ -257,7 +257,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
                 memory[notes.start + note] = 0
             noted = b
         head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes))
-        sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes)
+        sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes, 0)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         alone = splits == 1 and heads == 1 and arrays.sinks.size == 0
         at_once = alone and is_done_at_once(head, out_head, first, valid, sizes, arrays.operands, cut.short)
@@ -375,7 +375,7 @@ def memory_size(cut: Plan, D: int, Dv: int, lanes: int, notes: int = 0) -> int:
 
 def map_of(cut: Plan, D: int, Dv: int, lanes: int) -> tuple[Memory, Sizes]:
     """Where things are in a worker's memory."""
-    sizes = Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes)
+    sizes = Sizes(D, Dv, max(cut.keys, cut.short), cut.block, lanes, 0)
     return memory_map.py_func(sizes), sizes
 
 

@@ -74,7 +74,7 @@ def attend(codes, q, k, v, out, offset, query_length, kv_length, left, right, sc
     keys = tile_keys(block, D, Dv, itemsize)
     count = splits_of(kv_length, split_keys(Hkv, query_length, kv_length, block, keys, LEAST_KEYS))
     cut = forward.Cut(keys, short_keys(Dv, itemsize), block, 1, 1, lanes, 0, 1, 0, LEAST_KEYS, count, 0)
-    sizes = forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes)
+    sizes = forward.Sizes(D, Dv, max(cut.keys, cut.short), cut.block, cut.lanes, 0)
     at = forward.memory_map(sizes)
     counters[0, 1] = B * Hq * ((Lq + block - 1) // block)
     partials = np.empty((count if count > 1 else 0, forward.kept_size(at, sizes)), out.dtype)

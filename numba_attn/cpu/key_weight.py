@@ -186,7 +186,7 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
         amx.configure(address(memory))
     (Hq, _, D), Hkv, Lk = arrays.q.shape, arrays.k.shape[0], settings.Lk
     group = Hq // Hkv
-    sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes)
+    sizes = Sizes(D, 0, cut.keys, cut.block, cut.lanes, 0)
     per_head = (Lk + cut.task_keys - 1) // cut.task_keys
     tasks = sequences.numbers.shape[0] * Hq * per_head
     helped = 0
@@ -251,7 +251,7 @@ def cut_keys(heads: int, Lq: int, Lk: int, D: int, whole: Plan, workers: int, it
 
 def memory_size(cut: Cut, D: int) -> int:
     """Elements of a worker's memory."""
-    at = memory_map.py_func(Sizes(D, 0, cut.keys, cut.block, cut.lanes))
+    at = memory_map.py_func(Sizes(D, 0, cut.keys, cut.block, cut.lanes, 0))
     return -(-(at.sums + cut.task_keys * cut.lanes) // 16) * 16
 
 

@@ -148,29 +148,46 @@ def _mask_outside(v, width, bias, source, source_row, n, low, high, every_low, e
     for_vectors(v, width, vector)
 
 
-def _add_alibi(v, width, bias, source, source_row, n, slopes, rows, count, first):
+def _add_alibi(v, width, bias, source, source_row, n, slopes, rows, count, stride, first):
     """bias = source (rows `source_row` bytes apart) - slope * |distance|.
 
     The `count` rows in the block are `rows` of each of some heads, of which each has one of the slopes; the first row
-    of each is `first` keys after key 0.
+    of each is `first` keys after key 0.  A key has `stride` elements; if a vector has several keys, n counts vectors.
     """
-    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, v.index(0), v.index(v.size))
+    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, v.index(0), v.index(v.size), stride)
+    of_vector = v.splat(v.builder.sitofp(lanes.keys, v.element))
 
     def vector(w: Value) -> None:
         here = v.mul_index(w, v.bytes)
         minus = v.sub(v.constant(0.0), v.beside([v.load_scalar(place) for place in lanes.places(slopes, w)]))
-        numbers = [v.builder.sitofp(v.add_index(first, i), v.element) for i in lanes.rows_of_heads(w)]
+        places = zip(lanes.rows_of_heads(w), lanes.keys_of_vector(), strict=True)
+        numbers = [v.builder.sitofp(v.builder.sub(v.add_index(first, i), j), v.element) for i, j in places]
 
         def keys(j: Value, height: int, distance: list[Value]) -> list[Value]:
             for r in range(height):
-                size = v.absolute(v.sub(distance[0], v.constant(float(r))))
+                size = v.absolute(v.sub(distance[0], v.mul(of_vector, v.constant(float(r)))))
                 x = v.load(v.at(source, v.mul_index(v.add_index(j, r), source_row)), here)
                 v.store(v.fma(size, minus, x), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
-            return [v.sub(distance[0], v.constant(float(height)))]
+            return [v.sub(distance[0], v.mul(of_vector, v.constant(float(height))))]
 
         for_keys(v, n, [v.beside(numbers)], keys)
 
     v.each(width, vector)
+
+
+def _gather(v, n, stride, added, row, bias):
+    """bias (n, stride) = the first lanes of `added` (n, 1 vector), whose vectors are `row` bytes apart; -inf behind it.
+
+    Both may be the same memory.
+    """
+    step = v.mul_index(stride, v.size)
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        v.store(v.load(added, v.mul_index(j, row)), bias, v.mul_index(j, step))
+        return []
+
+    v.loop(0, n, 1, [], key)
+    v.store(v.constant(-INFINITY), bias, v.mul_index(n, step))
 
 
 def _classify(v, width, bias, n):
@@ -228,6 +245,7 @@ mask_keys = emits(_mask_keys)
 mask_elements = emits(_mask_elements)
 mask_outside = emits(_mask_outside)
 add_alibi = emits(_add_alibi)
+gather = emits(_gather)
 classify = emits(_classify, returns=types.int64)
 count_true = emits(_count_true, returns=types.int64)
 any_true = emits(_any_true, returns=types.boolean)

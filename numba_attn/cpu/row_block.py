@@ -199,7 +199,7 @@ def exponentiate_tile(
     The block is `rows` of each of the `heads` from this one on.  Keys that are `ahead` may be asked for.  Bit i of
     `rising`, which is returned, is whether scores of the block have been out of its reference's range.
     """
-    D, Dv, keys, _, lanes = sizes
+    D, Dv, keys, _, lanes, _ = sizes
     n, width = here.stop - here.start, (rows * heads + lanes - 1) // lanes
     scores = element(memory, at.scores)
     top, sums, moments = element(memory, at.top), element(memory, at.sums), element(memory, at.moments)

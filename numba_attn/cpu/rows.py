@@ -17,7 +17,6 @@ from functools import partial
 
 from numba import types
 
-from numba_attn.cpu.blocks import INFINITY
 from numba_attn.cpu.elementary import exp2
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.factors import across, powers_of_two
@@ -34,21 +33,6 @@ def _spread(v, n, height, s):
         return []
 
     v.loop(0, n, 1, [], key)
-
-
-def _gather(v, n, stride, added, row, bias):
-    """bias (n, stride) = the first lanes of `added` (n, 1 vector), whose vectors are `row` bytes apart; -inf behind it.
-
-    Both may be the same memory.
-    """
-    step = v.mul_index(stride, v.size)
-
-    def key(j: Value, _: list[Value]) -> list[Value]:
-        v.store(v.load(added, v.mul_index(j, row)), bias, v.mul_index(j, step))
-        return []
-
-    v.loop(0, n, 1, [], key)
-    v.store(v.constant(-INFINITY), bias, v.mul_index(n, step))
 
 
 def across_keys(v: Vectors, stride: Value, at: Value, combine: Callable[[Value, Value], Value]) -> None:
@@ -119,7 +103,6 @@ def _parts(v, state, of_split, factors):
 
 
 spread = emits(_spread)
-gather = emits(_gather)
 add_across = emits(_add_across)
 highest_across = emits(_highest_across)
 weigh_rows = emits(_weigh_rows, returns=types.boolean)

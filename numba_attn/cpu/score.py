@@ -21,8 +21,9 @@ from numba_attn.cpu.pointers import address, as_element, get, holds_pairs, moved
 from numba_attn.cpu.stored import rows_of
 from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile, none_true, shrink, visible
 
-# Head sizes, keys of a key tile, query rows of a row block, lanes of a vector.
-Sizes = namedtuple("Sizes", "D Dv keys block lanes")
+# Head sizes, keys of a key tile, query rows of a row block, lanes of a vector, and, where these are of several keys,
+# elements of a key in a tile of scores, else 0.
+Sizes = namedtuple("Sizes", "D Dv keys block lanes stride")
 # One head of one sequence: its matrices; how many bytes further the next head's mask is, 0 if it is the same; which it
 # is; its ALiBi slope, the address of that, behind which are those of the next heads, and whether there are slopes; its
 # part of the block mask, user functions, and notes on its mask.
@@ -30,7 +31,7 @@ Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h slope slo
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
 NO_NOTES = Notes(-1, 0)
-# Keys [start, stop) of a tile, what is added to their scores (rows `row` bytes apart), whether that is anything, and
+# Keys [start, stop) of a tile, what is added to their scores (keys `row` bytes apart), whether that is anything, and
 # whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted from the start.
 Tile = namedtuple("Tile", "start stop added row kept edged")
 # Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
@@ -164,17 +165,31 @@ def select(head, settings, row, rows, heads, start, stop, even, sizes, memory, a
 
 
 @device
+def across(count, sizes):
+    """Elements of a key in a tile of `count` query rows."""
+    return sizes.stride if sizes.stride != 0 else (count + sizes.lanes - 1) // sizes.lanes * sizes.lanes
+
+
+@device
+def in_vectors(tile, count, sizes, memory):
+    """How many vectors the scores of a tile of `count` rows are, and how many bytes apart what is added to them."""
+    vectors = ((tile.stop - tile.start) * across(count, sizes) + sizes.lanes - 1) // sizes.lanes
+    return vectors, 0 if tile.row == 0 else sizes.lanes * memory.itemsize
+
+
+@device
 def slope(head, tile, row, rows, heads, sizes, memory, at):
     """The tile with what ALiBi adds to its scores."""
     if tile.kept == EMPTY or steepest(head, heads, memory) == 0:
         return tile
-    count = rows * heads
-    width, bias = (count + sizes.lanes - 1) // sizes.lanes, element(memory, at.bias)
-    distance = row + head.position.offset - tile.start
-    mask_tiles.add_alibi(
-        width, bias, tile.added, tile.row, tile.stop - tile.start, head.slopes, rows, count, distance
-    )  # fmt: skip
-    return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL, tile.edged)
+    count, bias = rows * heads, element(memory, at.bias)
+    stride, distance = across(count, sizes), row + head.position.offset - tile.start
+    width, n, added_row = stride // sizes.lanes, tile.stop - tile.start, tile.row
+    if stride < sizes.lanes:
+        width = 1
+        n, added_row = in_vectors(tile, count, sizes, memory)
+    mask_tiles.add_alibi(width, bias, tile.added, added_row, n, head.slopes, rows, count, stride, distance)
+    return Tile(tile.start, tile.stop, bias, stride * memory.itemsize, PARTIAL, tile.edged)
 
 
 @device
@@ -228,18 +243,22 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
             width, bias, added, added_row, stop - start, low, high, every_low - start, every_high - start
         )
         added, added_row, kept = bias, row_bytes, PARTIAL
-    functions = head.functions
-    across = width * lanes
+    functions, stride, n = head.functions, across(rows * heads, sizes), stop - start
+    if stride < lanes:
+        row_bytes = stride * memory.itemsize
+        if added_row != 0 or n * stride % lanes != 0:  # of what is behind the last key, a vector is masked
+            mask_tiles.gather(n, stride, added, added_row, bias)
+            added, added_row = bias, row_bytes
     if functions.codes[MASK] != 0:
         user_functions.run_mask_pass(
-            functions.codes, MASK, functions.mask, bias, added, added_row // memory.itemsize,
-            stop - start, across, rows, heads, head.b, head.h, row, start,
+            functions.codes, MASK, functions.mask, bias, added_row == 0, n, stride, rows, heads, head.b, head.h, row,
+            start,
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     if of_block == PARTIAL:
         user_functions.run_mask_pass(
-            functions.codes, BLOCK, functions.block, bias, added, added_row // memory.itemsize,
-            stop - start, across, rows, heads, head.b, head.h, row, start,
+            functions.codes, BLOCK, functions.block, bias, added_row == 0, n, stride, rows, heads, head.b, head.h, row,
+            start,
         )  # fmt: skip
         added, added_row, kept = bias, row_bytes, PARTIAL
     return Tile(start, stop, added, added_row, kept, edged)
@@ -322,24 +341,24 @@ def score(head, k, ahead, settings, tile, row, rows, heads, sizes, qt, scores, m
 @device
 def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     """Cap products, and let a function change them; by what they are to be multiplied to be scores of base 2."""
-    width = (rows * heads + sizes.lanes - 1) // sizes.lanes
-    functions, natural = head.functions, cap(settings, tile, width, scores)
+    vectors, _ = in_vectors(tile, rows * heads, sizes, memory)
+    functions, natural = head.functions, cap(settings, vectors, scores)
     if functions.codes[SCORE] != 0:
-        natural = settle(head, tile, width, natural, scores, memory)
+        natural = settle(tile, vectors, natural, scores, memory)
         user_functions.run_score_pass(
-            functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, width * sizes.lanes, rows, heads,
-            natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+            functions.codes, SCORE, functions.score, scores, tile.stop - tile.start, across(rows * heads, sizes), rows,
+            heads, natural, head.b, head.h, row, tile.start,
         )  # fmt: skip
         return memory.dtype.type(LOG2_E)
     return base_2(settings, memory)
 
 
 @device
-def cap(settings, tile, width, scores):
+def cap(settings, vectors, scores):
     """Cap products, if that is wanted; by what they are to be multiplied to be scores."""
     if settings.softcap == 0:
         return settings.scale
-    softmax.cap(width, scores, tile.stop - tile.start, settings.scale, settings.softcap)
+    softmax.cap(vectors, scores, settings.scale, settings.softcap)
     return settings.softcap
 
 
@@ -350,20 +369,26 @@ def base_2(settings, memory):
 
 
 @device
-def is_settled(head, tile):
-    """Whether a score_mod gets scores that include numbers that are added to them, of which nothing is left then."""
-    return head.functions.codes[SCORE] != 0 and tile.row != 0 and (head.sloped or head.mask_kind > BOOLEAN)
+def adds_numbers(head, tile):
+    """Whether what is added to scores does more than mask them."""
+    return tile.row != 0 and (head.sloped or head.mask_kind > BOOLEAN)
 
 
 @device
-def settle(head, tile, width, natural, scores, memory):
+def is_settled(head, tile):
+    """Whether a score_mod gets scores that include numbers that are added to them, of which nothing is left then."""
+    return head.functions.codes[SCORE] != 0 and adds_numbers(head, tile)
+
+
+@device
+def settle(tile, vectors, natural, scores, memory):
     """Include what is added to scores in them, for a score_mod; by what they are to be multiplied to be scores.
 
     What is masked stays in the tile of what is added, and has a score of 0.
     """
     if tile.row == 0:
         return natural
-    softmax.settle(width, scores, tile.stop - tile.start, natural, tile.added, tile.added, tile.row)
+    softmax.settle(vectors, scores, natural, tile.added)
     return memory.dtype.type(1)
 
 

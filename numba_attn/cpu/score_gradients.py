@@ -164,20 +164,20 @@ def score_gradients(
         probabilities_of_parts(k, qt, tile, width, settings.scale_2, norms, block, p, p_row, sizes, memory, at)
     else:
         tiles.scores(width, k.data, k.row, k.step, n, sizes.D, qt, scores, k.data, 0)
-        natural, unit = cap(settings, tile, width, scores), base_2(settings, memory)
+        natural, unit = cap(settings, width * n, scores), base_2(settings, memory)
         if settings.softcap != 0:
             gradient_tiles.cap_growth(width, scores, n, element(memory, at.growth))
         if is_changed:
-            natural, unit = settle(head, tile, width, natural, scores, memory), memory.dtype.type(LOG2_E)
+            natural, unit = settle(tile, width * n, natural, scores, memory), memory.dtype.type(LOG2_E)
             derivative, across = element(memory, at.derivative), width * sizes.lanes
             gradient_tiles.copy(scores, width * n, derivative)
             user_functions.run_score_pass(
-                functions.codes, DERIVATIVE, functions.derivative, derivative, n, across, rows, 1,
-                natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+                functions.codes, DERIVATIVE, functions.derivative, derivative, n, across, rows, 1, natural, head.b,
+                head.h, row, tile.start,
             )  # fmt: skip
             user_functions.run_score_pass(
-                functions.codes, SCORE, functions.score, scores, n, across, rows, 1,
-                natural, element(memory, at.zero), 0, head.b, head.h, row, tile.start,
+                functions.codes, SCORE, functions.score, scores, n, across, rows, 1, natural, head.b, head.h, row,
+                tile.start,
             )  # fmt: skip
             growth, growth_row = derivative, block_row
         gradient_tiles.weights(width, scores, n, unit, tile.added, tile.row, norms, block, p, p_row)

@@ -96,34 +96,29 @@ def accept(
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def _cap(v, width, s, n, scale, softcap):
+def _cap(v, vectors, s, scale, softcap):
     """s = tanh(scale * s / softcap)."""
-    tanh_in_place(v, v.builder.fdiv(scale, softcap), s, v.mul_index(width, n))
+    tanh_in_place(v, v.builder.fdiv(scale, softcap), s, vectors)
 
 
-def _settle(v, width, s, n, scale, bias, source, source_row):
-    """s = scale * s + the natural logarithm's form of what `source` adds; bias = what it masks, and 0 elsewhere.
+def _settle(v, vectors, s, scale, bias):
+    """s = scale * s + the natural logarithm's form of what the bias adds; bias = what it masks, and 0 elsewhere.
 
     What is masked has a score of 0, so that a function meets none that nobody has given it: one with a loop may never
     end for an infinite one.
     """
-    row = v.mul_index(width, v.bytes)
     factor, lowest, natural = v.splat(scale), v.constant(-INFINITY), v.constant(math.log(2.0))
     zero = v.constant(0.0)
 
     def vector(here: Value) -> None:
-        def key(j: Value) -> None:
-            at = v.add_index(v.mul_index(j, row), here)
-            extra = v.load(v.at(source, v.mul_index(j, source_row)), here)
-            is_masked = v.equal(extra, lowest)
-            # What is added may be far the larger, as ALiBi is: it is not rounded before the sum is.
-            x = v.fma(extra, natural, v.mul(v.load(s, at), factor))
-            v.store(v.select(is_masked, zero, x), s, at)
-            v.store(v.select(is_masked, lowest, zero), bias, at)
+        extra = v.load(bias, here)
+        is_masked = v.equal(extra, lowest)
+        # What is added may be far the larger, as ALiBi is: it is not rounded before the sum is.
+        x = v.fma(extra, natural, v.mul(v.load(s, here), factor))
+        v.store(v.select(is_masked, zero, x), s, here)
+        v.store(v.select(is_masked, lowest, zero), bias, here)
 
-        v.each(n, key)
-
-    for_vectors(v, width, vector)
+    for_vectors(v, vectors, vector)
 
 
 def _highest(v, width, s, n, scale, bias, bias_row, reference, top):

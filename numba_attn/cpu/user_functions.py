@@ -40,6 +40,7 @@ from numba_attn.cpu.pointers import moved, pointee_bytes
 from numba_attn.cpu.simd import I64
 
 MOST_KEPT = 64
+FEW = 4  # rows of a head, for which elements are gone through one by one, not by heads and keys
 
 
 class Pass(NamedTuple):
@@ -88,41 +89,68 @@ def elements_on(pointer, count):
 @device
 def fill_others(pointer, n, width, queries):
     """Lanes of (n, width) that are no queries get what the last query has."""
-    for key in range(n):
+    for key in range(n if queries < width else 0):
         row = elements_on(pointer, key * width)
         for lane in range(queries, width):
             row[lane] = row[queries - 1]
 
 
+@device
+def inverse_of(divisor):
+    """What a number below 2 ** 16 is multiplied by, and shifted 32 bits, to be divided by one below 2 ** 16."""
+    return (1 << 32) // divisor + 1
+
+
+@device
+def place_of(at, width, in_width, rows, in_rows, queries):
+    """Of which key, head and row the element `at` of (n, width) is, and whether of a query: else as the last one."""
+    key = (at * in_width) >> 32
+    lane = at - key * width
+    query = min(lane, queries - 1)
+    head = (query * in_rows) >> 32
+    return key, head, query - head * rows, lane == query
+
+
 def _score_pass(user: Any) -> Callable[..., None]:
-    def score_pass(captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
-        for head in range(heads):
-            first = head * rows
-            for key in range(n):
-                row, added = elements_on(s, key * width + first), elements_on(bias, key * bias_row + first)
-                for lane in range(rows):
-                    score = row[lane] * factor + added[lane]
-                    row[lane] = user(captured, score, b, position(h, head), position(i, lane), position(j, key))
+    def score_pass(captured, s, n, width, rows, heads, factor, b, h, i, j):
+        if rows < FEW:
+            in_width, in_rows = inverse_of(width), inverse_of(rows)
+            for at in range(n * width):
+                key, head, row, own = place_of(at, width, in_width, rows, in_rows, rows * heads)
+                score = s[at] * factor if own else factor * 0
+                s[at] = user(captured, score, b, position(h, head), position(i, row), position(j, key))
+        else:
+            for head in range(heads):
+                first = head * rows
+                for key in range(n):
+                    row = elements_on(s, key * width + first)
+                    for lane in range(rows):
+                        score = row[lane] * factor
+                        row[lane] = user(captured, score, b, position(h, head), position(i, lane), position(j, key))
         fill_others(s, n, width, rows * heads)
 
     return score_pass
 
 
 def _mask_pass(user: Any) -> Callable[..., None]:
-    # Everything is reached from one pointer: as arguments of a pass never overlap for LLVM, the source, which may be
-    # the bias itself, is given by its distance.
-    def mask_pass(captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
-        for head in range(heads):
-            first = head * rows
-            for key in range(n):
-                row = elements_on(bias, key * width + first)
-                if source != 0:
-                    given = elements_on(moved(bias, source), key * source_row + first)
+    def mask_pass(captured, bias, fresh, n, width, rows, heads, b, h, i, j):
+        if fresh:
+            for at in range(n * width):
+                bias[at] = 0
+        if rows < FEW:
+            in_width, in_rows = inverse_of(width), inverse_of(rows)
+            for at in range(n * width):
+                key, head, row, _ = place_of(at, width, in_width, rows, in_rows, rows * heads)
+                if not user(captured, b, position(h, head), position(i, row), position(j, key)):
+                    bias[at] = -np.inf
+        else:
+            for head in range(heads):
+                first = head * rows
+                for key in range(n):
+                    row = elements_on(bias, key * width + first)
                     for lane in range(rows):
-                        row[lane] = given[lane]
-                for lane in range(rows):
-                    if not user(captured, b, position(h, head), position(i, lane), position(j, key)):
-                        row[lane] = -np.inf
+                        if not user(captured, b, position(h, head), position(i, lane), position(j, key)):
+                            row[lane] = -np.inf
         fill_others(bias, n, width, rows * heads)
 
     return mask_pass
@@ -136,10 +164,7 @@ SCORE = Kind(
     "score_mod",
     _score_pass,
     lambda element: (element, *integers(4)),
-    lambda element: (
-        *(types.CPointer(element), *integers(4), element),
-        *(types.CPointer(element), *integers(5)),
-    ),
+    lambda element: (types.CPointer(element), *integers(4), element, *integers(4)),
     (types.Integer, types.Float),
     "a real number",
 )
@@ -148,18 +173,14 @@ MASK = Kind(
     "mask_mod",
     _mask_pass,
     lambda element: integers(4),
-    lambda element: (types.CPointer(element), *integers(10)),
+    lambda element: (types.CPointer(element), types.boolean, *integers(8)),
     (types.Integer, types.Boolean),
     "True or False",
 )
 
 
-def call_pass(kind: Kind, distance: tuple[str, str] | None = None) -> Callable[[Callable[..., None]], Any]:
-    """Make an intrinsic, with the parameters and the docstring of a function, that calls a pass by its address.
-
-    Of two parameters named in `distance`, both pointers, the pass gets the first, and how many bytes after it the
-    second is.
-    """
+def call_pass(kind: Kind) -> Callable[[Callable[..., None]], Any]:
+    """Make an intrinsic, with the parameters and the docstring of a function, that calls a pass by its address."""
 
     def decorate(function: Callable[..., None]) -> Any:
         first, *names = inspect.signature(function).parameters
@@ -175,17 +196,10 @@ def call_pass(kind: Kind, distance: tuple[str, str] | None = None) -> Callable[[
                 callee_type = convention.get_function_type(types.none, passed).as_pointer()
                 callee = builder.load(builder.gep(slots, [index], source_etype=I64), typ=callee_type)
                 table = context.make_array(kinds[2])(context, builder, captured).data
-                if distance:
-                    at = [names.index(name) - 2 for name in distance]
-                    start, end = (builder.ptrtoint(values[k], I64) for k in at)
-                    values[at[1]] = builder.sub(end, start)
                 convention.call_function(builder, callee, types.none, passed, [table, *values])  # passes raise nothing
                 return context.get_dummy_value()
 
-            given = list(passed[1:])
-            if distance:
-                given[names.index(distance[1]) - 2] = pointer
-            return types.none(codes, types.int64, captured, *given), codegen
+            return types.none(codes, types.int64, captured, *passed[1:]), codegen
 
         typing.__name__ = typing.__qualname__ = function.__name__
         typing.__doc__ = function.__doc__
@@ -198,22 +212,20 @@ def call_pass(kind: Kind, distance: tuple[str, str] | None = None) -> Callable[[
 
 
 @call_pass(SCORE)
-def run_score_pass(codes, index, captured, s, n, width, rows, heads, factor, bias, bias_row, b, h, i, j):
-    """s[key, lane] = score_mod(s[key, lane] * factor + bias[key, lane], b, h + lane // rows, i + lane % rows, j + key).
+def run_score_pass(codes, index, captured, s, n, width, rows, heads, factor, b, h, i, j):
+    """s[key, lane] = score_mod(s[key, lane] * factor, b, h + lane // rows, i + lane % rows, j + key).
 
     The pass is the one at codes[index], `codes` an intp array, with the table `captured`.  s is a pointer to (n, width)
     elements, of which the first of each key are queries, `rows` of each of the `heads`; the others get the value of the
-    last query.  The bias is a pointer to elements whose keys are `bias_row` elements apart, 0 for the same ones for all
-    keys; it must not overlap s.  All integers are int64, and h, i and j not negative; factor is of the element type.
+    last query.  All integers are int64, and h, i and j not negative; factor is of the element type.
     """
 
 
-@call_pass(MASK, distance=("bias", "source"))
-def run_mask_pass(codes, index, captured, bias, source, source_row, n, width, rows, heads, b, h, i, j):
-    """bias[key, lane] = source[key, lane] if mask_mod(b, h + lane // rows, i + lane % rows, j + key) else -inf.
+@call_pass(MASK)
+def run_mask_pass(codes, index, captured, bias, fresh, n, width, rows, heads, b, h, i, j):
+    """bias[key, lane] = -inf unless mask_mod(b, h + lane // rows, i + lane % rows, j + key).
 
-    The arguments are those of `run_score_pass`; bias is (n, width), the keys of the source are `source_row` elements
-    apart.  The source is either the bias itself, in the same layout, or does not overlap it.
+    The arguments are those of `run_score_pass`; the bias, a pointer to (n, width), is 0 before if it is `fresh`.
     """
 
 
