@@ -250,7 +250,7 @@ def test_plan_of_heads_that_share_keys(group: int, Lq: int, alike: bool, workers
     one = plan(4 * group, Lq, 1 << 16, 128, 128, 4, workers)
     limit = max(one.blocks, 12)  # whose states fit the second-level cache with the keys
     assert cut.states <= limit
-    sizes = forward.Sizes(128, 128, cut.keys, cut.block, 16)
+    sizes = forward.Sizes(128, 128, cut.keys, cut.block, 16, 0)
     for rows in range(1, Lq + 1 if cut.tasks == 1 else 1):  # of a sequence that may be shorter
         assert blocks_of_share(cut.heads, rows, alike, sizes) <= cut.states, "as many as there is memory for"
     if Lq <= 100:
