@@ -109,6 +109,25 @@ def test_edges_change_no_bit(options: dict[str, Any], dtype: str, Lq: int, Lk: i
         assert np.array_equal(getattr(found_aux, name), getattr(expected_aux, name))
 
 
+@pytest.mark.parametrize("Lq", [17, 64])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": -5}, {"kv_lengths": [40, 11]}], ids=str)
+@pytest.mark.parametrize("sinks", [None, [0.5, -1.0, 3.0], [60.0, 0.0, -300.0]])
+def test_short_sequences_written_at_once_change_no_bit(sinks: Any, options: dict[str, Any], Lq: int) -> None:
+    """With sinks that move references and not: as where results are no rows, so that values are summed up first."""
+    rng = np.random.default_rng(5)
+    query, key, value = (rng.standard_normal((2, 3, L, 32), dtype=np.float32) for L in (Lq, 40, 40))
+    given = options | ({} if sinks is None else {"sinks": np.array(sinks, np.float32)})
+    aux = ("lse", "max_score", "entropy")
+    found, found_aux = scaled_dot_product_attention(query, key, value, return_aux=aux, **given)
+    apart = np.empty((2, 3, Lq, 64), np.float32)[..., ::2]
+    _, expected_aux = scaled_dot_product_attention(query, key, value, out=apart, return_aux=aux, **given)
+    assert np.array_equal(found, apart)
+    for name in aux:
+        assert np.array_equal(getattr(found_aux, name), getattr(expected_aux, name))
+    exact = scaled_dot_product_attention(*(x.astype("d") for x in (query, key, value)), backend="reference", **given)
+    np.testing.assert_allclose(found, exact, atol=2e-6)
+
+
 @pytest.mark.parametrize("slope", [0.01, 0.03, 0.1, 1.0])
 @pytest.mark.parametrize("rise", [-3.0, -1.5, -1.0, 0.5])
 def test_scores_against_alibi(rise: float, slope: float) -> None:

@@ -62,6 +62,7 @@ from numba_attn.cpu.score import (
 from numba_attn.cpu.shares import (
     blocks_of,
     first_block,
+    include_sink,
     include_sinks,
     join_states,
     keep_states,
@@ -114,6 +115,7 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
     D, Dv, keys, block, lanes, _ = sizes
     heads, across, first, end = share
     operands, weighted, head = arrays.operands, arrays.entropy.size > 0, first_head
+    sinks = arrays.sinks[head.h : head.h + heads]
     k, v, at = in_place(head.k, memory), in_place(head.v, memory), addressed(memory_map(sizes))
     scores = element(memory, at.scores)
     copied = as_element(element(memory, at.keys), operands)
@@ -193,7 +195,11 @@ def attend(arrays, sequences, settings, first_head, share, out, low, high, sizes
                 if not parted:
                     pack.fill_lanes(from_keys, nothing, width)
                     pack.fill_lanes(to_keys, memory.dtype.type(n), width)
-                if write_products(
+                # Where a sink is so large that sums are to be corrected, this is left to the careful form, which can.
+                corrected = sinks.size > 0 and include_sink(
+                    sinks, part, width, state, np.int64(0), operands, sizes, memory, at
+                )
+                if corrected or write_products(
                     width, rows, v_tile.data, v_tile.row, Dv, from_keys, to_keys, scores,
                     state.total, settings.gain, top, to, out.row,
                 ):  # fmt: skip
@@ -259,7 +265,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
         head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes))
         sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes, 0)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
-        alone = splits == 1 and heads == 1 and arrays.sinks.size == 0
+        alone = splits == 1 and heads == 1
         at_once = alone and is_done_at_once(head, out_head, first, valid, sizes, arrays.operands, cut.short)
         first_split = (number if cut.parted else worker) * cut.splits
         of_all = partials[first_split : first_split + splits]
@@ -280,8 +286,8 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
                 if cut.parted and not careful and fetch_add(finished, number) != splits - 1:
                     break
                 join_states(share, sizes, memory, arrays.operands, of_all)
-            if arrays.sinks.size:
-                include_sinks(arrays.sinks[h : h + heads], share, sizes, settings, arrays.operands, memory)
+            if arrays.sinks.size and not at_once:
+                include_sinks(arrays.sinks[h : h + heads], share, sizes, arrays.operands, memory)
             finite &= write_results(arrays, sequences, settings, b, h, share, sizes, memory, at_once)
             if finite or careful:
                 break

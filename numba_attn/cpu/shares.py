@@ -100,21 +100,29 @@ def join_states(share, sizes, memory, operands, partials):
 
 
 @device
-def include_sinks(sinks, share, sizes, settings, operands, memory):
+def include_sinks(sinks, share, sizes, operands, memory):
     """Add a sink for each head, a logit in base 2, to the states."""
     at, block = addressed(memory_map(sizes)), first_block(share, sizes)
-    top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
-    of_lanes = element(memory, at.sums)
     for i in range(blocks_of(share, sizes)):
         width, state = width_of(block, sizes), state_of(memory, at, sizes, operands, i)
-        put_sinks(sinks, block, width, memory, at.sums)
-        softmax.challenge(width, of_lanes, state.reference, top)
-        if softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction):
-            softmax.rescale(width, state.ot, sizes.Dv + 1, correction)
-        if holds_pairs(address(operands)):
-            softmax.add_sinks(width, of_lanes, state.reference, rounded_sums(state, width, sizes), unused)
-        softmax.add_sinks(width, of_lanes, state.reference, state.total, state.moment)
+        include_sink(sinks, block, width, state, sizes.Dv + 1, operands, sizes, memory, at)
         block = next_block(share, block, sizes)
+
+
+@device
+def include_sink(sinks, block, width, state, summed, operands, sizes, memory, at):
+    """The same for a block, of whose sums of values there are so many rows: whether these had to be corrected."""
+    top, correction, unused = element(memory, at.top), element(memory, at.correction), element(memory, at.moments)
+    of_lanes = element(memory, at.sums)
+    put_sinks(sinks, block, width, memory, at.sums)
+    softmax.challenge(width, of_lanes, state.reference, top)
+    moves = softmax.move_reference(width, top, state.reference, state.best, state.total, state.moment, correction)
+    if moves:
+        softmax.rescale(width, state.ot, summed, correction)
+    if holds_pairs(address(operands)):
+        softmax.add_sinks(width, of_lanes, state.reference, rounded_sums(state, width, sizes), unused)
+    softmax.add_sinks(width, of_lanes, state.reference, state.total, state.moment)
+    return moves != 0
 
 
 @device
