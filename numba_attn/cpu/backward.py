@@ -25,7 +25,7 @@ from numba_attn.cpu.gradient_tasks import Cut, Tables, rows_of_sums
 from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import address, align_stack, as_element, fetch_add, get, holds_pairs, moved, put
-from numba_attn.cpu.results import column_of, norms_of, read, read_norms, write
+from numba_attn.cpu.results import column_of, read, read_norms, write
 from numba_attn.cpu.score import NO_NOTES, Call, Sizes, call_types, element, head_of, matrix, select
 from numba_attn.cpu.score_gradients import (
     GradientArrays,
@@ -116,7 +116,7 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
     columns, value_columns, itemsize = padded(D, lanes), padded(Dv, lanes), memory.itemsize
     h, of_forward, offsets = head.h, sequences.offsets[head.b], gradients.offsets[head.b]
     q, g, out = head.q, matrix(gradients.grad_out, offsets[0], h), matrix(arrays.out, of_forward[4], h)
-    norms, grad_lse = norms_of(arrays, sequences, head.b, h), column_of(gradients.grad_lse, offsets[1], h)
+    grad_lse = column_of(gradients.grad_lse, offsets[1], h)
     delta, nothing, operands = column_of(gradients.delta, offsets[2], h), memory.dtype.type(0), arrays.operands
     ot, pairs = element(memory, at.ot), holds_pairs(address(operands))
     for i in range((end - first + block - 1) // block):
@@ -131,7 +131,10 @@ def load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at
             pack.transpose(width, moved(g.data, row * g.row), 0, g.row, g.step, rows, rows, Dv, gt)
         pack.transpose(width, moved(out.data, row * out.row), 0, out.row, out.step, rows, rows, Dv, ot)
         gradient_tiles.column_dots(width, ot, above, Dv, element(memory, at.delta + i * block))
-        coarse = read_norms(norms, row, rows, lanes, block, memory, at.norms + 2 * i * block)
+        norms = at.norms + 2 * i * block
+        coarse = read_norms(
+            arrays, sequences, head.b, h, row, rows, 1, block, width * lanes, memory, norms, norms + block
+        )
         memory[at.coarse + i] = 1 if coarse else 0
         for lane in range(rows):
             if grad_lse.wanted:
@@ -346,7 +349,7 @@ def do_part(number, task, gradients, bias, arrays, sequences, functions, setting
     for unit in range(task[2], task[3]):
         member, first = unit // per_head, low_row + unit % per_head * rows
         h, end = shared * group + member, min(first + rows, high_row)
-        head = addressed(head_of(arrays, sequences, functions, settings, b, h, nothing, NO_NOTES))
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, NO_NOTES))
         load_group(head, arrays, sequences, gradients, first, end, sizes, memory, at)
         g = matrix(gradients.grad_out, gradients.offsets[b, 0], h)
         differentiate_group(

@@ -110,7 +110,7 @@ def attend(
         pack.fill_lanes(state.reference, nothing, 3)
         pack.fill_lanes(state.best, lowest, 1)
         pack.fill_lanes(state.o, nothing, height * sizes.Dv // lanes)
-    head = addressed(head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES))
+    head = addressed(head_of(arrays, sequences, functions, settings, b, shared * group, NO_NOTES))
     k, v, kv_length = head.k, head.v, sequences.intervals[b, 2]
     copies = as_element(element(memory, at.keys), arrays.k), as_element(element(memory, at.values), arrays.v)
     k_table, v_table = tables[0], tables[1]
@@ -122,7 +122,7 @@ def attend(
         count = heads * Lq
         if 4 * count > 3 * height:
             count = height  # with rows of zeros: in one piece, which is faster
-        head = addressed(head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES))
+        head = addressed(head_of(arrays, sequences, functions, settings, b, first, NO_NOTES))
         here = select(head, settings, 0, Lq, heads, low, high, False, sizes, memory, at)
         if here.kept == EMPTY:
             continue

@@ -17,7 +17,7 @@ from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.pointers import address, align_stack, as_element, as_factor, moved
 from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahead
-from numba_attn.cpu.results import column_of, norms_of, read_norm, write
+from numba_attn.cpu.results import column_of, read_norms, write
 from numba_attn.cpu.score import (
     NO_NOTES,
     Arrays,
@@ -54,18 +54,6 @@ from numba_attn.cpu.workers import by_workers
 
 
 @device
-def norms_of_lanes(arrays, sequences, b, first, count, Lq, stride, memory, at):
-    """Put what probabilities are made of again in memory, of the rows of heads from the first on.
-
-    They are in `stride` lanes, and again in all of a vector; what lanes without a row get means nothing.
-    """
-    for lane in range(VECTOR_BYTES // memory.itemsize):
-        row = min(lane % stride, count - 1)
-        reference, log_total = read_norm(norms_of(arrays, sequences, b, first + row // Lq), row % Lq)
-        memory[at.top + lane], memory[at.sums + lane] = reference, log_total
-
-
-@device
 def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high, weights, table, memory):
     """Write the weights of the keys [low, high) of all heads that share a key-value head."""
     (Hq, _, D), lanes = arrays.q.shape, VECTOR_BYTES // memory.itemsize
@@ -75,7 +63,7 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
     at = addressed(memory_map(sizes.D, lanes, lanes, cut.blocks, height))
     scores, powers = element(memory, at.scores), element(memory, at.values)
     pack.fill_lanes(element(memory, at.zero), nothing, 1)
-    head = addressed(head_of(arrays, sequences, functions, settings, b, shared * group, nothing, NO_NOTES))
+    head = addressed(head_of(arrays, sequences, functions, settings, b, shared * group, NO_NOTES))
     k, end, valid = head.k, min(high, sequences.intervals[b, 2]), min(Lq, sequences.intervals[b, 1])
     copies = as_element(element(memory, at.keys), arrays.k)
     ahead = held = 0
@@ -83,7 +71,7 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
     for i in range(cut.blocks):
         first = shared * group + i * cut.heads
         heads = min(cut.heads, (shared + 1) * group - first)
-        head = addressed(head_of(arrays, sequences, functions, settings, b, first, nothing, NO_NOTES))
+        head = addressed(head_of(arrays, sequences, functions, settings, b, first, NO_NOTES))
         here = select(head, settings, 0, Lq, heads, low, max(low, end), False, sizes, memory, at)
         n = 0 if here.kept == EMPTY else here.stop - here.start
         if n > 0:
@@ -97,7 +85,7 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
             step = element(memory, at.steps + i * lanes)
             dots(height, k.data, k_at, ahead, k.row, until, page, n, held, sizes.D, queries, step, scores)
             unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
-            norms_of_lanes(arrays, sequences, b, first, heads * Lq, Lq, height, memory, at)
+            read_norms(arrays, sequences, b, first, 0, Lq, heads, height, lanes, memory, at.top, at.sums)
             vectors, added_row = in_vectors(here, heads * Lq, sizes, memory)
             pack.fill_lanes(powers, nothing, vectors)
             softmax.weigh(

@@ -262,7 +262,7 @@ def do_tasks(worker, memories, counters, partials, finished, arrays, sequences, 
             for note in range((Lq + cut.block - 1) // cut.block * notes.columns):
                 memory[notes.start + note] = 0
             noted = b
-        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), notes))
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, notes))
         sizes = Sizes(D, Dv, cut.short if kv_length <= cut.short else cut.keys, cut.block, cut.lanes, 0)
         out_head = matrix(arrays.out, sequences.offsets[b, 4], h)
         alone = splits == 1 and heads == 1

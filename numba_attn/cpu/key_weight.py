@@ -9,7 +9,6 @@ all their rows are in one block: who does it changes no bit.
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from numba_attn.cpu.jit import device, kernel
 from numba_attn.cpu.narrow import COMPUTED
 from numba_attn.cpu.plan import MOST_OPERATIONS, Plan
 from numba_attn.cpu.pointers import address, align_stack, as_element, holds_pairs, moved
-from numba_attn.cpu.results import column_of, norms_of, read_norm, read_norms, write
+from numba_attn.cpu.results import column_of, read_norms, write
 from numba_attn.cpu.score import (
     NO_NOTES,
     ON_TILES,
@@ -84,16 +83,6 @@ def heads_of_task(group, rows, alike, block):
 
 
 @device
-def read_norms_of_heads(arrays, sequences, b, first, heads, rows, sizes, memory, at):
-    """The norms of the lanes of a block, the rows of some heads from the first on, as `results.read_norms` has them."""
-    count = rows * heads
-    for lane in range((count + sizes.lanes - 1) // sizes.lanes * sizes.lanes):
-        row = min(lane, count - 1)
-        reference, log_total = read_norm(norms_of(arrays, sequences, b, first + row // rows), row % rows)
-        memory[at + lane], memory[at + sizes.block + lane] = reference, log_total if lane < count else math.inf
-
-
-@device
 def add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, memory):
     """Write the weights of the keys [low, high), of a head and the `heads` - 1 after it.
 
@@ -106,18 +95,18 @@ def add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, 
     copied = as_element(element(memory, at.keys), operands)
     nothing, columns = memory.dtype.type(0), columns_of(sizes.D, operands)
     valid = sequences.intervals[head.b, 1]
-    norms, q_head = norms_of(arrays, sequences, head.b, head.h), arrays.q.strides[0]
+    q_head = arrays.q.strides[0]
     pack.fill_lanes(element(memory, at.zero), nothing, block // lanes)
-    pack.fill_lanes(sums, nothing, high - low)
+    pack.fill_lanes(sums, nothing, high - low if heads == 1 else 0)
     for i in range((valid + block - 1) // block):
         row = i * block
         rows = min(block, valid - row)
         width = (rows * heads + lanes - 1) // lanes
         packed = False
-        if heads == 1:
-            read_norms(norms, row, rows, lanes, block, memory, at.norms)
-        else:
-            read_norms_of_heads(arrays, sequences, head.b, head.h, heads, rows, sizes, memory, at.norms)
+        read_norms(
+            arrays, sequences, head.b, head.h, row, rows, heads, block, width * lanes, memory, at.norms,
+            at.norms + block,
+        )  # fmt: skip
         for number in range(low // keys, (high + keys - 1) // keys):
             start, stop = max(number * keys, low), min((number + 1) * keys, high)
             here = select(head, settings, row, rows, heads, start, stop, False, sizes, memory, at)
@@ -202,7 +191,7 @@ def do_tasks(worker, memories, counters, weights, arrays, sequences, functions, 
         together = heads_of_task(group, sequences.intervals[b, 1], cut.alike, cut.block)
         if low == high or member % together != 0:
             continue
-        head = addressed(head_of(arrays, sequences, functions, settings, b, h, memory.dtype.type(0), NO_NOTES))
+        head = addressed(head_of(arrays, sequences, functions, settings, b, h, NO_NOTES))
         heads = min(together, group - member)
         add_up(head, heads, low, high, arrays, sequences, weights, sizes, settings, memory)
     if on_tiles:

@@ -87,16 +87,22 @@ def write_norm(norms, row, reference, total):
 
 
 @device
-def read_norms(norms, first, rows, lanes, block, memory, at):
-    """Put norms of rows in memory: references, and a block after them those of sums, infinite in lanes without a row.
+def read_norms(arrays, sequences, b, h, first, rows, heads, stride, lanes, memory, at, sums):
+    """Put norms of the rows of a block in memory, references and those of sums, which are infinite without a row.
 
-    Returns whether some reference is coarse, see `softmax`.
+    They are `rows` from the first one on of each of some heads from h on, in so many lanes: again in each `stride` of
+    them.  Returns whether some reference is coarse, see `softmax`.
     """
-    coarse, most = False, COARSE if memory.itemsize == 4 else COARSE_DOUBLE
-    for lane in range((rows + lanes - 1) // lanes * lanes):
-        reference, log_total = read_norm(norms, first + min(lane, rows - 1))
-        memory[at + lane], memory[at + block + lane] = reference, log_total if lane < rows else math.inf
-        coarse = coarse or abs(memory[at + lane]) > most
+    coarse, most, lane = False, COARSE if memory.itemsize == 4 else COARSE_DOUBLE, 0
+    for head in range(h, h + heads):
+        norms = norms_of(arrays, sequences, b, head)
+        for row in range(first, first + rows):
+            memory[at + lane], memory[sums + lane] = read_norm(norms, row)
+            coarse = coarse or abs(memory[at + lane]) > most
+            lane += 1
+    for other in range(lane, lanes):
+        memory[at + other] = memory[at + (lane - 1 if other < stride else other - stride)]
+        memory[sums + other] = math.inf if other < stride else memory[sums + other - stride]
     return coarse
 
 

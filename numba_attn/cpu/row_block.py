@@ -221,7 +221,7 @@ def exponentiate_tile(
         fusing = fusing and not capped and not weighted
     if fusing and full:
         done = fused = exponentiate_whole(
-            head, k_tile, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at
+            k_tile, ahead, settings, steepness, n, width, distance, D, weighted, state, scores, memory, at
         )
     if not done:
         here = slope(head, here, row, rows, heads, sizes, memory, at)
@@ -266,7 +266,7 @@ def exponentiate_tile(
 
 
 @device
-def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted, state, scores, memory, at):
+def exponentiate_whole(k, ahead, settings, slope, n, width, distance, D, weighted, state, scores, memory, at):
     """Exponentiate scores where they are made, of a tile in which every row may attend to every key.
 
     For one option at most, a cap, moments, or ALiBi of one head.  Returns whether that is done, see
@@ -278,14 +278,14 @@ def exponentiate_whole(head, k, ahead, settings, n, width, distance, D, weighted
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
             sums, top, scores, state.moment, moments, ahead.data, ahead.size,
         )  # fmt: skip
-    if settings.softcap == 0 and head.slope == 0:
+    if settings.softcap == 0 and slope == 0:
         return tiles.probabilities(
             width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, state.reference, state.best, state.total,
             sums, top, scores, ahead.data, ahead.size,
         )  # fmt: skip
     if settings.softcap == 0:
         return tiles.sloped_probabilities(
-            width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, head.slope, distance, state.reference,
+            width, k.data, k.row, k.step, n, D, state.qt, settings.scale_2, slope, distance, state.reference,
             state.best, state.total, sums, top, scores, ahead.data, ahead.size,
         )  # fmt: skip
     return tiles.capped_probabilities(

@@ -25,9 +25,9 @@ from numba_attn.cpu.visible import BOOLEAN, Matrix, Position, glance, mask_tile,
 # elements of a key in a tile of scores, else 0.
 Sizes = namedtuple("Sizes", "D Dv keys block lanes stride")
 # One head of one sequence: its matrices; how many bytes further the next head's mask is, 0 if it is the same; which it
-# is; its ALiBi slope, the address of that, behind which are those of the next heads, and whether there are slopes; its
-# part of the block mask, user functions, and notes on its mask.
-Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h slope slopes sloped states functions notes")
+# is; whether there are ALiBi slopes, and the address of its own, behind which are those of the next heads; its part of
+# the block mask, user functions, and notes on its mask.
+Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h sloped slopes states functions notes")
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
 NO_NOTES = Notes(-1, 0)
@@ -84,17 +84,15 @@ def matrix(array, b_offset, h):
 
 
 @device
-def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
-    """Everything about head h of sequence b; `zero` is 0 of the element type."""
+def head_of(arrays, sequences, functions, settings, b, h, notes):
+    """Everything about head h of sequence b."""
     offsets, intervals = sequences.offsets, sequences.intervals
     mask, slopes, states = arrays.mask, arrays.slopes, arrays.states
     shared = h // (arrays.q.shape[0] // arrays.k.shape[0])
     # An axis of length 1 is broadcast: the same element for every index.
     mask_head = mask.strides[0] if mask.shape[0] > 1 else 0
-    mask_row, mask_step = (
-        mask.strides[1] if mask.shape[1] > 1 else 0,
-        mask.strides[2] if mask.shape[2] > 1 else 0,
-    )
+    mask_row = mask.strides[1] if mask.shape[1] > 1 else 0
+    mask_step = mask.strides[2] if mask.shape[2] > 1 else 0
     number = (b if slopes.shape[0] > 1 else 0) * slopes.shape[1] + h
     return Head(
         q=matrix(arrays.q, offsets[b, 0], h),
@@ -106,9 +104,8 @@ def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
         position=Position(intervals[b, 0], intervals[b, 2], settings.left, settings.right),
         b=b,
         h=h,
-        slope=slopes[b if slopes.shape[0] > 1 else 0, h] if slopes.size else zero,
-        slopes=moved(address(slopes), number * slopes.itemsize),
         sloped=slopes.size > 0,
+        slopes=moved(address(slopes), number * slopes.itemsize),
         states=states[b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
         functions=functions,
         notes=notes,
@@ -118,7 +115,7 @@ def head_of(arrays, sequences, functions, settings, b, h, zero, notes):
 @device
 def head_after(head, arrays, n):
     """The head n after one that shares its keys, but for its queries."""
-    slopes, states, h = moved(head.slopes, n * arrays.slopes.itemsize), arrays.states, head.h + n
+    states, h = arrays.states, head.h + n
     return Head(
         q=head.q,
         k=head.k,
@@ -129,9 +126,8 @@ def head_after(head, arrays, n):
         position=head.position,
         b=head.b,
         h=h,
-        slope=get(slopes, 0) if head.sloped else head.slope,
-        slopes=slopes,
         sloped=head.sloped,
+        slopes=moved(head.slopes, n * arrays.slopes.itemsize),
         states=states[head.b if states.shape[0] > 1 else 0, h if states.shape[1] > 1 else 0],
         functions=head.functions,
         notes=head.notes,
@@ -195,8 +191,8 @@ def slope(head, tile, row, rows, heads, sizes, memory, at):
 @device
 def steepest(head, heads, memory):
     """The largest slope, of either sign, of this head's and those of the `heads` - 1 after it."""
-    found = head.slope
-    for i in range(1, heads if head.sloped else 1):
+    found = memory.dtype.type(0)
+    for i in range(heads if head.sloped else 0):
         other = get(head.slopes, i * memory.itemsize)
         if abs(other) > abs(found):
             found = other
