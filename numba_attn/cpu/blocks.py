@@ -83,11 +83,41 @@ def for_keys(
     return v.loop(whole, n, 1, carried, lambda j, carried: body(j, 1, carried))
 
 
+class Keys(NamedTuple):
+    """The keys that a vector of scores has, of so many elements each: several, if these are less than a vector."""
+
+    v: Vectors
+    stride: Value
+    count: Value
+
+    @classmethod
+    def of(cls, v: Vectors, stride: Value) -> Keys:
+        stride = v.least(stride, v.index(v.lanes))
+        return cls(v, stride, v.builder.udiv(v.index(v.lanes), stride))
+
+    def of_lanes(self) -> list[Value]:
+        """Which of the keys each lane is of."""
+        v = self.v
+        return [v.builder.udiv(v.mul_index(i, self.count), v.index(v.lanes)) for i in range(v.lanes)]
+
+    def numbers(self) -> Value:
+        """The same as a vector of numbers."""
+        return self.v.beside([self.v.builder.uitofp(i, self.v.element) for i in self.of_lanes()])
+
+    def step(self) -> Value:
+        """How many keys further the next vector is, as a vector of numbers."""
+        return self.v.splat(self.v.builder.uitofp(self.count, self.v.element))
+
+    def vectors(self, n: Value) -> Value:
+        """How many vectors, one behind the other, have all of n keys."""
+        return self.v.builder.udiv(self.v.add_index(self.v.add_index(n, self.count), -1), self.count)
+
+
 class Lanes(NamedTuple):
     """What is read for the lanes of a block of `count` rows: of one head after the other, with `rows` each.
 
-    These lie so many bytes apart, and the last one is read again for the lanes beyond them.  Where a key has less than
-    a vector, all rows are in it once for each of its keys.
+    These lie so many bytes apart, and the last one is read again for the lanes beyond them.  Where a vector has several
+    keys, rows are there once for each.
     """
 
     v: Vectors
@@ -96,15 +126,13 @@ class Lanes(NamedTuple):
     row: Value
     to_next_head: Value  # from where a head would go on
     heads_in_row: Value  # of which lane times so many are as many heads as are before it, times 2 ** 16
-    stride: Value  # lanes of a key
-    keys: Value  # of a vector
+    keys: Keys
 
     @classmethod
-    def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value, stride: Value | None = None) -> Lanes:
+    def of(cls, v: Vectors, rows: Value, count: Value, row: Value, head: Value, keys: Keys | None = None) -> Lanes:
         inverse = v.add_index(v.builder.udiv(v.index(1 << 16), rows), 1)
-        stride = v.index(v.lanes) if stride is None else v.least(stride, v.index(v.lanes))
-        keys = v.builder.udiv(v.index(v.lanes), stride)
-        return cls(v, rows, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse, stride, keys)
+        keys = keys or Keys(v, v.index(v.lanes), v.index(1))
+        return cls(v, rows, count, row, v.builder.sub(head, v.mul_index(rows, row)), inverse, keys)
 
     def place(self, start: Value, lane: Value) -> Value:
         """The address of what is read for a lane, if `start` is that of the first."""
@@ -120,14 +148,9 @@ class Lanes(NamedTuple):
         numbers = (self._number(lane) for lane in self._of_vector(w))
         return [self.v.builder.sub(number, self.v.mul_index(heads, self.rows)) for number, heads in numbers]
 
-    def keys_of_vector(self) -> list[Value]:
-        """Which of the keys of a vector its lanes are of."""
-        v = self.v
-        return [v.builder.udiv(v.mul_index(i, self.keys), v.index(v.lanes)) for i in range(v.lanes)]
-
     def _of_vector(self, w: Value) -> list[Value]:
         v, first = self.v, self.v.mul_index(w, self.v.lanes)
-        before = [v.mul_index(key, self.stride) for key in self.keys_of_vector()]
+        before = [v.mul_index(key, self.keys.stride) for key in self.keys.of_lanes()]
         return [v.add_index(first, v.builder.sub(v.index(i), x)) for i, x in enumerate(before)]
 
     def _number(self, lane: Value) -> tuple[Value, Value]:

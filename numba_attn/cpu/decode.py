@@ -53,10 +53,10 @@ from numba_attn.cpu.score import (
     change,
     element,
     head_of,
-    in_vectors,
     is_plain,
     matrix,
     select,
+    vectors_of,
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.splits import (
@@ -137,7 +137,7 @@ def attend(
         state = state_of(partial, i, height, Dv, lanes)
         queries = as_factor(element(memory, at.queries + i * height * sizes.D), arrays.k, arrays.operands)
         q_step = element(memory, at.steps + i * lanes)
-        (vectors, added_row), done = in_vectors(here, heads * Lq, sizes, memory), False
+        vectors, done = vectors_of(here, heads * Lq, sizes), False
         # Scores that are more than products are rarely in range, and comparing takes less than making them again.
         raising = np.bool_(not is_plain(head) or adds_numbers(head, here))
         while not done:
@@ -148,21 +148,21 @@ def attend(
             moving = 2 if raising else 0
             for _ in range(2):
                 if moving == 2:
-                    softmax.highest(1, scores, vectors, unit, here.added, added_row, state.reference, top)
+                    softmax.highest(1, scores, vectors, unit, here.added, here.row, state.reference, top)
                     rows.highest_across(stride, top)
                     moving = softmax.move_reference(
                         1, top, state.reference, state.best, state.total, state.moment, correction
                     )
             if weighted:
                 softmax.powers_weighted(
-                    1, scores, vectors, unit, here.added, added_row, state.reference, sums, top, moments
+                    1, scores, vectors, unit, here.added, here.row, state.reference, sums, top, moments
                 )
                 rows.highest_across(stride, top)
                 done = softmax.take_in_weighted(
                     1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising
                 )
             else:
-                softmax.powers(1, scores, vectors, unit, here.added, added_row, state.reference, sums, top, moments)
+                softmax.powers(1, scores, vectors, unit, here.added, here.row, state.reference, sums, top, moments)
                 rows.highest_across(stride, top)
                 done = softmax.take_in(
                     1, top, state.reference, state.best, state.total, sums, state.moment, moments, raising

@@ -31,8 +31,8 @@ from numba_attn.cpu.score import (
     change,
     element,
     head_of,
-    in_vectors,
     select,
+    vectors_of,
 )
 from numba_attn.cpu.simd import PAIRS, WORDS
 from numba_attn.cpu.splits import (
@@ -86,10 +86,10 @@ def weigh_keys(arrays, sequences, functions, settings, cut, b, shared, low, high
             dots(height, k.data, k_at, ahead, k.row, until, page, n, held, sizes.D, queries, step, scores)
             unit = change(head, settings, here, 0, Lq, heads, sizes, scores, memory, at)
             read_norms(arrays, sequences, b, first, 0, Lq, heads, height, lanes, memory, at.top, at.sums)
-            vectors, added_row = in_vectors(here, heads * Lq, sizes, memory)
+            vectors = vectors_of(here, heads * Lq, sizes)
             pack.fill_lanes(powers, nothing, vectors)
             softmax.weigh(
-                1, scores, vectors, unit, here.added, added_row, element(memory, at.top), element(memory, at.sums),
+                1, scores, vectors, unit, here.added, here.row, element(memory, at.top), element(memory, at.sums),
                 powers,
             )  # fmt: skip
         for j in range(heads):

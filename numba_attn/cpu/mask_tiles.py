@@ -1,6 +1,7 @@
 """Masks, as tiles of numbers that are added to base-2 scores: 0 where a query may attend to a key, -inf where not.
 
-A tile is bias (n, block), keys down, queries across, as the scores are.  Masks are read in place, with any strides.
+A tile is bias (n, block), keys down, queries across, as the scores are: of whole vectors, or with few queries of less
+than one, so that vectors have several keys.  Masks are read in place, with any strides.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numba import types
 
 from numba_attn.block_mask import EMPTY, FULL, PARTIAL
 from numba_attn.cpu import narrow
-from numba_attn.cpu.blocks import INFINITY, LOG2_E, Lanes, for_keys, for_vectors
+from numba_attn.cpu.blocks import INFINITY, LOG2_E, Keys, Lanes, for_keys, for_vectors
 from numba_attn.cpu.emits import emits
 from numba_attn.cpu.simd import BYTES, ELEMENTS, I8, I64, Value, Vectors
 
@@ -117,77 +118,114 @@ def _mask_elements(v, width, bias, mask, kind, mask_row, mask_head, mask_step, r
     _for_kind(kind, of_kind, v)
 
 
-def _mask_outside(v, width, bias, source, source_row, n, low, high, every_low, every_high):
-    """bias = source (rows `source_row` bytes apart), but -inf where the key is not in the query's [low, high).
+def _mask_line(v, bias, mask, kind, mask_step, n, end):
+    """bias (end,) from a mask of n keys, the last of them again behind it."""
 
-    Keys count from the first of the tile; low and high hold a whole number a query.  Keys in [every_low, every_high)
-    are in every query's.
+    def of_kind(stored: types.Type) -> None:
+        element, size = _stored(stored)
+        beside = v.builder.icmp_signed("==", mask_step, v.index(size))
+        whole = v.builder.select(beside, v.whole_steps(v.index(0), n, v.lanes), v.index(0))
+
+        def keys(j: Value, _: list[Value]) -> list[Value]:
+            x = v.builder.load(v.at(mask, v.mul_index(j, size)), align=1, typ=ir.VectorType(element, v.lanes))
+            v.store(_as_bias(v, x, stored), bias, v.mul_index(j, v.size))
+            return []
+
+        def key(j: Value, _: list[Value]) -> list[Value]:
+            at = v.at(mask, v.mul_index(v.least(j, v.add_index(n, -1)), mask_step))
+            v.store(_as_bias(v, v.builder.load(at, align=1, typ=element), stored), bias, v.mul_index(j, v.size))
+            return []
+
+        v.loop(0, whole, v.lanes, [], keys)
+        v.loop(whole, end, 1, [], key)
+
+    _for_kind(kind, of_kind, v)
+
+
+def _repeat(v, bias, n, stride):
+    """bias (n, stride) = bias (n,), in place, of so many keys that these are whole vectors."""
+
+    def each(stride: int) -> None:
+        keys = v.lanes // stride
+        vectors = v.builder.udiv(n, v.index(keys))
+
+        def vector(i: Value) -> None:
+            w = v.builder.sub(v.add_index(vectors, -1), i)  # from the last one: none is overwritten that is to be read
+            x = v.load(bias, v.mul_index(w, keys * v.size))
+            v.store(v.shuffle(x, x, [lane // stride for lane in range(v.lanes)]), bias, v.mul_index(w, v.bytes))
+
+        v.each(vectors, vector)
+
+    strides = [1 << i for i in range(1, v.lanes.bit_length() - 1)]
+    v.choose(stride, {1: lambda: None, **{some: partial(each, some) for some in strides}})
+
+
+def _gather(v, bias, n, stride):
+    """bias (n, stride) = the first of each vector of bias (n, 1 vector), in place."""
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        v.store(v.load(bias, v.mul_index(j, v.bytes)), bias, v.mul_index(j, v.mul_index(stride, v.size)))
+        return []
+
+    v.loop(0, n, 1, [], key)
+
+
+def _mask_outside(v, width, bias, source, source_row, n, stride, low, high, every_low, every_high):
+    """bias = source (`source_row` bytes from a key's vectors on), but -inf where the key is not in [low, high).
+
+    Keys, of which each has `stride` elements, count from the first of the tile; low and high hold a whole number a
+    query.  Keys in [every_low, every_high) are in every query's.  Behind the last key all is -inf.
     """
-    row = v.mul_index(width, v.bytes)
-    lowest, nothing = v.constant(-INFINITY), v.index(0)
-    inner = v.most(nothing, v.least(every_low, n))
-    outer = v.most(inner, v.least(every_high, n))
+    row, keys = v.mul_index(width, v.bytes), Keys.of(v, stride)
+    lowest, nothing, end = v.constant(-INFINITY), v.index(0), keys.vectors(n)
+    inner = v.least(keys.vectors(v.most(nothing, every_low)), end)
+    outer = v.most(inner, v.builder.udiv(v.most(nothing, v.least(every_high, n)), keys.count))
 
     def vector(here: Value) -> None:
-        first, end = v.load(low, here), v.load(high, here)
+        first, last = v.load(low, here), v.load(high, here)
 
         def masked(j: Value, number: list[Value]) -> list[Value]:
             x, key = v.load(v.at(source, v.mul_index(j, source_row)), here), number[0]
-            inside = v.builder.and_(v.builder.not_(v.less(key, first)), v.less(key, end))
+            inside = v.builder.and_(v.builder.not_(v.less(key, first)), v.less(key, last))
             v.store(v.select(inside, x, lowest), v.at(bias, v.mul_index(j, row)), here)
-            return [v.add(key, v.constant(1.0))]
+            return [v.add(key, keys.step())]
 
         def copied(j: Value, _: list[Value]) -> list[Value]:
             v.store(v.load(v.at(source, v.mul_index(j, source_row)), here), v.at(bias, v.mul_index(j, row)), here)
             return []
 
-        v.loop(0, inner, 1, [v.constant(0.0)], masked)
+        start = v.splat(v.builder.sitofp(v.mul_index(outer, keys.count), v.element))
+        v.loop(0, inner, 1, [keys.numbers()], masked)
         v.loop(inner, outer, 1, [], copied)
-        v.loop(outer, n, 1, [v.splat(v.builder.sitofp(outer, v.element))], masked)
+        v.loop(outer, end, 1, [v.add(start, keys.numbers())], masked)
 
     for_vectors(v, width, vector)
 
 
 def _add_alibi(v, width, bias, source, source_row, n, slopes, rows, count, stride, first):
-    """bias = source (rows `source_row` bytes apart) - slope * |distance|.
+    """bias = source (`source_row` bytes from a key's vectors on) - slope * |distance|.
 
     The `count` rows in the block are `rows` of each of some heads, of which each has one of the slopes; the first row
-    of each is `first` keys after key 0.  A key has `stride` elements; if a vector has several keys, n counts vectors.
+    of each is `first` keys after key 0, of n, of which each has `stride` elements.
     """
-    row, lanes = v.mul_index(width, v.bytes), Lanes.of(v, rows, count, v.index(0), v.index(v.size), stride)
-    of_vector = v.splat(v.builder.sitofp(lanes.keys, v.element))
+    row, of_vector = v.mul_index(width, v.bytes), Keys.of(v, stride)
+    lanes = Lanes.of(v, rows, count, v.index(0), v.index(v.size), of_vector)
 
     def vector(w: Value) -> None:
         here = v.mul_index(w, v.bytes)
         minus = v.sub(v.constant(0.0), v.beside([v.load_scalar(place) for place in lanes.places(slopes, w)]))
-        places = zip(lanes.rows_of_heads(w), lanes.keys_of_vector(), strict=True)
-        numbers = [v.builder.sitofp(v.builder.sub(v.add_index(first, i), j), v.element) for i, j in places]
+        numbers = [v.builder.sitofp(v.add_index(first, i), v.element) for i in lanes.rows_of_heads(w)]
 
         def keys(j: Value, height: int, distance: list[Value]) -> list[Value]:
             for r in range(height):
-                size = v.absolute(v.sub(distance[0], v.mul(of_vector, v.constant(float(r)))))
+                size = v.absolute(v.sub(distance[0], v.mul(of_vector.step(), v.constant(float(r)))))
                 x = v.load(v.at(source, v.mul_index(v.add_index(j, r), source_row)), here)
                 v.store(v.fma(size, minus, x), v.at(bias, v.mul_index(v.add_index(j, r), row)), here)
-            return [v.sub(distance[0], v.mul(of_vector, v.constant(float(height))))]
+            return [v.sub(distance[0], v.mul(of_vector.step(), v.constant(float(height))))]
 
-        for_keys(v, n, [v.beside(numbers)], keys)
+        for_keys(v, of_vector.vectors(n), [v.sub(v.beside(numbers), of_vector.numbers())], keys)
 
     v.each(width, vector)
-
-
-def _gather(v, n, stride, added, row, bias):
-    """bias (n, stride) = the first lanes of `added` (n, 1 vector), whose vectors are `row` bytes apart; -inf behind it.
-
-    Both may be the same memory.
-    """
-    step = v.mul_index(stride, v.size)
-
-    def key(j: Value, _: list[Value]) -> list[Value]:
-        v.store(v.load(added, v.mul_index(j, row)), bias, v.mul_index(j, step))
-        return []
-
-    v.loop(0, n, 1, [], key)
-    v.store(v.constant(-INFINITY), bias, v.mul_index(n, step))
 
 
 def _classify(v, width, bias, n):
@@ -243,9 +281,11 @@ def _any_true(v, mask, mask_row, rows):
 mask_rows = emits(_mask_rows)
 mask_keys = emits(_mask_keys)
 mask_elements = emits(_mask_elements)
+mask_line = emits(_mask_line)
+repeat = emits(_repeat)
+gather = emits(_gather)
 mask_outside = emits(_mask_outside)
 add_alibi = emits(_add_alibi)
-gather = emits(_gather)
 classify = emits(_classify, returns=types.int64)
 count_true = emits(_count_true, returns=types.int64)
 any_true = emits(_any_true, returns=types.boolean)

@@ -31,8 +31,9 @@ Head = namedtuple("Head", "q k v mask mask_head mask_kind position b h sloped sl
 # Where in a worker's memory it is noted what a mask leaves of each tile, -1 if nowhere, and how many tiles a row has.
 Notes = namedtuple("Notes", "start columns")
 NO_NOTES = Notes(-1, 0)
-# Keys [start, stop) of a tile, what is added to their scores (keys `row` bytes apart), whether that is anything, and
-# whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted from the start.
+# Keys [start, stop) of a tile, what is added to their scores (`row` bytes from a key's vectors on), whether that is
+# anything, and whether intervals of keys end within: `low` and `high`, in memory, tell where for each lane, counted
+# from the start.
 Tile = namedtuple("Tile", "start stop added row kept edged")
 # Elements that come next: where they begin, and the bytes of each, 0 if they are not to be asked for.
 Ahead = namedtuple("Ahead", "data size")
@@ -167,10 +168,9 @@ def across(count, sizes):
 
 
 @device
-def in_vectors(tile, count, sizes, memory):
-    """How many vectors the scores of a tile of `count` rows are, and how many bytes apart what is added to them."""
-    vectors = ((tile.stop - tile.start) * across(count, sizes) + sizes.lanes - 1) // sizes.lanes
-    return vectors, 0 if tile.row == 0 else sizes.lanes * memory.itemsize
+def vectors_of(tile, count, sizes):
+    """How many vectors the scores of a tile of `count` rows are."""
+    return ((tile.stop - tile.start) * across(count, sizes) + sizes.lanes - 1) // sizes.lanes
 
 
 @device
@@ -179,13 +179,12 @@ def slope(head, tile, row, rows, heads, sizes, memory, at):
     if tile.kept == EMPTY or steepest(head, heads, memory) == 0:
         return tile
     count, bias = rows * heads, element(memory, at.bias)
-    stride, distance = across(count, sizes), row + head.position.offset - tile.start
-    width, n, added_row = stride // sizes.lanes, tile.stop - tile.start, tile.row
-    if stride < sizes.lanes:
-        width = 1
-        n, added_row = in_vectors(tile, count, sizes, memory)
-    mask_tiles.add_alibi(width, bias, tile.added, added_row, n, head.slopes, rows, count, stride, distance)
-    return Tile(tile.start, tile.stop, bias, stride * memory.itemsize, PARTIAL, tile.edged)
+    width, distance = (count + sizes.lanes - 1) // sizes.lanes, row + head.position.offset - tile.start
+    mask_tiles.add_alibi(
+        width, bias, tile.added, tile.row, tile.stop - tile.start, head.slopes, rows, count, across(count, sizes),
+        distance,
+    )  # fmt: skip
+    return Tile(tile.start, tile.stop, bias, width * sizes.lanes * memory.itemsize, PARTIAL, tile.edged)
 
 
 @device
@@ -211,7 +210,7 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
         return nothing
     if even:
         start -= (start - origin) % 2
-    width = (rows * heads + lanes - 1) // lanes
+    width, stride = (rows * heads + lanes - 1) // lanes, across(rows * heads, sizes)
     row_bytes = width * lanes * memory.itemsize
     kept = of_block = FULL
     if settings.tile_rows:
@@ -223,28 +222,24 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
         if even and (start - origin) % 2:
             start, of_block = start - 1, PARTIAL
     if head.mask_kind >= 0:
-        start, stop, kept = left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memory, bias)
+        start, stop, kept = left_by_mask(head, row, rows, heads, origin, start, stop, stride, sizes, memory, bias)
         if kept == EMPTY:
             return nothing
         if kept == PARTIAL:
             added, added_row = bias, row_bytes
-    edged = start < every_low or stop > every_high
-    if edged:
+    edged, n = start < every_low or stop > every_high, stop - start
+    if edged or n * stride % lanes != 0:  # what is left of a vector is masked
+        of_key, p = 0, row + position.offset
         for lane in range(width * lanes):
-            p = row + min(lane, rows * heads - 1) % rows + position.offset
             memory[at.low + lane] = max(p - position.left, start) - start
             memory[at.high + lane] = max(min(p + position.right + 1, stop), start) - start
+            of_key, p = next_lane(of_key, p, row + position.offset, rows, rows * heads, stride)
         low, high = element(memory, at.low), element(memory, at.high)
         mask_tiles.mask_outside(
-            width, bias, added, added_row, stop - start, low, high, every_low - start, every_high - start
+            width, bias, added, added_row, n, stride, low, high, every_low - start, every_high - start
         )
         added, added_row, kept = bias, row_bytes, PARTIAL
-    functions, stride, n = head.functions, across(rows * heads, sizes), stop - start
-    if stride < lanes:
-        row_bytes = stride * memory.itemsize
-        if added_row != 0 or n * stride % lanes != 0:  # of what is behind the last key, a vector is masked
-            mask_tiles.gather(n, stride, added, added_row, bias)
-            added, added_row = bias, row_bytes
+    functions = head.functions
     if functions.codes[MASK] != 0:
         user_functions.run_mask_pass(
             functions.codes, MASK, functions.mask, bias, added_row == 0, n, stride, rows, heads, head.b, head.h, row,
@@ -261,7 +256,17 @@ def select_unsloped(head, settings, row, rows, heads, start, stop, even, sizes, 
 
 
 @device
-def left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memory, bias):
+def next_lane(lane, p, first, rows, count, stride):
+    """The lane of a key behind one, and where its row stands, of `rows` of each head from the first one's place on."""
+    if lane + 1 == stride:
+        return 0, first
+    if lane + 1 >= count:
+        return lane + 1, p
+    return lane + 1, p + 1 if p + 1 < first + rows else first
+
+
+@device
+def left_by_mask(head, row, rows, heads, origin, start, stop, stride, sizes, memory, bias):
     """Which of the keys [start, stop) of the tile from `origin` on the mask leaves to rows, and how much of them.
 
     If it is a part, the mask's tile is written to `bias`.  What is noted, if heads have the same mask, is not looked
@@ -283,7 +288,7 @@ def left_by_mask(head, row, rows, heads, origin, start, stop, width, sizes, memo
             while n > TRIM and none_true(here, kind, rows, to_head, seen, 0):
                 start, n = start + TRIM, n - TRIM
                 here = Matrix(moved(here.data, TRIM * mask.step), mask.row, mask.step)
-        kept = mask_tile(here, kind, rows, to_head, heads, n, width, sizes.lanes, bias)
+        kept = mask_tile(here, kind, rows, to_head, heads, n, stride, sizes.lanes, bias)
     stop = start + n
     if notes.columns > 0 and noted == 0:
         memory[at] = 1 + kept + 4 * (start - origin + 512 * (stop - origin))
@@ -337,7 +342,7 @@ def score(head, k, ahead, settings, tile, row, rows, heads, sizes, qt, scores, m
 @device
 def change(head, settings, tile, row, rows, heads, sizes, scores, memory, at):
     """Cap products, and let a function change them; by what they are to be multiplied to be scores of base 2."""
-    vectors, _ = in_vectors(tile, rows * heads, sizes, memory)
+    vectors = vectors_of(tile, rows * heads, sizes)
     functions, natural = head.functions, cap(settings, vectors, scores)
     if functions.codes[SCORE] != 0:
         natural = settle(tile, vectors, natural, scores, memory)

@@ -72,10 +72,20 @@ def none_true(mask, kind, rows, to_head, heads, first):
 
 
 @device
-def mask_tile(mask, kind, rows, to_head, heads, n, width, lanes, bias):
-    """Write what the mask adds to a tile of scores of the `rows` of some heads to `bias`; what it leaves of it."""
-    count = rows * heads
-    if mask.row == 0 and (to_head == 0 or heads == 1):
+def mask_tile(mask, kind, rows, to_head, heads, n, stride, lanes, bias):
+    """Write what the mask adds to a tile of scores of the `rows` of some heads to `bias`; what it leaves of it.
+
+    A key has `stride` elements.
+    """
+    count, width, several = rows * heads, max(1, stride // lanes), stride < lanes
+    alike = count == 1 or (mask.row == 0 and (to_head == 0 or heads == 1))
+    if alike and several:
+        vectors = (n * stride + lanes - 1) // lanes
+        end = vectors * (lanes // stride)
+        mask_tiles.mask_line(bias, mask.data, kind, mask.step, n, end)
+        mask_tiles.repeat(bias, end, stride)
+        return mask_tiles.classify(1, bias, vectors)
+    if alike:
         mask_tiles.mask_keys(width, bias, mask.data, kind, mask.step, n)
     else:
         whole = n // lanes * lanes if mask.step == MASK_BYTES[kind] else 0
@@ -83,7 +93,11 @@ def mask_tile(mask, kind, rows, to_head, heads, n, width, lanes, bias):
         mask_tiles.mask_elements(width, bias, mask.data, kind, mask.row, to_head, mask.step, rows, count, whole, n)
     # One key tells most often: only where it does not, all are looked at.
     kept = mask_tiles.classify(width, bias, 1)
-    return kept if kept == PARTIAL else mask_tiles.classify(width, bias, n)
+    if kept != PARTIAL:
+        kept = mask_tiles.classify(width, bias, n)
+    if several:
+        mask_tiles.gather(bias, n, stride)
+    return kept
 
 
 @device
