@@ -34,10 +34,8 @@ from numba_attn.cpu.reading import is_read_in_place, pages_from, place, rows_ahe
 from numba_attn.cpu.results import (
     column_of,
     fill_padding,
-    scale_weights,
     statistics_of,
     write_statistics,
-    write_weights,
 )
 from numba_attn.cpu.score import (
     NO_NOTES,
@@ -171,7 +169,8 @@ def attend(
         if is_weighed(sequences, cut, b, key_weights):
             for j in range(heads):
                 weight = column_of(key_weights, sequences.offsets[b, 8], first + j)
-                write_weights(weight, here.start, n, memory, at.scores + j, stride)
+                to = moved(weight.data, here.start * weight.row)
+                rows.write_weights(n, stride, element(memory, at.scores + j), to, weight.row)
         if settings.threshold != 0:
             dropout.drop(1, scores, n, settings.threshold, settings.seed, b, first, 0, here.start)
         for start in range(here.start, here.stop, SUMMED):
@@ -250,7 +249,8 @@ def finish(arrays, sequences, settings, cut, b, shared, partials, key_weights, m
                 low, high = keys_of_split(sequences, settings, cut, b, arrays.k.shape[0], s)
                 for j in range(count):
                     weight = column_of(key_weights, sequences.offsets[b, 8], first + j)
-                    scale_weights(weight, low, high, memory[at.factors + j])
+                    first_weight = moved(weight.data, low * weight.row)
+                    rows.scale_weights(high - low, first_weight, weight.row, memory[at.factors + j])
         rows.shares(state.reference, settings.gain, factors)
         rows.weigh_rows(count, state.o, Dv_padded, factors)
         partial, lane_0, valid = partials[0], state.lanes, sequences.intervals[b, 1]

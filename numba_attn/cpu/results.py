@@ -51,22 +51,6 @@ def read(column, row):
 
 
 @device
-def write_weights(weight, first, count, memory, at, step):
-    """Write the probabilities of so many keys from the first on, which are in memory, each `step` elements further."""
-    for key in range(count):
-        write(weight, first + key, memory[at + key * step] + memory.dtype.type(0))  # 0 where masked, not -0
-
-
-@device
-def scale_weights(weight, low, high, factor):
-    """Multiply those of the keys [low, high) by a factor, which may be anything where all are 0."""
-    for key in range(low, high):
-        probability = read(weight, key)
-        if probability != 0:
-            write(weight, key, probability * factor)
-
-
-@device
 def read_norm(norms, row):
     """The reference of a row, and log2 of its sum."""
     return read(norms, row), get(norms.data, row * norms.row + norms.row // 2)

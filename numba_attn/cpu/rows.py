@@ -102,6 +102,50 @@ def _parts(v, state, of_split, factors):
     v.store(v.mul(power, share(v, v.load(state, v.bytes), v.number(1.0))), factors)
 
 
+def _write_weights(v, n, stride, p, to, to_row):
+    """to (n,), `to_row` bytes apart, = the first of the `stride` numbers of each key of p; 0 where masked, not -0."""
+    one_by_one, zero = v.index(0), v.number(0.0)
+    beside = v.builder.and_(
+        v.builder.icmp_signed("==", to_row, v.index(v.size)), v.builder.icmp_signed("==", stride, v.index(1))
+    )
+    whole = v.builder.select(beside, v.whole_steps(one_by_one, n, v.lanes), one_by_one)
+
+    def keys(j: Value, _: list[Value]) -> list[Value]:
+        at = v.mul_index(j, v.size)
+        v.store(v.add(v.load(p, at), v.constant(0.0)), to, at)
+        return []
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        x = v.load_scalar(p, v.mul_index(v.mul_index(j, stride), v.size))
+        v.store(v.builder.fadd(x, zero), to, v.mul_index(j, to_row))
+        return []
+
+    v.loop(0, whole, v.lanes, [], keys)
+    v.loop(whole, n, 1, [], key)
+
+
+def _scale_weights(v, n, x, x_row, factor):
+    """x (n,), `x_row` bytes apart, *= a factor, which may be anything where all are 0."""
+    beside = v.builder.icmp_signed("==", x_row, v.index(v.size))
+    whole = v.builder.select(beside, v.whole_steps(v.index(0), n, v.lanes), v.index(0))
+    factors, zeros = v.splat(factor), v.constant(0.0)
+
+    def keys(j: Value, _: list[Value]) -> list[Value]:
+        at = v.mul_index(j, v.size)
+        weights = v.load(x, at)
+        v.store(v.select(v.equal(weights, zeros), zeros, v.mul(weights, factors)), x, at)
+        return []
+
+    def key(j: Value, _: list[Value]) -> list[Value]:
+        at, zero, b = v.mul_index(j, x_row), v.number(0.0), v.builder
+        weight = v.load_scalar(x, at)
+        v.store(b.select(b.fcmp_ordered("==", weight, zero), zero, b.fmul(weight, factor)), x, at)
+        return []
+
+    v.loop(0, whole, v.lanes, [], keys)
+    v.loop(whole, n, 1, [], key)
+
+
 spread = emits(_spread)
 add_across = emits(_add_across)
 highest_across = emits(_highest_across)
@@ -110,3 +154,5 @@ add_rows = emits(_add_rows)
 shares = emits(_shares)
 copy = emits(_copy)
 parts = emits(_parts)
+write_weights = emits(_write_weights)
+scale_weights = emits(_scale_weights)
