@@ -29,6 +29,7 @@ ABSENT = ("query_lengths", "score_mod", "mask_mod", "block_mask", "dropout_seed"
 ABSENT_ON_DEVICE = ("attn_mask", "kv_lengths", "softcap", "alibi_slopes", "sinks")
 ARGUMENTS = 23
 NUMBERS = float, int  # 1 is a scale as 1.0 is, and True is not
+COUNTS = np.ndarray, list, int  # what lengths are looked at in each call
 SMALL = 1024  # bytes of an array whose contents are compared
 UNKNOWN: tuple[None, tuple[()]] = None, ()
 
@@ -70,7 +71,9 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
             return UNKNOWN
         form = *form, out is None or out.flags.writeable
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
-    offset, lengths = _if_an_array(given_offset), _if_an_array(given_lengths)
+    # Positions that are one integer decide what there is to do.
+    offset = np.ndarray if type(given_offset) in COUNTS[:2] else given_offset
+    lengths = np.ndarray if type(given_lengths) in COUNTS else given_lengths
     window, softcap, layout, precision = call["window"], call["softcap"], call["layout"], call["precision"]
     slopes, sinks = _contents(call["alibi_slopes"]), _contents(call["sinks"])
     if not (
@@ -78,7 +81,7 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
         and (causal is True or causal is False)
         and (scale is None or type(scale) in NUMBERS)
         and (gqa is True or gqa is False)
-        and (type(offset) is int or offset is np.ndarray)
+        and (type(offset) in (int, str) or offset is np.ndarray)
         and (lengths is None or lengths is np.ndarray)
         and (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
         and (softcap is None or type(softcap) in NUMBERS)
@@ -111,11 +114,6 @@ def _contents(x: Any) -> Any:
     if type(x) is not np.ndarray or not x.dtype.isnative or x.nbytes > SMALL:
         return False
     return x.shape, x.dtype, x.tobytes()
-
-
-def _if_an_array(x: Any) -> Any:
-    """Its class, instead of an array."""
-    return np.ndarray if type(x) is np.ndarray else x
 
 
 def find(key: Key | None) -> Repeat | None:

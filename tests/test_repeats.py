@@ -186,8 +186,11 @@ def test_other_lengths_and_positions(rows: int, dtype: str) -> None:
             for n in ([-3, 30], [1200, 0])
         ),
         *({"query_offset": np.array(n), "window": (600, 9)} for n in ([1250, 0], [600, 601])),
+        *({"kv_lengths": n} for n in (800, [0, 900], [1300, 1])),
+        *({"query_offset": n, "window": (600, 9)} for n in ([1250, 7], [-2, 600])),
+        *({"query_offset": "bottom_right", "kv_lengths": n, "is_causal": True} for n in (700, [1300, 41])),
     ]
-    forms = {tuple(sorted(chosen)) for chosen in options}
+    forms = {(*sorted(chosen), type(chosen.get("query_offset")) is str) for chosen in options}
     for seed, chosen in enumerate(options):
         arrays = [normal(*s, dtype=dtype_of(dtype), seed=seed) for s in shapes]
         got = scaled_dot_product_attention(*arrays, enable_gqa=True, **chosen)
@@ -203,6 +206,8 @@ def test_other_lengths_and_positions(rows: int, dtype: str) -> None:
     [
         *({"kv_lengths": np.array(n)} for n in ([5, 41], [-1, 5], [5, 5, 5], [[5, 5]])),
         {"kv_lengths": np.array([5.0, 6.0])},
+        *({"kv_lengths": n} for n in ([5, 41], [5.0, 6.0], [[5], [6]], 41, -1, True)),
+        {"query_offset": [0, 1 << 62]},
         {"kv_lengths": np.ma.masked_array([5, 6])},
         {"kv_lengths": np.array([5, 6]), "query_offset": np.array([0, 1 << 62])},
         {"kv_lengths": np.array([5, 6]), "query_offset": np.array([0.0, 1.0])},
@@ -225,6 +230,7 @@ def test_lengths_that_are_wrong(bad: dict[str, np.ndarray]) -> None:
         ({"enable_gqa": True}, {"enable_gqa": 1.0}),
         ({"query_offset": 1}, {"query_offset": True}),
         ({"query_offset": 1}, {"query_offset": 1.0}),
+        ({"query_offset": "bottom_right"}, {"query_offset": "top_left"}),
         ({"window": (1, 0)}, {"window": (1.0, 0)}),
         ({"window": (1, 0)}, {"window": (1, 0, 0)}),
         ({"scale": 1.0}, {"scale": "1.0"}),

@@ -145,7 +145,7 @@ def _repeat(problem: Problem, steps: list[Step], threads_used: int) -> Repeat | 
         nonlocal same_runs
         if threads.count() != threads_used or (out is not None and _is_met(out, query, key, value, mask)):
             return None
-        if cached or lengths is not None or type(offset) is np.ndarray:
+        if cached or lengths is not None or type(offset) is not int:
             anew = {"intervals": interval_table(batch, sizes.Lq, sizes.Lk, offset, None, lengths)}
             if cached and key.pages is not None:
                 anew["pages"] = key.pages
