@@ -7,7 +7,8 @@ rows, once for all query rows of a group, and asked for ahead of their use where
 Scores are a tile of vectors, one key after the other, the query rows of each in `stride` lanes: a power of two, so that
 with fewer rows than lanes a vector has several keys, and none of its exponentials is wasted.  The stages of `softmax`
 do such a tile as it is, if what it keeps for each row, in all lanes of the row, is made the same in all of them.
-With as many lanes as a vector has, it is a tile (n keys, 1 vector) of `tiles`, for what has to know where rows are.
+What is added to scores is a tile of the same form.  With as many lanes as a vector has, for dropout, which has to know
+where rows are, it is a tile (n keys, 1 vector) of `tiles`.
 """
 
 from __future__ import annotations
