@@ -216,8 +216,9 @@ def run_score_pass(codes, index, captured, s, n, width, rows, heads, factor, b, 
     """s[key, lane] = score_mod(s[key, lane] * factor, b, h + lane // rows, i + lane % rows, j + key).
 
     The pass is the one at codes[index], `codes` an intp array, with the table `captured`.  s is a pointer to (n, width)
-    elements, of which the first of each key are queries, `rows` of each of the `heads`; the others get the value of the
-    last query.  All integers are int64, and h, i and j not negative; factor is of the element type.
+    elements, fewer than 2 ** 16, of which the first of each key are queries, `rows` of each of the `heads`; the others
+    get the value of the last query.  All integers are int64, and h, i and j not negative; factor is of the element
+    type.
     """
 
 
