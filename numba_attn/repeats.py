@@ -29,7 +29,7 @@ ABSENT = ("query_lengths", "score_mod", "mask_mod", "block_mask", "dropout_seed"
 ABSENT_ON_DEVICE = ("attn_mask", "kv_lengths", "softcap", "alibi_slopes", "sinks")
 ARGUMENTS = 23
 NUMBERS = float, int  # 1 is a scale as 1.0 is, and True is not
-COUNTS = np.ndarray, list, int  # what lengths are looked at in each call
+EACH = np.ndarray, list  # of lengths or positions, one for each sequence
 SMALL = 1024  # bytes of an array whose contents are compared
 UNKNOWN: tuple[None, tuple[()]] = None, ()
 
@@ -71,9 +71,9 @@ def identify(backend: Any, call: dict[str, Any]) -> tuple[Key | None, tuple[Any,
             return UNKNOWN
         form = *form, out is None or out.flags.writeable
     dropout, causal, scale, gqa = call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"]
-    # Positions that are one integer decide what there is to do.
-    offset = np.ndarray if type(given_offset) in COUNTS[:2] else given_offset
-    lengths = np.ndarray if type(given_lengths) in COUNTS else given_lengths
+    # What is looked at in each call is all the same here; a position that is one integer is laid out once.
+    offset = np.ndarray if type(given_offset) in EACH else given_offset
+    lengths = np.ndarray if type(given_lengths) in (*EACH, int) else given_lengths
     window, softcap, layout, precision = call["window"], call["softcap"], call["layout"], call["precision"]
     slopes, sinks = _contents(call["alibi_slopes"]), _contents(call["sinks"])
     if not (
